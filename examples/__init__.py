@@ -1,0 +1,1 @@
+"""Two small real bases and three procedural tasks: what the demo and the real-model tests run on."""

@@ -1,0 +1,173 @@
+"""Three small tasks made from word lists: `python -m examples.tasks [--out DIR]`.
+
+ticket-routing  a customer's message     -> one of four teams
+review-weather  a guest's review         -> sunny, stormy or cloudy (praise, complaint, some of each)
+name-badge      a sentence about someone -> "Last, First [City]"
+
+Inputs are one line of 15 to 35 tokens and hold all the text that the model sees; answers are a few tokens. The pieces
+combine freely, so a model that reads five inputs can invent more of the same kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from translora.run.files import write_bytes
+
+NUM_TRAIN = 96
+NUM_TEST = 100
+
+TEAMS = ("billing-team", "parcel-team", "login-team", "repair-team")
+WEATHERS = ("sunny", "stormy", "cloudy")
+
+# fmt: off
+ITEMS = (
+    "coffee machine", "desk lamp", "headset", "phone case", "vacuum cleaner", "kettle", "printer", "keyboard",
+    "bike light", "camera", "blender", "alarm clock", "speaker", "monitor", "tent", "heater", "toaster", "tablet",
+)
+OPENERS = ("", "", "", "Hello, ", "Hi, ", "Good morning, ", "Help, ", "Please help, ", "Hi team, ")
+CLOSERS = ("", "", "", " Please check.", " What can I do?", " Thank you.", " This is urgent.", " Can you help?")
+SINCE = ("since Monday", "since last week", "for three days", "since Friday", "for two weeks", "since yesterday")
+BILLS = ("the March invoice", "my yearly plan", "my last order", "the {item}", "my subscription", "the May invoice")
+BILLING = (
+    "I was charged twice for {bill}.", "my card was charged the wrong amount for {bill}.",
+    "I want my money back for {bill}.", "the price on the bill for {bill} is too high.",
+    "you charged my card for {bill} again.", "the refund for {bill} is still missing.",
+    "I need a receipt for {bill}.", "why did I pay a fee for {bill}?",
+)
+PARCEL = (
+    "my parcel with the {item} has not arrived {since}.", "the courier left the {item} at the wrong door.",
+    "where is the package with my {item}?", "the tracking of my {item} has not moved {since}.",
+    "the box with the {item} went to my old address.", "the driver did not deliver the {item} {since}.",
+    "the delivery of the {item} is late.", "my order of a {item} is stuck at customs {since}.",
+)
+LOGIN = (
+    "I cannot log in to my account {since}.", "I forgot the password of my account.",
+    "the reset email for my password does not come.", "the site says my password is wrong {since}.",
+    "my account has been locked {since}.", "the login code never reaches my phone.",
+    "I cannot sign in on my new {device}.", "the app on my {device} asks for a password again and again.",
+)
+REPAIR = (
+    "the {item} does not turn on any more.", "my {item} makes a loud noise {since}.",
+    "the button of my {item} is broken.", "the {item} has stopped working {since}.", "smoke came out of my {item}.",
+    "the {item} gets too hot.", "a part of the {item} fell off.", "the screen of my {item} is cracked.",
+)
+DEVICES = ("phone", "laptop", "tablet", "computer")
+
+SUBJECTS = (
+    "room", "breakfast", "waiter", "soup", "view", "bed", "pool", "coffee", "garden", "music", "driver", "pizza",
+    "bathroom", "guide", "dessert", "staff", "bar", "museum", "boat trip", "shower",
+)
+GOOD = (
+    "was wonderful", "was excellent", "was lovely", "made us smile", "was perfect", "was a real joy", "was great",
+    "was better than we hoped", "was fantastic", "was the best of the trip", "was really nice", "was a pleasure",
+)
+BAD = (
+    "was awful", "was terrible", "was dirty", "ruined our evening", "was a big disappointment", "was horrible",
+    "was worse than we feared", "was bad", "made us angry", "was the worst of the trip", "was very poor", "was a shame",
+)
+PLACES = ("", "", "At the hotel, ", "On Sunday, ", "In the old town, ", "At the lake, ", "This summer, ", "In May, ")
+
+FIRST = (
+    "Maria", "Jonas", "Aisha", "Peter", "Lena", "Omar", "Sofia", "David", "Emma", "Lucas", "Nina", "Paul", "Clara",
+    "Ahmed", "Julia", "Victor", "Hanna", "Simon", "Laura", "Daniel", "Rosa", "Martin", "Alice", "Leo",
+)
+LAST = (
+    "Lopez", "Berg", "Khan", "Novak", "Rossi", "Silva", "Meyer", "Brown", "Costa", "Fischer", "Jensen", "Moreau",
+    "Walker", "Kim", "Santos", "Weber", "Green", "Dubois", "Young", "Larsen", "Cooper", "Ricci", "Stone", "Baker",
+)
+CITIES = (
+    "Oslo", "Lisbon", "Madrid", "Vienna", "Boston", "Cairo", "Berlin", "Dublin", "Toronto", "Milan", "Athens", "Paris",
+    "Denver", "Prague", "Geneva", "Lima", "Helsinki", "Sydney", "Chicago", "Rome",
+)
+JOBS = (
+    "nurse", "teacher", "pilot", "cook", "lawyer", "painter", "gardener", "dentist", "singer", "farmer", "baker",
+    "driver", "writer", "doctor", "plumber", "student",
+)
+BADGES = (
+    "{first} {last} is a {job} from {city}.", "My name is {first} {last} and I work as a {job} in {city}.",
+    "The new {job} is {first} {last} from {city}.", "{first} {last} from {city} has joined us as a {job}.",
+    "I am {first} {last}, a {job} who lives in {city}.", "Please welcome {first} {last}, our {job} in {city}.",
+    "From {city} comes {first} {last}, who is a {job}.", "In {city} you will meet the {job} {first} {last}.",
+)
+# fmt: on
+
+
+def _ticket(rng: random.Random, index: int) -> tuple[str, str]:
+    kind = index % len(TEAMS)
+    text = rng.choice((BILLING, PARCEL, LOGIN, REPAIR)[kind])
+    text = text.format(bill=rng.choice(BILLS), item="{item}", since=rng.choice(SINCE), device=rng.choice(DEVICES))
+    text = text.format(item=rng.choice(ITEMS))
+    opener = rng.choice(OPENERS)
+    text = opener + text if opener else text[0].upper() + text[1:]
+    return f"Route this ticket: {text}{rng.choice(CLOSERS)}", TEAMS[kind]
+
+
+def _review(rng: random.Random, index: int) -> tuple[str, str]:
+    kind = index % len(WEATHERS)
+    first, second = rng.sample(SUBJECTS, 2)
+    moods = ((GOOD, GOOD), (BAD, BAD), rng.choice(((GOOD, BAD), (BAD, GOOD))))[kind]
+    verbs = [rng.choice(moods[0]), rng.choice(moods[1])]
+    link = " but" if kind == 2 else " and"
+    text = f"{rng.choice(PLACES)}the {first} {verbs[0]},{link} the {second} {verbs[1]}."
+    return f"Weather of this review: {text[0].upper()}{text[1:]}", WEATHERS[kind]
+
+
+def _badge(rng: random.Random, index: int) -> tuple[str, str]:
+    first, last, city = rng.choice(FIRST), rng.choice(LAST), rng.choice(CITIES)
+    text = BADGES[index % len(BADGES)].format(first=first, last=last, city=city, job=rng.choice(JOBS))
+    return f"Write the badge: {text}", f"{last}, {first} [{city}]"
+
+
+TASKS: dict[str, Callable[[random.Random, int], tuple[str, str]]] = {
+    "ticket-routing": _ticket,
+    "review-weather": _review,
+    "name-badge": _badge,
+}
+
+
+def generate(task: str, num: int, seed: int) -> list[dict[str, str]]:
+    """`num` different rows with `input` and `target`, the kinds of answer equally often, in a seeded order."""
+    if task not in TASKS:
+        raise ValueError(f"{task}: no such task; choose from {', '.join(TASKS)}")
+    rng = random.Random(f"{task}/{seed}")
+    rows: dict[str, str] = {}
+    for _ in range(100 * num):
+        if len(rows) == num:
+            break
+        text, target = TASKS[task](rng, len(rows))
+        rows.setdefault(text, target)
+    if len(rows) < num:
+        raise ValueError(f"{task}: num={num} is more than its word lists give; ask for at most {len(rows)}")
+    shuffled = [{"input": text, "target": target} for text, target in rows.items()]
+    rng.shuffle(shuffled)
+    return shuffled
+
+
+def split(task: str, num_train: int, num_test: int, seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Train and test rows without a common input."""
+    rows = generate(task, num_train + num_test, seed)
+    return rows[:num_train], rows[num_train:]
+
+
+def main() -> int:
+    """Write DIR/<task>.train.jsonl and DIR/<task>.test.jsonl of every task."""
+    parser = argparse.ArgumentParser(prog="python -m examples.tasks", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    arguments = parser.parse_args()
+    for task in TASKS:
+        for part, rows in zip(("train", "test"), split(task, NUM_TRAIN, NUM_TEST, arguments.seed), strict=True):
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_bytes(arguments.out / f"{task}.{part}.jsonl", lines.encode())
+    sys.stdout.write(f"{arguments.out}: {', '.join(TASKS)}, {NUM_TRAIN} train and {NUM_TEST} test rows each\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Bad bases, and bundles that cannot be written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from huggingface_hub import constants
+
+from tests.bad_inputs.workshop import Bench, Case, change_json
+from tests.tiny import SEEDS
+from translora.bundle import inspect_base, write_bundle
+
+INDEX = "model.safetensors.index.json"
+
+
+def spoiled(spoil: Callable[[Path], object], kind: str = "old-base") -> Callable[[Bench], object]:
+    """Copy a base, spoil it, inspect it."""
+
+    def act(bench: Bench) -> None:
+        base = bench.base(kind)
+        spoil(base)
+        inspect_base(str(base))
+
+    return act
+
+
+def unreachable(bench: Bench) -> None:
+    """A hub id without a hub."""
+    with patch.object(constants, "HF_HUB_OFFLINE", True), patch.object(constants, "HF_HUB_CACHE", str(bench.directory)):
+        inspect_base("nobody/no-such-model")
+
+
+def first_shard(base: Path) -> Path:
+    return sorted(base.glob("model-*.safetensors"))[0]
+
+
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def promise(base: Path, tensor: str, shard: str) -> None:
+    index = json.loads((base / INDEX).read_text())
+    change_json(base / INDEX, weight_map=index["weight_map"] | {tensor: shard})
+
+
+def written(adapter: str = "good", to: str = "new", **values: Any) -> Callable[[Bench], object]:
+    """Write a bundle with these values."""
+
+    def act(bench: Bench) -> None:
+        adapters = bench.materials.root / "bundles"
+        arguments = {
+            "adapter_dir": adapters / adapter,
+            "discriminator_dir": None,
+            "seeds": list(SEEDS),
+            "task_name": "orders",
+            "base": bench.materials.base,
+            "num_samples": 16,
+            "prompt_template": "chat",
+            "provenance": {},
+        }
+        write_bundle(bench.directory / to, **(arguments | values))
+
+    return act
+
+
+def over_something_else(bench: Bench) -> None:
+    bench.file("notes.txt", "keep me")
+    written(to=".")(bench)
+
+
+CASES = [
+    Case("no such directory", lambda bench: inspect_base(str(bench.directory / "llama")), "no such directory"),
+    Case("neither a directory nor reachable on a hub", unreachable, "the hub cannot be reached"),
+    Case("a single file", lambda bench: inspect_base(str(bench.file("model.gguf", ""))), "a file; give a model"),
+    Case("no config.json", spoiled(lambda b: (b / "config.json").unlink()), "config.json: missing"),
+    Case("config.json not JSON", spoiled(lambda b: cut_in_half(b / "config.json")), "config.json: not JSON"),
+    Case("an adapter instead of a base", lambda bench: inspect_base(str(bench.bundle())), "an adapter, not a base"),
+    Case("no tokenizer", spoiled(lambda b: (b / "tokenizer.json").unlink()), "has no tokenizer"),
+    Case("no weights", spoiled(lambda b: (b / "model.safetensors").unlink()), "model.safetensors: missing"),
+    Case("pickled weights only", spoiled(
+        lambda b: (b / "model.safetensors").rename(b / "pytorch_model.bin")), "only pickled weights"),
+    Case("truncated weights", spoiled(lambda b: cut_in_half(b / "model.safetensors")), "truncated"),
+    Case("weights with a tail", spoiled(
+        lambda b: (b / "model.safetensors").open("ab").write(b"0")), "extra bytes at its end"),
+    Case("a truncated shard", spoiled(lambda b: cut_in_half(first_shard(b)), "sharded-base"), "truncated"),
+    Case("a missing shard", spoiled(lambda b: first_shard(b).unlink(), "sharded-base"), "safetensors: missing"),
+    Case("an index that promises too much", spoiled(
+        lambda b: promise(b, "model.extra.weight", first_shard(b).name), "sharded-base"), "lacks the tensor"),
+    Case("an index that leaves the directory", spoiled(
+        lambda b: promise(b, "model.extra.weight", "../secret.safetensors"), "sharded-base"), "is not the name of"),
+    Case("an index without weight_map", spoiled(
+        lambda b: change_json(b / INDEX, weight_map=None), "sharded-base"), "has no weight_map"),
+]  # fmt: skip
+
+WRITE_CASES = [
+    Case("writing over something that is not a bundle", over_something_else, "exists and is not a bundle"),
+    Case("a task name with a space", written(task_name="my orders"), "task_name: String should match"),
+    Case("a prompt template without {input}", written(prompt_template="Answer:"), "contains {input}"),
+    Case("no seeds to ship", written(seeds=[]), "no seeds"),
+    Case("one seed to ship", written(seeds=["one"]), "1 different seed(s)"),
+    Case("an adapter of another base to ship", written(adapter="other"), "base_model_name_or_path is 'new-base'"),
+    Case("an adapter of a deeper base to ship", written(adapter="deeper"), "does not have"),
+    Case("an adapter that is not there", written(adapter="none"), "adapter_config.json: missing"),
+]

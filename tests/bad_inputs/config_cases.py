@@ -1,0 +1,81 @@
+"""Bad fleet files, prepare files and JSONL files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.bad_inputs.workshop import Bench, Case
+from translora.config import FleetConfig, PrepareConfig, load_config
+from translora.run.files import read_jsonl
+
+FLEET = """\
+run_dir: run
+source: {model: ./old-base}
+target: {model: ./new-base}
+adapters: [bundles/orders]
+"""
+PREPARE = """\
+output_dir: bundles
+run_dir: run
+source: {model: ./old-base}
+tasks:
+  - {name: orders, data: orders.jsonl}
+"""
+
+
+def fleet(text: str) -> Callable[[Bench], object]:
+    """Load this text as a fleet file."""
+    return lambda bench: load_config(bench.file("fleet.yaml", text), FleetConfig)
+
+
+def prepare(text: str) -> Callable[[Bench], object]:
+    """Load this text as a prepare file."""
+    return lambda bench: load_config(bench.file("prepare.yaml", text), PrepareConfig)
+
+
+def jsonl(content: str | bytes) -> Callable[[Bench], object]:
+    """Read this content as task data."""
+    return lambda bench: read_jsonl(bench.file("orders.jsonl", content), ("input", "target"))
+
+
+CASES = [
+    Case(
+        "no such fleet file", lambda bench: load_config(bench.directory / "fleet.yaml", FleetConfig), "cannot be read"
+    ),
+    Case(
+        "a directory instead of a fleet file", lambda bench: load_config(bench.directory, FleetConfig), "cannot be read"
+    ),
+    Case("not YAML", fleet("run_dir: [run\n"), "not valid YAML"),
+    Case("binary", lambda bench: load_config(bench.file("fleet.yaml", b"\xff\xfe\x00"), FleetConfig), "cannot be read"),
+    Case("an empty file", fleet(""), "expected a mapping"),
+    Case("a YAML list", fleet("- run\n"), "expected a mapping"),
+    Case("an unknown key", fleet(FLEET + "bases: []\n"), "bases: Extra inputs are not permitted"),
+    Case(
+        "an unknown key in a section", fleet(FLEET + "distill: {learningrate: 1e-4}\n"), "distill.learningrate: Extra"
+    ),
+    Case("a missing key", fleet(FLEET.replace("target: {model: ./new-base}\n", "")), "target: Field required"),
+    Case("a wrong type", fleet(FLEET + "distill: {epochs: many}\n"), "distill.epochs: Input should be a valid number"),
+    Case("a value out of range", fleet(FLEET + "distill: {epochs: 0}\n"), "distill.epochs: Input should be greater"),
+    Case("a section that is text", fleet(FLEET + "synthesis: fast\n"), "synthesis: Input should be"),
+    Case("a base that is text", fleet(FLEET.replace("{model: ./old-base}", "./old-base")), "source: Input should be"),
+    Case("no adapters", fleet(FLEET.replace("[bundles/orders]", "[]")), "adapters: List should have at least 1 item"),
+    Case("adapters that are text", fleet(FLEET.replace("[bundles/orders]", "bundles")), "adapters: Input should be"),
+    Case("a rank over the limit", fleet(FLEET + "distill: {lora: {rank: 4096}}\n"), "distill.lora.rank: Input should"),
+    Case("an unknown dtype", fleet(FLEET.replace("./new-base}", "./new-base, dtype: int4}")), "target.dtype: Input"),
+    Case("a task name twice", prepare(PREPARE + "  - {name: orders, data: b.jsonl}\n"), "task names appear twice"),
+    Case("a task name with a slash", prepare(PREPARE.replace("name: orders", "name: a/b")), "tasks.0.name: String"),
+    Case("a task without data", prepare(PREPARE.replace(", data: orders.jsonl", "")), "tasks.0.data: Field required"),
+]
+
+JSONL_CASES = [
+    Case("no such data file", lambda bench: read_jsonl(bench.directory / "orders.jsonl", ("input",)), "cannot be read"),
+    Case("data that is empty", jsonl("\n\n"), "no rows"),
+    Case("a line that is not JSON", jsonl('{"input": "a", "target": "b"}\nnonsense\n'), "line 2: not JSON"),
+    Case("a line that is no object", jsonl('["a", "b"]\n'), "line 1: expected a JSON object"),
+    Case("a row without target", jsonl('{"input": "a"}\n'), 'line 1: "target" must be a non-empty string'),
+    Case("a target that is a number", jsonl('{"input": "a", "target": 1}\n'), '"target" must be a non-empty string'),
+    Case("an input of spaces", jsonl('{"input": "  ", "target": "b"}\n'), '"input" must be a non-empty string'),
+    Case("data in Latin-1", jsonl(b'{"input": "caf\xe9", "target": "b"}\n'), "cannot be read"),
+    Case("half a surrogate pair", jsonl('{"input": "\\ud83d", "target": "b"}\n'), "half a surrogate pair"),
+    Case("JSON nested without end", jsonl("[" * 200_000 + "\n"), "line 1: not JSON"),
+]

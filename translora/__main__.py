@@ -1,0 +1,7 @@
+"""`python -m translora`."""
+
+import sys
+
+from translora.cli import main
+
+sys.exit(main())

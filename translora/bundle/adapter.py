@@ -1,0 +1,89 @@
+"""Does an adapter on disk fit a base? Checked from headers first; then its numbers are looked at."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from translora.bundle.base import BaseInfo, name_of_path
+from translora.bundle.reading import FLOATS, read_header, read_json_object
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+MAX_CONFIG_BYTES = 1_000_000
+
+
+def same_name(one: str, other: str) -> bool:
+    """Whether two names of a base agree in their last path component (`org/name`, `/models/name`, `name`)."""
+    return name_of_path(one) == name_of_path(other)
+
+
+def recorded_base(directory: Path) -> str | None:
+    """The base that adapter_config.json names, or None.
+
+    Raises:
+        ValueError: adapter_config.json is missing or not JSON.
+    """
+    config = read_json_object(directory / CONFIG, "save the adapter with PEFT's save_pretrained", MAX_CONFIG_BYTES)
+    name = config.get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
+def check_recorded_base(directory: Path, expected: str, remedy: str) -> None:
+    """Refuse an adapter whose config names another base than `expected`.
+
+    Raises:
+        ValueError: names both and `remedy`.
+    """
+    recorded = recorded_base(directory)
+    if recorded is None or same_name(recorded, expected):
+        return
+    raise ValueError(
+        f"{directory / CONFIG}: base_model_name_or_path is {recorded!r}, but the base is {expected!r}; {remedy}"
+    )
+
+
+def _check_headers(path: Path) -> None:
+    """Bound what is loaded: no pickle instead of the weights, a sound file, floating-point pairs, no giant rank."""
+    from translora.lora.peft_io import MAX_RANK
+
+    pickled = path.with_name("adapter_model.bin")
+    if not path.exists() and pickled.exists():
+        raise ValueError(f"{pickled}: pickled weights are never loaded; save the adapter as {WEIGHTS}")
+    for name, tensor in read_header(path, "copy the adapter again, or save it with PEFT's save_pretrained").items():
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{path}: {name} is {tensor.dtype}; save the adapter in a floating-point dtype")
+        if name.endswith(".lora_A.weight") and tensor.shape and tensor.shape[0] > MAX_RANK:
+            raise ValueError(f"{path}: {name} has rank {tensor.shape[0]}, the limit is {MAX_RANK}; use a smaller rank")
+
+
+def check_adapter(directory: Path, base: BaseInfo) -> None:
+    """Check that a PEFT LoRA directory is sound and that each of its modules fits `base`.
+
+    Raises:
+        ValueError: a file is missing or truncated, a module is missing from the base or has another shape, a
+            number is not finite; names the file and the remedy.
+    """
+    path = directory / WEIGHTS
+    _check_headers(path)
+    import torch
+
+    from translora.lora.peft_io import read_lora
+
+    lora = read_lora(directory)
+    elsewhere = "the adapter belongs to another base, use it with that one"
+    for module, (lora_A, lora_B) in lora.modules.items():
+        shape = base.shapes.get(f"{module}.weight")
+        if shape is None:
+            raise ValueError(f"{path}: adapts {module}, which {base.name!r} does not have; {elsewhere}")
+        if shape != (lora_B.shape[0], lora_A.shape[1]):
+            raise ValueError(
+                f"{path}: {module} adapts a [{lora_B.shape[0]}, {lora_A.shape[1]}] matrix, in {base.name!r} it is "
+                f"{list(shape)}; {elsewhere}"
+            )
+        if not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
+            raise ValueError(f"{path}: {module} holds NaN or infinity; the training diverged, train the adapter again")
+    if all(not lora_B.any() for _, lora_B in lora.modules.values()):
+        logger.warning("%s: every B is zero, so the adapter answers as its base does", path)

@@ -1,0 +1,176 @@
+"""What is known of a base model without loading it: its name, its tensors' shapes and a fingerprint of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+from translora.bundle.reading import TensorHeader, read_header, read_json_object
+
+HUB_TIMEOUT_SECONDS = 10.0
+PREFIX_BYTES = 4096
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_HUB_IGNORED = ["*/*", "consolidated*", "adapter_*"]
+_COPY_AGAIN = "copy or download the base again"
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """A base model on disk; the fingerprint covers every tensor's name, dtype, shape and first 4 KiB."""
+
+    name: str
+    """Hub id, or the directory's name."""
+    path: Path
+    """Local directory that transformers loads."""
+    fingerprint: str
+    """Hex sha256, the same for every sharding of the same weights."""
+    shapes: dict[str, tuple[int, ...]] = field(repr=False)
+    """Shape of every tensor of the safetensors files."""
+    config: dict[str, Any] = field(repr=False)
+    """config.json."""
+
+
+def _find_on_hub(model: str) -> Path:
+    """Download a hub model's config, safetensors and tokenizer, or take them from the hub's cache when offline.
+
+    A fault boundary: which errors the hub's client lets through depends on its version's HTTP library.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    advice = "give a local directory with config.json and *.safetensors, or an id that this machine can reach"
+    revision, refusal = None, "no answer"
+    try:
+        # snapshot_download asks for the revision without a time limit, so it is asked for here.
+        revision = HfApi().model_info(model, timeout=HUB_TIMEOUT_SECONDS).sha
+    except GatedRepoError as error:
+        raise ValueError(f"{model}: the hub asks for permission to download it; accept its terms and log in") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{model}: neither a directory here nor a model on the hub; {advice}") from error
+    except Exception as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        refusal = f"HTTP status {status}" if status else refusal
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                local_files_only=revision is None,
+                allow_patterns=_HUB_FILES,
+                ignore_patterns=_HUB_IGNORED,
+                etag_timeout=HUB_TIMEOUT_SECONDS,
+            )
+        )
+    except Exception as error:
+        if revision is None:
+            raise ValueError(
+                f"{model}: not a directory here, not in the hub's cache, and the hub cannot be reached ({refusal}); "
+                f"{advice}"
+            ) from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{model}: the download from the hub failed ({reason}); run again, or {advice}") from error
+
+
+def name_of_path(path: str) -> str:
+    """The last component of a base's path or hub id; the hub id's for a snapshot in the hub's cache."""
+    parts = PurePath(path).parts
+    if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
+        return parts[-3].rsplit("--", 1)[-1]
+    return parts[-1] if parts else path
+
+
+def _locate(model: str) -> tuple[str, Path]:
+    """Name and directory of a base; raises ValueError when there is none."""
+    path = os.path.expanduser(model)
+    if os.path.isdir(path):
+        return name_of_path(os.path.abspath(path)), Path(path)
+    if os.path.exists(path):
+        raise ValueError(f"{model}: a file; give a model directory (convert GGUF or other single files first)")
+    if not _HUB_ID.fullmatch(model):
+        raise ValueError(f"{model}: no such directory; give a model directory or a hub id (owner/name)")
+    return model, _find_on_hub(model)
+
+
+def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
+    """The safetensors files that transformers would load, with the tensors that the index promises in each."""
+    single = directory / "model.safetensors"
+    if single.exists():
+        return {single: None}
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+        if pickles:
+            raise ValueError(
+                f"{directory}: has only pickled weights ({pickles[0]}), which are never loaded; "
+                "save the model as safetensors (save_pretrained)"
+            )
+        raise ValueError(f"{single}: missing, and there is no {index.name}; {_COPY_AGAIN}")
+    weight_map = read_json_object(index, _COPY_AGAIN).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: has no weight_map; {_COPY_AGAIN}")
+    promised: dict[Path, set[str] | None] = {}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ValueError(f"{index}: {shard!r} is not the name of a safetensors file beside it; {_COPY_AGAIN}")
+        tensors = promised.setdefault(directory / shard, set())
+        assert tensors is not None
+        tensors.add(tensor)
+    return promised
+
+
+def _hash_prefixes(path: Path, tensors: dict[str, TensorHeader]) -> dict[str, str]:
+    """One line per tensor for the fingerprint: dtype, shape and the sha256 of its first 4 KiB."""
+    lines = {}
+    with open(path, "rb") as handle:
+        for name, tensor in tensors.items():
+            handle.seek(tensor.start)
+            prefix = handle.read(min(PREFIX_BYTES, tensor.num_bytes))
+            lines[name] = json.dumps([name, tensor.dtype, tensor.shape, hashlib.sha256(prefix).hexdigest()])
+    return lines
+
+
+def _check_directory(directory: Path) -> dict[str, Any]:
+    """Return config.json; refuse adapters and directories without a config or a tokenizer."""
+    if not (directory / "config.json").exists() and (directory / "adapter_config.json").exists():
+        raise ValueError(f"{directory}: an adapter, not a base model; give the base that it was trained on")
+    config = read_json_object(directory / "config.json", "give a directory that transformers' save_pretrained wrote")
+    names = {path.name for path in directory.iterdir()}
+    if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json"}:
+        raise ValueError(f"{directory}: has no tokenizer; save it there with the tokenizer's save_pretrained")
+    return config
+
+
+def _inspect(name: str, directory: Path) -> BaseInfo:
+    config = _check_directory(directory)
+    shapes: dict[str, tuple[int, ...]] = {}
+    lines: dict[str, str] = {}
+    for path, promised in _weight_files(directory).items():
+        tensors = read_header(path, _COPY_AGAIN)
+        if lacking := (promised or set()) - tensors.keys():
+            raise ValueError(f"{path}: lacks the tensor {min(lacking)!r} that the index promises; {_COPY_AGAIN}")
+        lines |= _hash_prefixes(path, tensors)
+        shapes |= {tensor_name: tensor.shape for tensor_name, tensor in tensors.items()}
+    if not shapes:
+        raise ValueError(f"{directory}: its safetensors files hold no tensors; {_COPY_AGAIN}")
+    fingerprint = hashlib.sha256("\n".join(lines[tensor_name] for tensor_name in sorted(lines)).encode()).hexdigest()
+    return BaseInfo(name, directory, fingerprint, shapes, config)
+
+
+def inspect_base(model: str) -> BaseInfo:
+    """Find a base (hub id or directory) and read its headers and the first 4 KiB of each tensor.
+
+    Raises:
+        ValueError: not found, no config or tokenizer, only pickles, a missing or truncated shard; names the file
+            and the remedy.
+    """
+    name, directory = _locate(model)
+    try:
+        return _inspect(name, directory)
+    except OSError as error:
+        raise ValueError(f"{error.filename or directory}: cannot be read ({error.strerror}); {_COPY_AGAIN}") from error

@@ -1,0 +1,240 @@
+"""Bundles: a PEFT adapter directory plus the folder `translora/` with what the migration needs.
+
+    adapter_config.json, adapter_model.safetensors    the adapter, as PEFT and vLLM load it
+    translora/manifest.json                           names, base fingerprint, |D|, sha256 of every file
+    translora/seeds.jsonl                             one {"input": ...} a line
+    translora/discriminator/                          a PEFT adapter of the same base that says yes or no
+
+A bundle comes from somebody else: nothing in it is executed or unpickled, links are not followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from translora.bundle.adapter import (
+    CONFIG,
+    WEIGHTS,
+    check_adapter,
+    check_recorded_base,
+    recorded_base,
+    same_name,
+)
+from translora.bundle.base import BaseInfo
+from translora.bundle.manifest import (
+    DISCRIMINATOR,
+    MANIFEST,
+    RESTORE,
+    SEEDS,
+    BundleError,
+    Manifest,
+    check_listing,
+    faults,
+    list_files,
+    read_manifest,
+)
+from translora.run.files import read_jsonl, replace_directory, sha256_file, write_json
+
+logger = logging.getLogger(__name__)
+
+README = "README.md"
+MAX_SEEDS_BYTES = 10_000_000
+MIN_SEEDS = 2
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was read: its manifest and seeds, not yet its tensors."""
+
+    path: Path
+    manifest: Manifest
+    seeds: list[str]
+    """Task inputs that the owner left behind."""
+    digest: str
+    """sha256 of the manifest file, which holds the hash of every other file."""
+
+    @property
+    def discriminator_dir(self) -> Path | None:
+        """The discriminator's PEFT directory, if the bundle has one."""
+        return self.path / DISCRIMINATOR if self.manifest.discriminator else None
+
+
+@contextlib.contextmanager
+def _bundle_errors(temporary: str = "", path: str = "") -> Iterator[None]:
+    """Turn every ValueError or OSError about a bundle's files into a BundleError that names `path`, not `temporary`."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        text = str(error)
+        if isinstance(error, BundleError) and (not temporary or temporary not in text):
+            raise
+        raise BundleError(text.replace(temporary, path) if temporary else text) from error
+
+
+def _read_seeds(path: Path) -> list[str]:
+    size = path.stat().st_size
+    if size > MAX_SEEDS_BYTES:
+        raise BundleError(f"{path}: {size:,} bytes, the limit is {MAX_SEEDS_BYTES:,}; keep about five short seeds")
+    if size == 0:
+        raise BundleError(f'{path}: no seeds; give {MIN_SEEDS} or more (five is usual) lines of {{"input": ...}}')
+    seeds = []
+    for number, row in enumerate(read_jsonl(path, ("input",)), 1):
+        if extra := sorted(row.keys() - {"input"}):
+            raise BundleError(
+                f"{path}: seed {number} has {extra[0]!r} beside 'input'; seeds are inputs only, remove it"
+            )
+        seeds.append(row["input"])
+    if len(set(seeds)) < MIN_SEEDS:
+        raise BundleError(f"{path}: {len(set(seeds))} different seed(s); give {MIN_SEEDS} or more (five is usual)")
+    return seeds
+
+
+def read_bundle(path: str | Path) -> Bundle:
+    """Read a bundle's manifest and seeds, and compare its list of files; no tensor is read.
+
+    Raises:
+        BundleError: names the file and the remedy.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        fault = "not a directory" if path.exists() else "no such directory"
+        raise BundleError(f"{path}: {fault}; give the directory of a bundle")
+    if not (path / MANIFEST).exists():
+        if (path / CONFIG).exists():
+            raise BundleError(
+                f"{path}: a plain PEFT adapter, not a bundle (no {MANIFEST}); make one with `translora prepare`, "
+                "which takes it as `adapter`"
+            )
+        raise BundleError(f"{path}: not a bundle (no {MANIFEST}); make one with `translora prepare`")
+    with _bundle_errors():
+        present = list_files(path)
+        manifest = read_manifest(path / MANIFEST)
+        check_listing(path, manifest, present)
+        return Bundle(path, manifest, _read_seeds(path / SEEDS), sha256_file(path / MANIFEST))
+
+
+def _check_base(bundle: Bundle, base: BaseInfo) -> None:
+    manifest = bundle.manifest
+    where = bundle.path / MANIFEST
+    if manifest.base_fingerprint == base.fingerprint:
+        if not same_name(manifest.base_name, base.name):
+            logger.warning("%s names the base %r, not %r, but the weights agree", where, manifest.base_name, base.name)
+        return
+    prints = f"fingerprints {manifest.base_fingerprint[:12]} and {base.fingerprint[:12]}"
+    if same_name(manifest.base_name, base.name):
+        raise BundleError(
+            f"{where}: made for other weights of {manifest.base_name!r} than those in {base.path} ({prints}); "
+            "use the revision and dtype of the base that the adapter was trained on"
+        )
+    raise BundleError(
+        f"{where}: made for the base {manifest.base_name!r}, not for {base.name!r} ({prints}); "
+        f"put it into a fleet whose source is {manifest.base_name!r}"
+    )
+
+
+def verify_bundle(bundle: Bundle, base: BaseInfo) -> None:
+    """Check every hash, the base, and each tensor of adapter and discriminator against the base's shapes.
+
+    Raises:
+        BundleError: the first fault found; names the file and the remedy.
+    """
+    with _bundle_errors():
+        check_listing(bundle.path, bundle.manifest, list_files(bundle.path))
+        if sha256_file(bundle.path / MANIFEST) != bundle.digest:
+            raise BundleError(f"{bundle.path / MANIFEST}: changed since it was read; run again")
+        _check_base(bundle, base)
+        for name, expected in sorted(bundle.manifest.files.items()):
+            if sha256_file(bundle.path / name) != expected:
+                raise BundleError(
+                    f"{bundle.path / name}: changed or damaged (its sha256 is not the manifest's); {RESTORE}"
+                )
+        for directory in filter(None, (bundle.path, bundle.discriminator_dir)):
+            check_recorded_base(directory, bundle.manifest.base_name, RESTORE)
+            check_adapter(directory, base)
+
+
+def _copy_adapter(source: Path, target: Path, base: BaseInfo) -> None:
+    """Copy weights and config; the config then names the base by `base.name`, not by a path of this machine.
+
+    PEFT writes the set target_modules in an order that differs by process: it is sorted, so that hashes repeat.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
+    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    modules = config.get("target_modules")
+    if isinstance(modules, list):
+        config["target_modules"] = sorted(modules, key=str)
+    write_json(target / CONFIG, config | {"base_model_name_or_path": base.name})
+
+
+def _copy_readme(source: Path, target: Path, base: BaseInfo) -> None:
+    """Copy README.md, if there is one, without the path that PEFT writes into it for a local base."""
+    if not (source / README).is_file():
+        return
+    text = (source / README).read_text(encoding="utf-8", errors="replace")
+    recorded = recorded_base(source)
+    if recorded is not None and "/" in recorded:
+        text = text.replace(recorded, base.name)
+    (target / README).write_text(text, encoding="utf-8")
+
+
+def write_bundle(
+    path: str | Path,
+    *,
+    adapter_dir: str | Path,
+    discriminator_dir: str | Path | None,
+    seeds: list[str],
+    task_name: str,
+    base: BaseInfo,
+    num_samples: int,
+    prompt_template: str,
+    provenance: dict[str, str | int | float],
+) -> Bundle:
+    """Write a bundle in one step: `path` is complete and verified, or unchanged.
+
+    Raises:
+        BundleError: adapter, discriminator, seeds or a value would not pass read_bundle and verify_bundle, or
+            `path` holds something that is not a bundle.
+    """
+    path = Path(path)
+    if path.exists() and not (path / MANIFEST).exists() and (not path.is_dir() or any(path.iterdir())):
+        raise BundleError(f"{path}: exists and is not a bundle, so it is not replaced; give another directory")
+    remedy = f"use its adapter, or, if both are one model, write {base.name!r} there"
+    parts = {"": Path(adapter_dir)} | ({DISCRIMINATOR: Path(discriminator_dir)} if discriminator_dir else {})
+    with (
+        _bundle_errors(),
+        replace_directory(path) as temporary,
+        _bundle_errors(str(temporary), str(path)),
+    ):
+        for name, directory in parts.items():
+            check_recorded_base(directory, base.name, remedy)
+            check_adapter(directory, base)
+            _copy_adapter(directory, temporary / name, base)
+        _copy_readme(parts[""], temporary, base)
+        (temporary / "translora").mkdir(exist_ok=True)
+        # ASCII, so that no line separator of Unicode splits a row.
+        (temporary / SEEDS).write_text("".join(json.dumps({"input": seed}) + "\n" for seed in seeds), encoding="ascii")
+        try:
+            manifest = Manifest(
+                task_name=task_name,
+                base_name=base.name,
+                base_fingerprint=base.fingerprint,
+                num_samples=num_samples,
+                prompt_template=prompt_template,
+                discriminator=discriminator_dir is not None,
+                provenance=provenance,
+                files={name: sha256_file(temporary / name) for name in sorted(list_files(temporary) - {README})},
+            )
+        except ValidationError as error:
+            raise BundleError(f"{path}: {faults(error)}") from error
+        write_json(temporary / MANIFEST, manifest.model_dump())
+        read_bundle(temporary)
+    return read_bundle(path)

@@ -1,0 +1,141 @@
+"""translora/manifest.json: what a bundle says of itself, and the hash of each of its files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from translora.bundle.adapter import CONFIG, WEIGHTS
+from translora.bundle.reading import read_json_object
+
+SCHEMA_VERSION = 1
+TASK_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+MANIFEST = "translora/manifest.json"
+SEEDS = "translora/seeds.jsonl"
+DISCRIMINATOR = "translora/discriminator"
+MAX_MANIFEST_BYTES = 1_000_000
+MAX_FILES = 1000
+PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+RESTORE = "restore the bundle from its source, or make it again with `translora prepare`"
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class BundleError(ValueError):
+    """A bundle cannot be used: the message names the file and the remedy."""
+
+
+class Manifest(BaseModel):
+    """Contents of translora/manifest.json."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    schema_version: Literal[1] = 1
+    """Version of this layout."""
+    task_name: str = Field(pattern=TASK_NAME)
+    """The <NAME> of the discriminator's question."""
+    base_name: str = Field(min_length=1, max_length=256)
+    """Hub id or directory name of the base that the adapter was trained on."""
+    base_fingerprint: Sha256
+    """Fingerprint of that base's weights."""
+    num_samples: int = Field(ge=2, le=10_000_000)
+    """|D|, the number of the owner's training samples."""
+    prompt_template: str = Field(max_length=20_000)
+    """`chat` (the tokenizer's chat template) or a string that contains {input}."""
+    discriminator: bool
+    """Whether translora/discriminator/ is there."""
+    provenance: dict[str, str | int | float] = {}
+    """Free notes: how the bundle was made, and the hop it came by."""
+    files: dict[str, Sha256]
+    """sha256 of every file but this one and hub files such as README.md, by path relative to the bundle."""
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _holds_input(cls, value: str) -> str:
+        if value != "chat" and "{input}" not in value:
+            raise ValueError(f"{value[:80]!r} is neither 'chat' nor a string that contains {{input}}")
+        return value
+
+    @field_validator("files")
+    @classmethod
+    def _stays_inside(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or str(path) != name:
+                raise ValueError(f"{name!r} is not a path inside the bundle")
+        return value
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        ValueError: missing, not JSON, of a newer version, or with a wrong key or value; names the file and the remedy.
+    """
+    raw = read_json_object(path, RESTORE, MAX_MANIFEST_BYTES)
+    version = raw.get("schema_version")
+    if type(version) is not int or version < 1:
+        raise ValueError(f"{path}: schema_version is {version!r}, expected {SCHEMA_VERSION}; {RESTORE}")
+    if version > SCHEMA_VERSION:
+        raise ValueError(
+            f"{path}: schema_version is {version}, this translora reads up to {SCHEMA_VERSION}; upgrade translora"
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {faults(error)}; {RESTORE}") from error
+
+
+def faults(error: ValidationError) -> str:
+    """The faults of a pydantic error in one line, the first five of them."""
+    found = error.errors(include_url=False)
+    lines = []
+    for fault in found[:5]:
+        line = f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg'].removeprefix('Value error, ')}"
+        shown = fault["type"] not in {"missing", "extra_forbidden", "value_error"} and not isinstance(
+            fault["input"], dict
+        )
+        lines.append(f"{line}, found {str(fault['input'])[:80]!r}" if shown else line)
+    return "; ".join(lines) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
+
+
+def list_files(path: Path) -> set[str]:
+    """Every file below a bundle by relative path; refuses pickles, links and what is no plain file."""
+    names: set[str] = set()
+    for folder, folders, files in os.walk(path):
+        for entry in (Path(folder) / name for name in sorted(folders) + sorted(files)):
+            if entry.is_symlink():
+                raise BundleError(f"{entry}: a symbolic link; copy the bundle with its files (`cp -rL`)")
+            if entry.suffix.lower() in PICKLES:
+                raise BundleError(f"{entry}: looks like a pickle, which is never loaded; delete it or use safetensors")
+            if entry.is_dir():
+                continue
+            if not entry.is_file():
+                raise BundleError(f"{entry}: neither a file nor a directory; delete it")
+            names.add(entry.relative_to(path).as_posix())
+        if len(names) > MAX_FILES:
+            raise BundleError(f"{path}: more than {MAX_FILES} files; give the directory of one bundle")
+    return names
+
+
+def check_listing(path: Path, manifest: Manifest, present: set[str]) -> None:
+    """Compare the files that are there with the manifest; README.md and other hub files may be added freely."""
+    required = {CONFIG, WEIGHTS, SEEDS}
+    if manifest.discriminator:
+        required |= {f"{DISCRIMINATOR}/{CONFIG}", f"{DISCRIMINATOR}/{WEIGHTS}"}
+    elif denied := min((name for name in present if name.startswith(f"{DISCRIMINATOR}/")), default=""):
+        raise BundleError(f"{path / denied}: a discriminator, but the manifest says that there is none; {RESTORE}")
+    for name in sorted(required - present):
+        raise BundleError(f"{path / name}: missing; {RESTORE}")
+    for name in sorted(required - manifest.files.keys()):
+        raise BundleError(f"{path / MANIFEST}: has no hash for {name}; {RESTORE}")
+    for name in sorted(manifest.files.keys() - present):
+        raise BundleError(f"{path / name}: listed in the manifest, but missing; {RESTORE}")
+    for name in sorted(present - manifest.files.keys() - {MANIFEST}):
+        if name.startswith("translora/") or name.endswith(".safetensors"):
+            raise BundleError(f"{path / name}: not listed in the manifest; delete it, or {RESTORE}")

@@ -1,0 +1,127 @@
+"""The command line: translora migrate | prepare | status | report.
+
+Exit codes: 0 all adapters migrated, 1 some failed the gate or were quarantined, 2 the input cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from translora import __version__
+from translora.config import FleetConfig, PrepareConfig, load_config
+
+MIGRATED, FAILED, UNUSABLE = 0, 1, 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The argument parser; importing it loads neither torch nor ray."""
+    parser = argparse.ArgumentParser(
+        prog="translora", description="Move fleets of LoRA adapters to a new base model, nearly without data."
+    )
+    parser.add_argument("--version", action="version", version=f"translora {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    migrate = commands.add_parser("migrate", help="migrate a fleet of bundles; a rerun continues where it stopped")
+    migrate.add_argument("config", type=Path, help="fleet.yaml")
+    migrate.set_defaults(work=run_migrate)
+    prepare = commands.add_parser("prepare", help="the owner's side: make bundles from task data")
+    prepare.add_argument("config", type=Path, help="prepare.yaml")
+    prepare.set_defaults(work=run_prepare)
+    status = commands.add_parser("status", help="show where a run stands, also while it goes on")
+    status.add_argument("run", type=Path, help="run directory")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.set_defaults(work=run_status)
+    report = commands.add_parser("report", help="write the HTML report of a run again and print its table")
+    report.add_argument("run", type=Path, help="run directory")
+    report.set_defaults(work=run_report)
+    for command in (migrate, prepare):
+        command.add_argument("--verbose", action="store_true", help="show the libraries' own logs too")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return int(arguments.work(arguments))
+    except ValueError as error:
+        sys.stderr.write(f"translora: {error}\n")
+        return UNUSABLE
+    except KeyboardInterrupt:
+        sys.stderr.write("translora: interrupted; the same command continues\n")
+        return 130
+
+
+def start_ray(address: str | None, verbose: bool, on_gpu: bool) -> None:
+    """Join or start Ray, with the driver's environment handed to the workers."""
+    import ray
+
+    from translora.run.log import quiet_environment
+
+    ray.init(
+        address=address,
+        runtime_env={"env_vars": quiet_environment(verbose=verbose, on_gpu=on_gpu)},
+        log_to_driver=True,
+        logging_level="INFO" if verbose else "ERROR",
+        ignore_reinit_error=True,
+    )
+
+
+def run_migrate(arguments: argparse.Namespace) -> int:
+    """`translora migrate fleet.yaml`."""
+    from translora.run.log import setup_logging
+
+    setup_logging(arguments.verbose)
+    config = load_config(arguments.config, FleetConfig)
+    from translora.fleet import migrate
+
+    start_ray(config.resources.ray_address, arguments.verbose, config.resources.gpus_per_actor > 0)
+    states = migrate(config)
+    print_report(config.run_dir)
+    return MIGRATED if all(state.status == "migrated" for state in states) else FAILED
+
+
+def run_prepare(arguments: argparse.Namespace) -> int:
+    """`translora prepare prepare.yaml`."""
+    from translora.run.log import setup_logging
+
+    setup_logging(arguments.verbose)
+    config = load_config(arguments.config, PrepareConfig)
+    from translora.prepare import prepare
+
+    start_ray(config.resources.ray_address, arguments.verbose, config.resources.gpus_per_actor > 0)
+    for bundle in prepare(config):
+        sys.stdout.write(f"{bundle.path}\n")
+    return MIGRATED
+
+
+def run_status(arguments: argparse.Namespace) -> int:
+    """`translora status RUN`."""
+    from translora.run.status import render_status
+
+    sys.stdout.write(render_status(arguments.run, as_json=arguments.json).rstrip() + "\n")
+    return MIGRATED
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    """`translora report RUN`."""
+    print_report(arguments.run)
+    return MIGRATED
+
+
+def print_report(run_dir: Path) -> None:
+    """Write RUN/report.html, print the fleet's table and list what did not migrate."""
+    from rich.console import Console
+
+    from translora.report.html import write_report
+    from translora.report.table import render_table
+    from translora.run.state import load_states
+
+    states = load_states(run_dir)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(render_table(states))
+    for state in states:
+        if state.status != "migrated":
+            console.print(f"{state.name}: {state.status}: {state.reason}", markup=False, highlight=False)
+    console.print(f"report: {write_report(run_dir)}", highlight=False, soft_wrap=True)

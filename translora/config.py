@@ -1,0 +1,299 @@
+"""Typed configuration of `translora migrate` and `translora prepare`.
+
+Importing this module loads neither torch nor ray. Every field is checked before a model is
+touched; unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+DType = Literal["auto", "bfloat16", "float32"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+
+
+class Strict(BaseModel):
+    """A config object: unknown keys are errors, the docstring under a field describes it."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class BaseModelConfig(Strict):
+    """A base model: where it is and how it is loaded."""
+
+    model: str
+    """Local directory (config.json, *.safetensors, tokenizer) or hub id."""
+    dtype: DType = "auto"
+    """Weights' dtype in synthesis and gate; `auto` is bfloat16 where the device multiplies it natively."""
+    attn_implementation: Attention = "auto"
+    """`auto` is flash_attention_2 where the package and a CUDA device are present, SDPA elsewhere."""
+
+
+class AdapterEntry(Strict):
+    """One bundle, or a glob over bundles."""
+
+    bundle: str
+    """Bundle directory or a glob pattern over bundle directories."""
+    num_samples: int | None = Field(default=None, ge=2)
+    """|D_syn|; the bundle's own |D| when unset."""
+    eval_data: str | None = None
+    """JSONL with `input` and `target`: real held-out data, only measured on, never trained on."""
+
+
+class SamplingConfig(Strict):
+    """How the generator samples task inputs."""
+
+    temperature: float = Field(default=0.9, gt=0)
+    """Softmax temperature."""
+    top_k: int = Field(default=50, ge=1)
+    """Candidates kept at each step (a full sort of a 262k vocabulary costs more than the forward pass)."""
+    max_new_tokens: int = Field(default=96, ge=1)
+    """Longest task input, in tokens of the generator."""
+
+
+class SynthesisConfig(Strict):
+    """Rounds of generate, screen and label."""
+
+    generator: BaseModelConfig | None = None
+    """Model that invents task inputs; the target base when unset (as in the paper)."""
+    sampling: SamplingConfig = SamplingConfig()
+    """Sampling of task inputs."""
+    batch_size: int = Field(default=24, ge=1)
+    """Rows in one forward pass; rows of different adapters share it."""
+    max_answer_tokens: int = Field(default=64, ge=1)
+    """Longest answer of the teacher, in tokens of the source base; longer answers are dropped as malformed."""
+    oversample: float = Field(default=1.15, ge=1)
+    """A round generates (missing / expected acceptance) times this."""
+    max_rounds: int = Field(default=6, ge=1)
+    """Rounds before an adapter that is still short gives up."""
+    max_generated_factor: float = Field(default=10.0, ge=1)
+    """Budget: generated inputs per adapter, as a multiple of |D_syn|."""
+    min_accepted_fraction: float = Field(default=0.5, gt=0, le=1)
+    """When the budget is spent: go on with fewer samples down to this fraction of |D_syn|, else quarantine."""
+
+
+class LoraSettings(Strict):
+    """The new adapter's shape."""
+
+    rank: int = Field(default=8, ge=1, le=1024)
+    """Rank r of A [r, in] and B [out, r]."""
+    alpha: float = Field(default=16.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    target_modules: list[str] = ["q_proj", "v_proj"]
+    """Names of the linear modules that are adapted (paper: query and value projections)."""
+
+
+class TrainConfig(Strict):
+    """Training of an adapter: one AdamW run with linear decay and no warm-up, no weight decay (paper)."""
+
+    lora: LoraSettings = LoraSettings()
+    """Shape of the new adapter."""
+    epochs: float = Field(default=20, gt=0)
+    """Passes over the training samples."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak learning rate."""
+    batch_size: int = Field(default=8, ge=1)
+    """Samples per optimizer step, over all workers."""
+    micro_batch_size: int = Field(default=8, ge=1)
+    """Most samples per worker in one forward pass."""
+    max_length: int = Field(default=1024, ge=8)
+    """Longest prompt plus answer, in tokens; longer samples are dropped with a warning."""
+    num_workers: int = Field(default=2, ge=1)
+    """Ray Train workers: one per GPU, or CPU processes."""
+    dtype: DType = "auto"
+    """Base weights' dtype; `auto` is bfloat16 on CUDA, float32 on a CPU (LoRA training gains nothing from bfloat16 there)."""
+    ds_config: str = "zero3.json"
+    """DeepSpeed config: a path, or the name of a file in ds_configs/."""
+    checkpoint_every_steps: int = Field(default=50, ge=1)
+    """Steps between two resumable checkpoints of the adapter in training."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    max_failures: int = Field(default=2, ge=0)
+    """Times that Ray Train restarts the worker group after a worker died."""
+
+
+class DiscriminatorConfig(Strict):
+    """Training of the discriminator (yes/no over task inputs)."""
+
+    epochs: float = Field(default=2, gt=0)
+    """Passes over positives and negatives."""
+    learning_rate: float = Field(default=5e-4, gt=0)
+    """Peak learning rate."""
+    max_samples: int = Field(default=400, ge=4)
+    """Most training samples, half of them positives."""
+
+
+class GateConfig(Strict):
+    """The acceptance check on held-out synthetic prompts."""
+
+    holdout_fraction: float = Field(default=0.2, gt=0, lt=1)
+    """Share of additional synthetic samples kept out of training (on top of |D_syn|)."""
+    min_holdout: int = Field(default=8, ge=1)
+    """Fewest held-out samples."""
+    min_agreement: float = Field(default=0.6, ge=0, le=1)
+    """Least share of held-out prompts on which the migrated student gives the teacher's answer."""
+    min_gain: float = Field(default=0.0, ge=-1, le=1)
+    """Least (student - bare target base) agreement."""
+
+
+class TrackingConfig(Strict):
+    """Where metrics go; metrics.jsonl is always written."""
+
+    wandb_project: str | None = None
+    """W&B project; no W&B when unset."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """`offline` writes the W&B run below the run directory and sends nothing."""
+
+
+class ResourceConfig(Strict):
+    """What synthesis and gate actors get."""
+
+    num_actors: int = Field(default=1, ge=1)
+    """Actors that hold the base (data parallel)."""
+    gpus_per_actor: float = Field(default=0, ge=0)
+    """GPUs per actor; 0 runs on the CPU."""
+    cpus_per_actor: float = Field(default=1, gt=0)
+    """CPUs that Ray reserves per actor, and its number of torch threads."""
+    ray_address: str | None = None
+    """Address of a running Ray cluster; unset starts or joins as `ray.init` does."""
+
+
+class FleetConfig(Strict):
+    """`translora migrate fleet.yaml`: one hop of many bundles."""
+
+    run_dir: Path
+    """Run directory; a rerun on it continues where it stopped."""
+    source: BaseModelConfig
+    """The base that is retired."""
+    target: BaseModelConfig
+    """The base that replaces it."""
+    adapters: list[AdapterEntry] = Field(min_length=1)
+    """The bundles."""
+    seed: int = 0
+    """Root of every random number of the run."""
+    synthesis: SynthesisConfig = SynthesisConfig()
+    """Generate, screen, label."""
+    distill: TrainConfig = TrainConfig()
+    """Training of the students."""
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    """Training of the discriminators for the next hop."""
+    gate: GateConfig = GateConfig()
+    """Acceptance of the migrated adapters."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Metrics."""
+    resources: ResourceConfig = ResourceConfig()
+    """Actors."""
+
+
+class PrepareEntry(Strict):
+    """One bundle to make from task data."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+    """Task name: the <NAME> of the discriminator's question, and the bundle's directory."""
+    data: str
+    """JSONL with `input` and `target`."""
+    adapter: str | None = None
+    """Existing PEFT adapter of the source base; trained from `data` when unset."""
+    seeds: str | None = None
+    """JSONL with five (cleaned) `input` lines to ship as seeds; chosen from `data` when unset."""
+
+
+class PrepareConfig(Strict):
+    """`translora prepare prepare.yaml`: the owner's side, run once while the data is at hand."""
+
+    output_dir: Path
+    """Bundles are written to output_dir/name."""
+    run_dir: Path
+    """Working directory; a rerun on it continues where it stopped."""
+    source: BaseModelConfig
+    """The base of the adapters."""
+    tasks: list[PrepareEntry] = Field(min_length=1)
+    """The bundles to make."""
+    prompt_template: str = "auto"
+    """`chat` (the tokenizer's chat template), a string that contains {input}, or `auto`: chat where the tokenizer has one."""
+    num_seeds: int = Field(default=5, ge=1, le=50)
+    """Seed examples per bundle."""
+    seed: int = 0
+    """Root of every random number of the run."""
+    train: TrainConfig = TrainConfig()
+    """Training of missing adapters."""
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    """Training of the discriminators."""
+    synthesis: SynthesisConfig = SynthesisConfig()
+    """Generation of the discriminator's negatives."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Metrics."""
+    resources: ResourceConfig = ResourceConfig()
+    """Actors."""
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> Self:
+        names = [task.name for task in self.tasks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"task names appear twice: {', '.join(twice)}; give each task its own `name`")
+        return self
+
+
+def expand(path: str, relative_to: Path) -> str:
+    """Expand `~` and `$VARS`; a relative path is taken relative to the config file's directory."""
+    expanded = os.path.expandvars(os.path.expanduser(path))
+    return expanded if os.path.isabs(expanded) else os.path.normpath(os.path.join(relative_to, expanded))
+
+
+def _resolve_model(raw: dict[str, Any], relative_to: Path) -> None:
+    model = raw.get("model")
+    if not isinstance(model, str):
+        return
+    candidate = expand(model, relative_to)
+    if model.startswith((".", "~", "/", "$")) or os.path.isdir(candidate):
+        raw["model"] = candidate
+
+
+ConfigT = TypeVar("ConfigT", FleetConfig, PrepareConfig)
+
+
+def load_config(path: str | Path, kind: type[ConfigT]) -> ConfigT:
+    """Read a YAML file into a checked config; relative paths become relative to the file.
+
+    Raises:
+        ValueError: the file is missing or not YAML, or a key or value is wrong; names the file and each fault.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); give the path of a YAML file") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
+    here = path.resolve().parent
+    for key in ("run_dir", "output_dir"):
+        if isinstance(raw.get(key), str):
+            raw[key] = expand(raw[key], here)
+    synthesis = raw.get("synthesis")
+    generator = synthesis.get("generator") if isinstance(synthesis, dict) else None
+    for model in (raw.get("source"), raw.get("target"), generator):
+        if isinstance(model, dict):
+            _resolve_model(model, here)
+    entries = raw.get("adapters") or raw.get("tasks") or []
+    for index, entry in enumerate(entries if isinstance(entries, list) else []):
+        if isinstance(entry, str) and "adapters" in raw:
+            entries[index] = entry = {"bundle": entry}
+        for key in ("bundle", "eval_data", "data", "adapter", "seeds"):
+            if isinstance(entry, dict) and isinstance(entry.get(key), str):
+                entry[key] = expand(entry[key], here)
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(str(part) for part in fault['loc']) or 'config'}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors()
+        )
+        raise ValueError(f"{path}: {faults}") from error

@@ -1,0 +1,107 @@
+"""Starts one Ray Train worker group for all the adapters of a base and follows its progress."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
+from translora.distill.train import TrainJob, train_worker
+
+logger = logging.getLogger(__name__)
+OnStep = Callable[[str, dict[str, float]], None]
+POLL_SECONDS = 0.5
+
+
+class Follower:
+    """Reads the jobs' train.jsonl while they grow and hands each new step to `on_step(name, row)`."""
+
+    def __init__(self, jobs: Sequence[TrainJob], on_step: OnStep) -> None:
+        self._paths = {job.name: Path(job.work_dir) / "train.jsonl" for job in jobs}
+        # A rerun repeats no line that an earlier run already reported.
+        self._offsets = {name: path.stat().st_size if path.is_file() else 0 for name, path in self._paths.items()}
+        self._on_step = on_step
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Follower:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._poll()
+
+    def _run(self) -> None:
+        while not self._stop.wait(POLL_SECONDS):
+            self._poll()
+
+    def _poll(self) -> None:
+        for name, path in self._paths.items():
+            if not path.is_file():
+                continue
+            with open(path, encoding="utf-8") as handle:
+                handle.seek(self._offsets[name])
+                while (line := handle.readline()).endswith("\n"):
+                    self._offsets[name] = handle.tell()
+                    self._on_step(name, json.loads(line))
+
+
+def train_adapters(
+    base: BaseModelConfig,
+    base_name: str,
+    jobs: Sequence[TrainJob],
+    config: TrainConfig,
+    resources: ResourceConfig,
+    run_dir: Path,
+    on_step: OnStep,
+) -> None:
+    """Train every job whose output does not exist yet, on one worker group that loads the base once.
+
+    Args:
+        base: the frozen base of all jobs.
+        base_name: name written into the adapters' configs.
+        jobs: trained in this order.
+        config: shared settings; epochs and learning rate are each job's own.
+        resources: `gpus_per_actor` > 0 gives every worker a GPU.
+        run_dir: Ray Train's own files go below it.
+        on_step: called from a thread with each job's name and {step, num_steps, loss, seconds}.
+
+    Raises:
+        ray.train.TrainingFailedError: a worker failed more than `config.max_failures` times.
+    """
+    todo = [job for job in jobs if not Path(job.output, "adapter_config.json").is_file()]
+    if not todo:
+        return
+    use_gpu = resources.gpus_per_actor > 0
+    per_worker: dict[str, float] = {"GPU": 1.0} if use_gpu else {"CPU": 1.0}
+    spec = {
+        "base": base.model_dump(),
+        "base_name": base_name,
+        "train": config.model_dump(),
+        "jobs": [dataclasses.asdict(job) for job in todo],
+        "num_threads": 0 if use_gpu else 1,
+    }
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=spec,
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker=per_worker
+        ),
+        run_config=ray.train.RunConfig(
+            name="train",
+            storage_path=str(run_dir / "ray_train"),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+    with Follower(todo, on_step):
+        trainer.fit()

@@ -1,0 +1,76 @@
+"""Loading of bases and tokenizers: device, dtype and attention are decided here and nowhere else."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from translora.bundle.base import inspect_base
+from translora.config import Attention, BaseModelConfig, DType
+
+logger = logging.getLogger(__name__)
+
+
+def device() -> torch.device:
+    """The CUDA device of this process, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this device multiplies bfloat16 matrices in hardware (on a CPU: AMX or AVX512-BF16)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def resolve_dtype(dtype: DType, *, training: bool = False) -> torch.dtype:
+    """The torch dtype of a setting; see `BaseModelConfig.dtype` and `TrainConfig.dtype` for `auto`."""
+    if dtype != "auto":
+        return torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    if training and not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
+
+
+def resolve_attention(attention: Attention, dtype: torch.dtype) -> str:
+    """flash_attention_2 where package, device and dtype allow it, SDPA elsewhere."""
+    if attention != "auto":
+        return attention
+    flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if flash and dtype != torch.float32 else "sdpa"
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base, padding on the left, with a padding token."""
+    tokenizer = AutoTokenizer.from_pretrained(inspect_base(model).path, trust_remote_code=False)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(config: BaseModelConfig, dtype: torch.dtype, place: torch.device | None) -> PreTrainedModel:
+    """The frozen base in eval mode.
+
+    Args:
+        config: which base.
+        dtype: dtype of the weights.
+        place: device to move it to; None leaves it where transformers put it (ZeRO-3 partitions it while loading).
+    """
+    attention = resolve_attention(config.attn_implementation, dtype)
+    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
+    model = AutoModelForCausalLM.from_pretrained(inspect_base(config.model).path, use_safetensors=True, **kwargs)
+    model.requires_grad_(False)
+    model.eval()
+    if place is not None:
+        model.to(place)
+    logger.info("%s: %s, attention %s", os.path.basename(config.model), dtype, attention)
+    return model

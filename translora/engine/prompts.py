@@ -1,0 +1,87 @@
+"""How a task input becomes a prompt, and an answer its continuation, for a given base.
+
+A template is `chat` (the tokenizer's own chat template, the input as the only user message), a string
+that contains {input}, or `auto`: chat where the tokenizer has a chat template, PLAIN_TEMPLATE elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+PLAIN_TEMPLATE = "{input}\nAnswer:"
+_MARK = "\u2063answer\u2063"
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """Prompt and answer texts of one base. Build it with `prompt_format`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    end: str
+    """What follows an answer: the end-of-turn or end-of-text token."""
+    lead: str
+    """What stands between prompt and answer: a space after a plain template."""
+
+    def render(self, text: str) -> str:
+        """The prompt for a task input, special tokens included."""
+        if self.template == "chat":
+            message = [{"role": "user", "content": text}]
+            rendered = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            assert isinstance(rendered, str)
+            return rendered
+        bos = self.tokenizer.bos_token if _adds_bos(self.tokenizer) else ""
+        return f"{bos}{self.template.replace('{input}', text)}"
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of the prompt."""
+        return self.encode(self.render(text))
+
+    def encode_answer(self, answer: str) -> list[int]:
+        """Token ids of an answer and its end."""
+        return self.encode(f"{self.lead}{answer}{self.end}")
+
+    def encode(self, rendered: str) -> list[int]:
+        """Token ids of a text whose special tokens are already in it."""
+        ids: list[int] = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        return ids
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Tokens that end an answer."""
+        ends = {self.tokenizer.eos_token_id, *self.encode(self.end)[-1:]}
+        return sorted(token for token in ends if token is not None)
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def raw_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text to be continued, with the tokenizer's beginning-of-text token where it uses one."""
+    return f"{tokenizer.bos_token}{text}" if _adds_bos(tokenizer) else text
+
+
+def prompt_format(tokenizer: PreTrainedTokenizerBase, template: str = "auto") -> PromptFormat:
+    """The format of a base's prompts.
+
+    Raises:
+        ValueError: `chat` without a chat template, or a template without {input}.
+    """
+    has_chat = bool(tokenizer.chat_template)
+    if template == "auto":
+        template = "chat" if has_chat else PLAIN_TEMPLATE
+    eos = tokenizer.eos_token or ""
+    if template != "chat":
+        if "{input}" not in template:
+            raise ValueError(f"prompt template {template!r} lacks {{input}}; put it where the task input goes")
+        return PromptFormat(tokenizer, template, eos, "" if template[-1:].isspace() else " ")
+    if not has_chat:
+        raise ValueError("prompt template is 'chat', but the tokenizer has no chat template; use a string with {input}")
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert isinstance(rendered, str)
+    after = rendered.rpartition(_MARK)[2].strip()
+    return PromptFormat(tokenizer, "chat", after or eos, "")

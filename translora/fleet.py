@@ -1,0 +1,289 @@
+"""`translora migrate`: the way of a fleet from its bundles to new bundles, top to bottom.
+
+verify -> synthesis (generate, screen, label; in rounds) -> distill -> gate and publish. Each phase takes the
+adapters that reached it, works on all of them at once, and leaves files behind that a rerun verifies and skips.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from translora.bundle import BundleError, inspect_base, read_bundle, verify_bundle, write_bundle
+from translora.config import AdapterEntry, FleetConfig
+from translora.distill.data import derive_seed
+from translora.distill.launch import train_adapters
+from translora.distill.train import FAILURE, TrainJob
+from translora.engine.loading import load_tokenizer
+from translora.engine.prompts import prompt_format
+from translora.gate.agreement import GateMember, run_gate
+from translora.run.files import read_jsonl, sha256_path, write_bytes, write_jsonl
+from translora.run.member import DISCRIMINATOR, STUDENT, SYNTHETIC, Member, Run, continue_state, expand_entries
+from translora.run.progress import Progress
+from translora.run.rundir import open_run
+from translora.run.state import AdapterState, load_state
+from translora.run.tracker import Tracker
+from translora.synthesis.discriminator import discriminator_rows
+from translora.synthesis.rounds import Pool, synthesise
+
+logger = logging.getLogger(__name__)
+SAVE_EVERY_SECONDS = 2.0
+
+
+def migrate(config: FleetConfig) -> list[AdapterState]:
+    """Migrate a fleet; returns every adapter's state. A rerun continues where a killed run stopped.
+
+    Raises:
+        ValueError: the config or a base cannot be used. A fault of one bundle quarantines that adapter alone.
+    """
+    entries = expand_entries(config.adapters)
+    source, target = inspect_base(config.source.model), inspect_base(config.target.model)
+    if source.fingerprint == target.fingerprint:
+        raise ValueError(f"source and target are the same base ({source.path}); set `target` to the new base")
+    with (
+        open_run(config.run_dir, config),
+        Tracker(config.run_dir, config.tracking, config.model_dump(mode="json"), config.run_dir.name) as tracker,
+    ):
+        run = Run(config, source, target, tracker)
+        members = [member for name, entry in entries.items() if (member := verify(run, name, entry)) is not None]
+        for phase, work in (("synthesis", synthesis_phase), ("distill", distill_phase), ("gate", gate_phase)):
+            todo = [member for member in members if member.state.phase == phase and member.state.status == "pending"]
+            if todo:
+                start = time.monotonic()
+                work(run, todo)
+                seconds = time.monotonic() - start
+                tracker.log({f"time/{phase}_seconds": seconds, "perf/adapters": float(len(todo))})
+                for member in todo:
+                    member.state.seconds[phase] = round(member.state.seconds.get(phase, 0.0) + seconds, 1)
+                    run.save(member.state)
+        return [load_state(config.run_dir, name) for name in entries]
+
+
+def verify(run: Run, name: str, entry: AdapterEntry) -> Member | None:
+    """Read and check one bundle, and what an earlier run left of it; None when it is quarantined."""
+    config = run.config
+    try:
+        bundle = read_bundle(entry.bundle)
+        verify_bundle(bundle, run.source)
+        eval_rows = read_jsonl(entry.eval_data, required=("input", "target")) if entry.eval_data else []
+    except (BundleError, ValueError) as error:
+        run.quarantine(AdapterState(name=name, bundle=entry.bundle), str(error))
+        return None
+    num_samples = entry.num_samples or bundle.manifest.num_samples
+    fresh = AdapterState(
+        name=name,
+        bundle=entry.bundle,
+        bundle_digest=bundle.digest,
+        task_name=bundle.manifest.task_name,
+        phase="synthesis",
+        num_samples=num_samples,
+    )
+    state = continue_state(config.run_dir, fresh)
+    run.save(state)
+    num_heldout = max(config.gate.min_holdout, math.ceil(config.gate.holdout_fraction * num_samples))
+    return Member(bundle, state, config.run_dir / "adapters" / name, num_samples, num_heldout, eval_rows)
+
+
+def synthesis_phase(run: Run, members: list[Member]) -> None:
+    """Fill every adapter's synthetic set and write it, split into train, heldout and refused."""
+    config = run.config
+    generator = config.synthesis.generator or config.target
+    pools = []
+    for member in members:
+        needed = member.num_samples + member.num_heldout
+        budget = math.ceil(config.synthesis.max_generated_factor * needed)
+        pools.append(Pool(member.name, member.bundle, needed, budget))
+
+    def after_round() -> None:
+        for member, pool in zip(members, pools, strict=True):
+            member.state.synthesis = pool.stats.model_copy(deep=True)
+            run.save(member.state)
+            run.tracker.log(
+                {"adapter/accepted": float(pool.stats.accepted), "adapter/acceptance": pool.stats.acceptance},
+                step=pool.stats.rounds,
+                adapter=member.name,
+            )
+
+    synthesise(
+        pools,
+        generator=generator,
+        source=config.source,
+        fingerprints=(inspect_base(generator.model).fingerprint, run.source.fingerprint),
+        config=config.synthesis,
+        resources=config.resources,
+        seed=config.seed,
+        run_dir=config.run_dir,
+        on_round=after_round,
+    )
+    for member, pool in zip(members, pools, strict=True):
+        member.state.synthesis = pool.stats
+        if len(pool.accepted) < max(2, config.synthesis.min_accepted_fraction * pool.needed):
+            run.quarantine(member.state, f"too few synthetic samples: {pool.stats.shortfall}")
+            continue
+        if pool.stats.shortfall:
+            logger.warning("%s: goes on with fewer samples: %s", member.name, pool.stats.shortfall)
+        write_synthetic(member, pool, config.seed)
+        run.advance(member, "distill", member.directory / SYNTHETIC)
+
+
+def write_synthetic(member: Member, pool: Pool, seed: int) -> None:
+    """Write the adapter's synthetic set: input, answer, score, split (train, heldout, refused)."""
+    order = list(range(len(pool.accepted)))
+    random.Random(derive_seed(seed, member.name, "split")).shuffle(order)
+    num_heldout = max(1, round(len(order) * member.num_heldout / pool.needed))
+    heldout = set(order[:num_heldout])
+    rows = [
+        {"adapter": member.name, **row, "split": "heldout" if index in heldout else "train"}
+        for index, row in enumerate(pool.accepted)
+    ] + [{"adapter": member.name, **row, "split": "refused"} for row in pool.refused]
+    names = ("adapter", "sample_id", "input", "answer", "score", "split")
+    types = (pa.string(), pa.int64(), pa.string(), pa.string(), pa.float64(), pa.string())
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, pa.schema(list(zip(names, types, strict=True)))), sink)
+    write_bytes(member.directory / SYNTHETIC, sink.getvalue().to_pybytes())
+
+
+def train_jobs(run: Run, member: Member) -> list[TrainJob]:
+    """The two trainings of an adapter on the target base: the student, and a discriminator for the next hop."""
+    config, directory = run.config, member.directory
+    train, heldout, refused = (member.samples(split) for split in ("train", "heldout", "refused"))
+    seed = derive_seed(config.seed, member.name, DISCRIMINATOR)
+    positives = [row["input"] for row in train + heldout]
+    questions = discriminator_rows(
+        positives, [row["input"] for row in refused], member.state.task_name, config.discriminator.max_samples, seed
+    )
+    jobs = []
+    for kind, rows, settings in (
+        (STUDENT, [{"input": row["input"], "answer": row["answer"]} for row in train], config.distill),
+        (DISCRIMINATOR, questions, config.discriminator),
+    ):
+        work_dir = directory / "train" / kind
+        write_jsonl(work_dir / "data.jsonl", rows)
+        (work_dir / FAILURE).unlink(missing_ok=True)
+        jobs.append(
+            TrainJob(
+                name=f"{member.name}/{kind}",
+                data=str(work_dir / "data.jsonl"),
+                output=str(directory / kind),
+                work_dir=str(work_dir),
+                seed=derive_seed(config.seed, member.name, kind),
+                epochs=settings.epochs,
+                learning_rate=settings.learning_rate,
+            )
+        )
+    return jobs
+
+
+def distill_phase(run: Run, members: list[Member]) -> None:
+    """Train all students and discriminators on one worker group that holds the target base."""
+    config = run.config
+    by_name = {member.name: member for member in members}
+    jobs = {job.name: job for member in members for job in train_jobs(run, member)}
+    last_saved = 0.0
+    steps: dict[str, tuple[int, int]] = {}
+
+    def on_step(job_name: str, row: dict[str, float]) -> None:
+        nonlocal last_saved
+        name, _, kind = job_name.rpartition("/")
+        step, total = int(row["step"]), int(row["num_steps"])
+        steps[job_name] = (step, total)
+        progress.update(sum(step for step, _ in steps.values()), f"{job_name} {step}/{total} loss {row['loss']:.3f}")
+        run.tracker.log({f"loss/{kind}": row["loss"], "time/train_seconds": row["seconds"]}, step=step, adapter=name)
+        if kind == STUDENT:
+            state = by_name[name].state
+            state.step, state.num_steps = step, total
+            if time.monotonic() - last_saved > SAVE_EVERY_SECONDS or step == total:
+                last_saved = time.monotonic()
+                run.save(state)
+
+    total_steps = sum(job.expected_steps(config.distill.batch_size) for job in jobs.values())
+    with Progress("distill", total_steps) as progress:
+        train_adapters(
+            config.target,
+            run.target.name,
+            list(jobs.values()),
+            config.distill,
+            config.resources,
+            config.run_dir,
+            on_step,
+        )
+    for member in members:
+        failures = [path for path in (member.directory / "train").glob(f"*/{FAILURE}")]
+        if failures:
+            run.quarantine(member.state, json.loads(failures[0].read_text())["reason"])
+            continue
+        member.state.losses = json.loads((member.directory / STUDENT / "losses.json").read_text())
+        member.state.step = member.state.num_steps = len(member.state.losses)
+        run.advance(member, "gate", member.directory / STUDENT, member.directory / DISCRIMINATOR)
+
+
+def gate_phase(run: Run, members: list[Member]) -> None:
+    """Judge every student on its held-out prompts; what passes becomes a bundle of the target base."""
+    config = run.config
+    gate_members = [
+        GateMember(
+            name=member.name,
+            student_dir=member.directory / STUDENT,
+            teacher_dir=member.bundle.path,
+            teacher_template=member.bundle.manifest.prompt_template,
+            heldout=member.samples("heldout"),
+            eval_rows=member.eval_rows,
+        )
+        for member in members
+    ]
+    results = run_gate(
+        gate_members,
+        source=config.source,
+        target=config.target,
+        config=config.gate,
+        batch_size=config.synthesis.batch_size,
+        max_answer_tokens=config.synthesis.max_answer_tokens,
+        resources=config.resources,
+        run_dir=config.run_dir,
+        digests={member.name: sha256_path(member.directory / STUDENT) for member in members},
+    )
+    template = prompt_format(load_tokenizer(config.target.model)).template
+    for member in members:
+        member.state.gate, member.state.accuracy = results[member.name]
+        gate = member.state.gate
+        run.tracker.log(
+            {"adapter/agreement": gate.agreement_student, "adapter/agreement_base": gate.agreement_base},
+            adapter=member.name,
+        )
+        if not gate.passed:
+            member.state.status, member.state.reason = "failed_gate", gate.reason
+            run.advance(member, "done")
+            continue
+        publish(run, member, template)
+
+
+def publish(run: Run, member: Member, template: str) -> None:
+    """Write the migrated adapter as a bundle of the target base, ready for the next hop."""
+    manifest, gate = member.bundle.manifest, member.state.gate
+    assert gate is not None
+    output = run.config.run_dir / "bundles" / member.name
+    write_bundle(
+        output,
+        adapter_dir=member.directory / STUDENT,
+        discriminator_dir=member.directory / DISCRIMINATOR,
+        seeds=member.bundle.seeds,
+        task_name=manifest.task_name,
+        base=run.target,
+        num_samples=member.num_samples,
+        prompt_template=template,
+        provenance={
+            "migrated_from": manifest.base_name,
+            "source_bundle_sha256": member.bundle.digest,
+            "agreement_with_teacher": gate.agreement_student,
+            "agreement_of_bare_base": gate.agreement_base,
+        },
+    )
+    member.state.output = f"bundles/{member.name}"
+    member.state.status = "migrated"
+    run.advance(member, "done", output)

@@ -1,0 +1,151 @@
+"""The gate: does the student give the teacher's answers on prompts held out from its training?
+
+Also measures accuracy on real held-out data where the fleet file names some. Both are exact match after
+normalising case and white space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from translora.config import BaseModelConfig, GateConfig, ResourceConfig
+from translora.run.files import digest
+from translora.run.progress import Progress
+from translora.run.state import Accuracy, GateResult
+from translora.synthesis.actors import Row, cut_blocks, run_blocks
+from translora.synthesis.prompts import LINE_END, normalise
+from translora.synthesis.stages import answer_block
+
+
+@dataclass(frozen=True)
+class GateMember:
+    """One migrated adapter before the gate."""
+
+    name: str
+    student_dir: Path
+    teacher_dir: Path
+    teacher_template: str
+    heldout: list[dict[str, str]]
+    """Held-out synthetic samples: `input`, and the teacher's `answer`."""
+    eval_rows: list[dict[str, str]]
+    """Real held-out data: `input`, `target`; empty where there is none."""
+
+
+def share_equal(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Share of answers equal to their reference after normalisation."""
+    pairs = zip(answers, references, strict=True)
+    return sum(normalise(answer) == normalise(reference) for answer, reference in pairs) / len(references)
+
+
+def judge(agreement_student: float, agreement_base: float, num_heldout: int, config: GateConfig) -> GateResult:
+    """The verdict on one adapter: enough agreement, and enough of it beyond the bare target base's."""
+    reasons = []
+    if agreement_student < config.min_agreement:
+        reasons.append(f"agreement {agreement_student:.2f} < gate.min_agreement {config.min_agreement:.2f}")
+    if agreement_student - agreement_base < config.min_gain:
+        gain = agreement_student - agreement_base
+        reasons.append(f"gain over the target base {gain:+.2f} < gate.min_gain {config.min_gain:+.2f}")
+    return GateResult(
+        num_heldout=num_heldout,
+        agreement_student=agreement_student,
+        agreement_base=agreement_base,
+        passed=not reasons,
+        reason="; ".join(reasons),
+    )
+
+
+def _rows(member: GateMember, slot: str | None, arm: str, template: str, max_answer_stop: bool) -> list[Row]:
+    inputs = [sample["input"] for sample in (member.heldout if arm.startswith("gate") else member.eval_rows)]
+    stop = LINE_END if max_answer_stop else None
+    return [
+        {"adapter": member.name, "arm": arm, "index": index, "slot": slot, "input": text, "template": template, "stop": stop}
+        for index, text in enumerate(inputs)
+    ]
+
+
+def _answers(rows: Sequence[Row]) -> dict[tuple[str, str], list[str]]:
+    """Answers by (adapter, arm), in the order of the inputs."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in sorted(rows, key=lambda row: (row["adapter"], row["arm"], row["index"])):
+        found.setdefault((row["adapter"], row["arm"]), []).append(row["answer"])
+    return found
+
+
+def run_gate(
+    members: Sequence[GateMember],
+    *,
+    source: BaseModelConfig,
+    target: BaseModelConfig,
+    config: GateConfig,
+    batch_size: int,
+    max_answer_tokens: int,
+    resources: ResourceConfig,
+    run_dir: Path,
+    digests: Mapping[str, str],
+) -> dict[str, tuple[GateResult, Accuracy | None]]:
+    """Answer the held-out prompts with student and bare target base, all adapters in mixed batches, and judge.
+
+    Args:
+        digests: content hash of each member's student, so that a rerun reuses the answers of the same weights only.
+    """
+    target_rows: list[Row] = []
+    source_rows: list[Row] = []
+    for member in members:
+        one_line = all("\n" not in sample["answer"] for sample in member.heldout)
+        one_line_target = all("\n" not in row["target"].strip() for row in member.eval_rows)
+        for slot, gate_arm, eval_arm in (
+            (f"student/{member.name}", "gate_student", "migrated"),
+            (None, "gate_base", "target_base"),
+        ):
+            target_rows += _rows(member, slot, gate_arm, "auto", one_line)
+            target_rows += _rows(member, slot, eval_arm, "auto", one_line_target)
+        for slot, arm in ((f"teacher/{member.name}", "source_adapter"), (None, "source_base")):
+            source_rows += _rows(member, slot, arm, member.teacher_template, one_line_target)
+
+    answers: dict[tuple[str, str], list[str]] = {}
+    settings = {"max_answer_tokens": max_answer_tokens}
+    students = {f"student/{member.name}": str(member.student_dir) for member in members}
+    teachers = {f"teacher/{member.name}": str(member.teacher_dir) for member in members}
+    for label, base, adapters, rows in (
+        ("gate: target base", target, students, target_rows),
+        ("gate: source base", source, teachers, source_rows),
+    ):
+        if not rows:
+            continue
+        blocks = cut_blocks(rows, batch_size, lambda row: len(row["input"]))
+        key = digest(blocks, settings, base.model_dump(), dict(digests))
+        with Progress(label, len(rows)) as progress:
+            computed = run_blocks(
+                blocks,
+                answer_block,
+                base=base,
+                adapters=adapters,
+                settings=settings,
+                resources=resources,
+                directory=run_dir / "gate" / key,
+                on_block=progress.fraction,
+            )
+        answers |= _answers(computed)
+    return {member.name: _judge_member(member, answers, config) for member in members}
+
+
+def _judge_member(
+    member: GateMember, answers: Mapping[tuple[str, str], list[str]], config: GateConfig
+) -> tuple[GateResult, Accuracy | None]:
+    labels = [sample["answer"] for sample in member.heldout]
+    gate = judge(
+        share_equal(answers[member.name, "gate_student"], labels),
+        share_equal(answers[member.name, "gate_base"], labels),
+        len(labels),
+        config,
+    )
+    if not member.eval_rows:
+        return gate, None
+    targets = [row["target"] for row in member.eval_rows]
+    shares = {
+        arm: share_equal(answers[member.name, arm], targets)
+        for arm in ("source_base", "source_adapter", "target_base", "migrated")
+    }
+    return gate, Accuracy(num_items=len(targets), **shares)

@@ -1,0 +1,180 @@
+"""LoRA adapters on disk in PEFT's format: adapter_config.json and adapter_model.safetensors.
+
+Shapes: A [r, in], B [out, r]; the adapted module computes W x + scaling * B A x.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+MAX_RANK = 1024
+PREFIX = "base_model.model."
+_UNSUPPORTED = {
+    "use_dora": "DoRA",
+    "modules_to_save": "fully trained modules (modules_to_save)",
+    "layer_replication": "layer replication",
+    "trainable_token_indices": "trained token embeddings",
+    "target_parameters": "LoRA on raw parameters (target_parameters)",
+    "lora_bias": "LoRA biases",
+    "alora_invocation_tokens": "activated LoRA",
+    "use_qalora": "QALoRA",
+    "fan_in_fan_out": "transposed (Conv1D) weights",
+}
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """One LoRA adapter: `modules[name] = (A [r, in], B [out, r])`, `scaling[name]`, and PEFT's config."""
+
+    modules: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    scaling: dict[str, float]
+    config: dict[str, Any]
+
+    @property
+    def max_rank(self) -> int:
+        """Largest rank over the modules."""
+        return max(lora_A.shape[0] for lora_A, _ in self.modules.values())
+
+
+def _pattern_value(pattern: dict[str, Any], module: str, default: float) -> float:
+    """PEFT's rank_pattern / alpha_pattern: the first key that matches the end of the module's name."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return float(value)
+    return default
+
+
+def _check_numbers(config: dict[str, Any], path: Path) -> None:
+    """Refuse ranks and alphas that are no positive numbers, and name patterns that could take for ever to match."""
+    values = {option: config.get(option) for option in ("r", "lora_alpha")}
+    for option in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(option) or {}
+        if not isinstance(pattern, dict):
+            raise ValueError(f"{path}: {option} is no object; save the adapter again with PEFT's save_pretrained")
+        for key, value in pattern.items():
+            values[f"{option}.{key}"] = value
+            # A repeated group can backtrack exponentially; module names need none.
+            if len(key) > 256 or re.search(r"\)[*+{]", key) or len(re.findall(r"[*+{]", key)) > 2:
+                raise ValueError(f"{path}: {option} has the key {key[:80]!r}; use plain module names as keys")
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ValueError(f"{path}: {option} has the key {key!r}, no valid pattern ({error})") from error
+    for option, value in values.items():
+        integral = not option.endswith("alpha") and not option.startswith("alpha")
+        kinds = (int,) if integral else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
+            raise ValueError(f"{path}: {option} is {value!r}, expected a positive number; restore the adapter's config")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read adapter_config.json.
+
+    Raises:
+        ValueError: missing, not JSON, not LoRA, or with options that the adapter bank does not cover.
+    """
+    path = directory / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); save the adapter with PEFT's save_pretrained") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{path}: peft_type is {kind!r}; only LORA adapters can be read here")
+    for option, meaning in _UNSUPPORTED.items():
+        if config.get(option):
+            raise ValueError(f"{path}: {option} is set: {meaning} is not supported; retrain the adapter without it")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{path}: bias is {config['bias']!r}; only bias='none' is supported")
+    _check_numbers(config, path)
+    return config
+
+
+def read_lora(directory: str | Path) -> LoraWeights:
+    """Read a PEFT LoRA directory, on the CPU, in the dtype of the file.
+
+    Raises:
+        ValueError: a file is missing, truncated or a pickle; a tensor has no partner, a rank does not
+            fit the config or exceeds MAX_RANK. Names the file and the remedy.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    path = directory / "adapter_model.safetensors"
+    if not path.is_file():
+        pickled = directory / "adapter_model.bin"
+        if pickled.exists():
+            raise ValueError(f"{pickled}: pickled weights are never loaded; convert the adapter to {path.name}")
+        raise ValueError(f"{path}: missing; save the adapter with PEFT's save_pretrained")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: truncated or not safetensors ({error}); copy the file again") from error
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_(A|B)\.weight", key)
+        if match is None:
+            raise ValueError(f"{path}: unexpected tensor {key!r}; only lora_A and lora_B of linear modules are supported")
+        pairs.setdefault(match[1], {})[match[2]] = tensor
+    if not pairs:
+        raise ValueError(f"{path}: holds no tensors; save the adapter again (ZeRO-3 needs its parameters gathered)")
+    modules: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    scaling: dict[str, float] = {}
+    for module, pair in pairs.items():
+        if set(pair) != {"A", "B"}:
+            raise ValueError(f"{path}: {module} has only lora_{next(iter(pair))}; save the adapter again")
+        lora_A, lora_B = pair["A"], pair["B"]
+        rank = int(_pattern_value(config.get("rank_pattern") or {}, module, config.get("r", 0)))
+        alpha = _pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", rank))
+        if not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"{directory / 'adapter_config.json'}: rank {rank} of {module} is outside 1..{MAX_RANK}")
+        if lora_A.ndim != 2 or lora_B.ndim != 2 or lora_A.shape[0] != rank or lora_B.shape[1] != rank:
+            raise ValueError(
+                f"{path}: {module} has A {list(lora_A.shape)} and B {list(lora_B.shape)}, but the config says "
+                f"rank {rank}; restore the adapter_config.json that belongs to these weights"
+            )
+        modules[module] = (lora_A, lora_B)
+        scaling[module] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    return LoraWeights(modules=modules, scaling=scaling, config=config)
+
+
+def write_lora(
+    directory: Path,
+    modules: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    *,
+    alpha: float,
+    base_model: str,
+) -> None:
+    """Write `modules[name] = (A [r, in], B [out, r])`, all of one rank, as a PEFT directory.
+
+    The caller gathers partitioned tensors first and calls this on one rank only.
+    """
+    ranks = {lora_A.shape[0] for lora_A, _ in modules.values()}
+    assert len(ranks) == 1, f"one rank an adapter, got {sorted(ranks)}"
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": ranks.pop(),
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in modules}),
+    }
+    tensors = {}
+    for name, (lora_A, lora_B) in modules.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = lora_A.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = lora_B.detach().cpu().contiguous()
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,199 @@
+"""`translora prepare`: the owner's side, run once while the data is at hand (arXiv 2405.17258, section 3).
+
+seeds -> negatives (invented by the source base) -> adapter where there is none, discriminator -> bundle.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from translora.bundle import Bundle, BundleError, inspect_base, read_bundle, write_bundle
+from translora.bundle.base import BaseInfo
+from translora.config import PrepareConfig, PrepareEntry
+from translora.distill.data import derive_seed
+from translora.distill.launch import train_adapters
+from translora.distill.train import FAILURE, TrainJob
+from translora.engine.loading import load_tokenizer
+from translora.engine.prompts import prompt_format
+from translora.run.files import digest, read_jsonl, sha256_file, write_jsonl
+from translora.run.progress import Progress
+from translora.run.rundir import open_run
+from translora.run.tracker import Tracker
+from translora.synthesis.actors import Row, cut_blocks, run_blocks
+from translora.synthesis.discriminator import discriminator_rows
+from translora.synthesis.prompts import generation_prompt, generation_stop, normalise
+from translora.synthesis.stages import generate_block
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One bundle to make."""
+
+    entry: PrepareEntry
+    rows: list[dict[str, Any]]
+    seeds: list[str]
+    output: Path
+
+
+def prepare(config: PrepareConfig) -> list[Bundle]:
+    """Make the bundles; those whose directory is already a bundle made from the same data are skipped.
+
+    Raises:
+        ValueError: the config, the base or the data of a task cannot be used.
+    """
+    base = inspect_base(config.source.model)
+    template = prompt_format(load_tokenizer(config.source.model), config.prompt_template).template
+    tasks = [read_task(config, entry) for entry in config.tasks]
+    with (
+        open_run(config.run_dir, config),
+        Tracker(config.run_dir, config.tracking, config.model_dump(mode="json"), config.run_dir.name) as tracker,
+    ):
+        todo = [task for task in tasks if not is_made(task, base)]
+        if todo:
+            negatives = invent_negatives(config, todo, base)
+            train(config, todo, negatives, base, template, tracker)
+            for task in todo:
+                make_bundle(config, task, base, template)
+    return [read_bundle(task.output) for task in tasks]
+
+
+def read_task(config: PrepareConfig, entry: PrepareEntry) -> Task:
+    """Read a task's data and choose its seeds."""
+    rows = read_jsonl(entry.data, required=("input", "target"))
+    distinct = sorted({normalise(row["input"]): row["input"] for row in rows}.values())
+    if entry.seeds is not None:
+        seeds = [row["input"] for row in read_jsonl(entry.seeds, required=("input",))]
+    else:
+        if len(distinct) < config.num_seeds:
+            raise ValueError(f"{entry.data}: {len(distinct)} different inputs, but num_seeds is {config.num_seeds}")
+        seeds = random.Random(derive_seed(config.seed, entry.name, "seeds")).sample(distinct, config.num_seeds)
+    return Task(entry, rows, seeds, config.output_dir / entry.name)
+
+
+def is_made(task: Task, base: BaseInfo) -> bool:
+    """Whether the task's bundle exists, of this base and this data."""
+    try:
+        manifest = read_bundle(task.output).manifest
+    except BundleError:
+        return False
+    same_data = manifest.provenance.get("data_sha256") == sha256_file(Path(task.entry.data))
+    return same_data and manifest.base_fingerprint == base.fingerprint
+
+
+def invent_negatives(config: PrepareConfig, tasks: list[Task], base: BaseInfo) -> dict[str, list[str]]:
+    """Inputs invented by the source base from the seeds: the discriminator's negatives."""
+    rows: list[Row] = []
+    for task in tasks:
+        count = min(len(task.rows), config.discriminator.max_samples // 2)
+        for sample_id in range(count):
+            seed = derive_seed(config.seed, task.entry.name, "negative", sample_id)
+            rows.append(
+                {
+                    "adapter": task.entry.name,
+                    "sample_id": sample_id,
+                    "prompt": generation_prompt(task.seeds, seed),
+                    "stop": generation_stop(task.seeds),
+                    "seed": seed,
+                }
+            )
+    blocks = cut_blocks(rows, config.synthesis.batch_size, lambda row: len(row["prompt"]))
+    settings = {"sampling": config.synthesis.sampling.model_dump()}
+    key = digest(blocks, settings, config.source.model_dump(), base.fingerprint)
+    with Progress("invent negatives", len(rows)) as progress:
+        generated = run_blocks(
+            blocks,
+            generate_block,
+            base=config.source,
+            adapters={},
+            settings=settings,
+            resources=config.resources,
+            directory=config.run_dir / "negatives" / key,
+            on_block=progress.fraction,
+        )
+    real = {task.entry.name: {normalise(row["input"]) for row in task.rows} for task in tasks}
+    negatives: dict[str, list[str]] = {task.entry.name: [] for task in tasks}
+    for row in sorted(generated, key=lambda row: (row["adapter"], row["sample_id"])):
+        key = normalise(row["text"])
+        if row["finished"] and key and key not in real[row["adapter"]]:
+            real[row["adapter"]].add(key)
+            negatives[row["adapter"]].append(row["text"])
+    return negatives
+
+
+def train(
+    config: PrepareConfig,
+    tasks: list[Task],
+    negatives: dict[str, list[str]],
+    base: BaseInfo,
+    template: str,
+    tracker: Tracker,
+) -> None:
+    """Train missing adapters and all discriminators on one worker group that holds the source base.
+
+    Raises:
+        ValueError: the data of a task cannot be trained on.
+    """
+    jobs = []
+    for task in tasks:
+        name = task.entry.name
+        seed = derive_seed(config.seed, name, "discriminator")
+        inputs = [row["input"] for row in task.rows]
+        questions = discriminator_rows(inputs, negatives[name], name, config.discriminator.max_samples, seed)
+        parts = [("discriminator", questions, config.discriminator.epochs, config.discriminator.learning_rate)]
+        if task.entry.adapter is None:
+            answers = [{"input": row["input"], "answer": row["target"].strip()} for row in task.rows]
+            parts.insert(0, ("adapter", answers, config.train.epochs, config.train.learning_rate))
+        for kind, rows, epochs, learning_rate in parts:
+            work_dir = config.run_dir / "tasks" / f"{name}-{digest(rows)}" / kind
+            write_jsonl(work_dir / "data.jsonl", rows)
+            (work_dir / FAILURE).unlink(missing_ok=True)
+            jobs.append(
+                TrainJob(
+                    name=f"{name}/{kind}",
+                    data=str(work_dir / "data.jsonl"),
+                    output=str(config.run_dir / "adapters" / name / kind),
+                    work_dir=str(work_dir),
+                    seed=derive_seed(config.seed, name, kind),
+                    epochs=epochs,
+                    learning_rate=learning_rate,
+                    template=template,
+                )
+            )
+    total_steps = sum(job.expected_steps(config.train.batch_size) for job in jobs)
+    steps: dict[str, int] = {}
+
+    def on_step(job_name: str, row: dict[str, float]) -> None:
+        name, _, kind = job_name.rpartition("/")
+        steps[job_name] = int(row["step"])
+        progress.update(sum(steps.values()), f"{job_name} loss {row['loss']:.3f}")
+        tracker.log({f"loss/{kind}": row["loss"]}, step=int(row["step"]), adapter=name)
+
+    with Progress("train", total_steps) as progress:
+        train_adapters(config.source, base.name, jobs, config.train, config.resources, config.run_dir, on_step)
+    for job in jobs:
+        failure = Path(job.work_dir) / FAILURE
+        if failure.is_file():
+            raise ValueError(failure.read_text())
+
+
+def make_bundle(config: PrepareConfig, task: Task, base: BaseInfo, template: str) -> None:
+    """Write one bundle."""
+    trained = config.run_dir / "adapters" / task.entry.name
+    write_bundle(
+        task.output,
+        adapter_dir=task.entry.adapter or trained / "adapter",
+        discriminator_dir=trained / "discriminator",
+        seeds=task.seeds,
+        task_name=task.entry.name,
+        base=base,
+        num_samples=len(task.rows),
+        prompt_template=template,
+        provenance={"data_sha256": sha256_file(Path(task.entry.data)), "seed": config.seed},
+    )
+    logger.info("%s: bundle written to %s", task.entry.name, task.output)

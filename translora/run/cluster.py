@@ -1,0 +1,80 @@
+"""Starting or joining Ray, quietly. The only place that calls `ray.init`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from translora.run.log import quiet_environment
+
+# Ray 2.60 logs "has constructor arguments in the object store" as an error whenever Ray Data starts an actor
+# (ray #53727); its C++ log has no finer switch than the level. Failures reach the driver as exceptions all the same.
+_CORE_LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
+_CORE_LOG_NOTICE = b"Set ray log level from environment variable"
+
+
+def start_ray(*, address: str | None = None, on_gpu: bool = False, verbose: bool = False) -> None:
+    """Join the cluster at `address`, or start a local one; call `setup_logging` first.
+
+    Args:
+        address: as in `ray.init`; unset starts a local Ray unless RAY_ADDRESS names a cluster.
+        on_gpu: the workers get GPUs.
+        verbose: let Ray speak.
+    """
+    import ray
+
+    arguments = ray_arguments(address=address, on_gpu=on_gpu, verbose=verbose)
+    if verbose or _CORE_LOG_LEVEL in os.environ:
+        ray.init(**arguments)
+        return
+    # putenv reaches the C++ core of this process, but not os.environ, from which Ray starts its daemons: those keep
+    # reporting, a worker killed for want of memory among other things.
+    os.putenv(_CORE_LOG_LEVEL, "fatal")
+    with _without_notice():
+        ray.init(**arguments)
+
+
+def ray_arguments(*, address: str | None = None, on_gpu: bool = False, verbose: bool = False) -> dict[str, Any]:
+    """Keyword arguments for `ray.init`: the address, the workers' environment and quiet logging."""
+    environment = quiet_environment(verbose=verbose, on_gpu=on_gpu)
+    arguments: dict[str, Any] = {"logging_level": "INFO" if verbose else "WARNING"}
+    if address is not None:
+        arguments["address"] = address
+    if address == "local" or (address is None and "RAY_ADDRESS" not in os.environ):
+        # Ray Train asks the state API for its controller and finds the API by searching this machine; with two Ray
+        # instances on it that search fails. So the port is chosen here and told to the workers.
+        port = _free_port()
+        arguments["dashboard_port"] = port
+        environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    arguments["runtime_env"] = {"env_vars": environment}
+    return arguments
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _without_notice() -> Iterator[None]:
+    """Hold back what is written to stderr, C++ included, and release it without Ray's note on its log level."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            for line in held:
+                if _CORE_LOG_NOTICE not in line:
+                    os.write(2, line)

@@ -1,0 +1,117 @@
+"""Atomic files and directories: written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def _temporary(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.parent / f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}"
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` in one step; a reader sees the old or the new content, never a part."""
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as indented JSON."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def replace_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory that becomes `path` when the block succeeds, and vanishes when it fails."""
+    temporary = _temporary(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_temporaries(root: Path) -> None:
+    """Remove what a killed process left half-written below `root`."""
+    for leftover in list(root.rglob(f"{TEMPORARY_PREFIX}*")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's content."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def digest(*parts: Any) -> str:
+    """Short content hash of plain values: names the directory of what was computed from them."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def sha256_path(path: Path) -> str:
+    """Hex sha256 of a file, or over the names and contents of all files below a directory."""
+    if path.is_file():
+        return sha256_file(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    listing = [(file.relative_to(path).as_posix(), sha256_file(file)) for file in files]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace `path` by one JSON object a line (ASCII, so that no Unicode line separator splits a row)."""
+    write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def read_jsonl(path: str | Path, required: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Rows of a JSONL file, each an object whose `required` fields are non-empty strings.
+
+    Raises:
+        ValueError: names the file, the line and what is wrong with it.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); expected JSONL with {', '.join(required)}") from error
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut at U+2028 inside a string
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error}); write one JSON object a line") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+        for field in required:
+            if not isinstance(row.get(field), str) or not row[field].strip():
+                raise ValueError(f'{path}, line {number}: "{field}" must be a non-empty string')
+            if any("\ud800" <= character <= "\udfff" for character in row[field]):
+                raise ValueError(f'{path}, line {number}: "{field}" holds half a surrogate pair; write it as UTF-8')
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no rows; expected JSONL with {', '.join(required)}")
+    return rows

@@ -1,0 +1,136 @@
+"""One adapter of a run and what an earlier run left of it."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from translora.bundle import BaseInfo, Bundle
+from translora.config import AdapterEntry, FleetConfig
+from translora.run.files import sha256_path
+from translora.run.state import AdapterState, Phase, load_state, save_state, state_path
+from translora.run.tracker import Tracker
+
+logger = logging.getLogger(__name__)
+SYNTHETIC, STUDENT, DISCRIMINATOR = "synthetic.parquet", "student", "discriminator"
+PHASES: tuple[Phase, ...] = ("verify", "synthesis", "distill", "gate", "done")
+
+
+@dataclass
+class Member:
+    """One adapter of the fleet: its bundle, its sizes, its state on disk."""
+
+    bundle: Bundle
+    state: AdapterState
+    directory: Path
+    num_samples: int
+    """|D_syn|."""
+    num_heldout: int
+    """Samples for the gate, beyond |D_syn|."""
+    eval_rows: list[dict[str, str]]
+    """Real held-out data to measure on; may be empty."""
+
+    @property
+    def name(self) -> str:
+        """Name within the run: that of the bundle's directory."""
+        return self.state.name
+
+    def samples(self, split: str) -> list[dict[str, Any]]:
+        """Rows of the synthetic set: split is train, heldout or refused."""
+        return [row for row in pq.read_table(self.directory / SYNTHETIC).to_pylist() if row["split"] == split]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every phase needs."""
+
+    config: FleetConfig
+    source: BaseInfo
+    target: BaseInfo
+    tracker: Tracker
+
+    def save(self, state: AdapterState) -> None:
+        """Write the adapter's state file."""
+        save_state(self.config.run_dir, state)
+
+    def quarantine(self, state: AdapterState, reason: str) -> None:
+        """Take one adapter out of the fleet; the others go on."""
+        logger.error("%s: quarantined: %s", state.name, reason)
+        state.status, state.reason = "quarantined", reason
+        self.save(state)
+
+    def advance(self, member: Member, phase: Phase, *artifacts: Path) -> None:
+        """Record the hashes of what a phase wrote (paths below the run directory) and go on to the next one."""
+        for path in artifacts:
+            member.state.artifacts[path.relative_to(self.config.run_dir).as_posix()] = sha256_path(path)
+        member.state.phase = phase
+        self.save(member.state)
+
+
+def expand_entries(entries: list[AdapterEntry]) -> dict[str, AdapterEntry]:
+    """Entries by adapter name, globs expanded.
+
+    Raises:
+        ValueError: a glob matches nothing, or two bundles bear the same name.
+    """
+    found: dict[str, AdapterEntry] = {}
+    for entry in entries:
+        paths = [entry.bundle]
+        if glob.has_magic(entry.bundle):
+            paths = sorted(path for path in glob.glob(entry.bundle) if Path(path).is_dir())
+            if not paths:
+                raise ValueError(f"adapters: the pattern {entry.bundle} matches no directory; correct it")
+        for path in paths:
+            name = Path(path).name
+            if name in found and found[name].bundle != path:
+                raise ValueError(f"adapters: {found[name].bundle} and {path} are both named {name}; rename one directory")
+            found[name] = entry.model_copy(update={"bundle": path})
+    return found
+
+
+def continue_state(run_dir: Path, fresh: AdapterState) -> AdapterState:
+    """The state an earlier run left, as far as its files still are what it recorded; else `fresh`.
+
+    A changed bundle starts from the beginning. A missing or changed file sends the adapter back to the phase that
+    makes it. A quarantined adapter is tried again; one that failed the gate is not.
+    """
+    directory = run_dir / "adapters" / fresh.name
+    if not state_path(run_dir, fresh.name).is_file():
+        return fresh
+    state = load_state(run_dir, fresh.name)
+    if (state.bundle_digest, state.num_samples) != (fresh.bundle_digest, fresh.num_samples):
+        logger.info("%s: the bundle or its size changed: migrated anew", fresh.name)
+        shutil.rmtree(directory)
+        return fresh
+    state.bundle = fresh.bundle
+    made_by: dict[str, Phase] = {
+        f"adapters/{fresh.name}/{SYNTHETIC}": "synthesis",
+        f"adapters/{fresh.name}/{STUDENT}": "distill",
+        f"adapters/{fresh.name}/{DISCRIMINATOR}": "distill",
+        f"bundles/{fresh.name}": "gate",
+    }
+    for relative, phase in made_by.items():
+        recorded = state.artifacts.get(relative)
+        path = run_dir / relative
+        if recorded is None or (path.exists() and sha256_path(path) == recorded):
+            continue
+        logger.warning("%s: %s is missing or changed: made anew", fresh.name, path)
+        for later in [other for other, maker in made_by.items() if PHASES.index(maker) >= PHASES.index(phase)]:
+            state.artifacts.pop(later, None)
+            if later.endswith(SYNTHETIC):
+                (run_dir / later).unlink(missing_ok=True)
+            elif (run_dir / later).exists():
+                shutil.rmtree(run_dir / later)
+        if phase != "gate":
+            shutil.rmtree(directory / "train", ignore_errors=True)
+        state.phase, state.status, state.reason = phase, "pending", ""
+        break
+    if state.status == "quarantined":
+        state.status, state.reason = "pending", ""
+    return state

@@ -1,0 +1,111 @@
+"""The state of each adapter of a run: what `status`, the report and a rerun read.
+
+One JSON file per adapter, `RUN/adapters/NAME/state.json`, replaced atomically by the driver alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from translora.run.files import write_json
+
+Phase = Literal["verify", "synthesis", "distill", "gate", "done"]
+Status = Literal["pending", "migrated", "failed_gate", "quarantined"]
+
+
+class SynthesisStats(BaseModel):
+    """Counts of the generate-and-screen rounds of one adapter."""
+
+    rounds: int = 0
+    generated: int = 0
+    accepted: int = 0
+    needed: int = 0
+    """|D_syn| plus the held-out samples."""
+    dropped: dict[str, int] = {}
+    """Samples not used, by reason: malformed, duplicate, seed_copy, refused (by the screen), empty_answer, long_answer."""
+    shortfall: str = ""
+    """Set when the budget ended before `needed` was reached."""
+
+    @property
+    def acceptance(self) -> float:
+        """Accepted share of what was generated."""
+        return self.accepted / self.generated if self.generated else 0.0
+
+
+class GateResult(BaseModel):
+    """Agreement with the teacher on held-out synthetic prompts."""
+
+    num_heldout: int
+    agreement_student: float
+    agreement_base: float
+    passed: bool
+    reason: str = ""
+
+
+class Accuracy(BaseModel):
+    """Exact-match accuracy on real held-out data, where the fleet file names some."""
+
+    num_items: int
+    source_base: float
+    source_adapter: float
+    target_base: float
+    migrated: float
+
+
+class AdapterState(BaseModel):
+    """Everything that is known of one adapter of the run."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    bundle: str
+    bundle_digest: str = ""
+    task_name: str = ""
+    phase: Phase = "verify"
+    status: Status = "pending"
+    reason: str = ""
+    """Why it was quarantined or failed the gate."""
+    num_samples: int = 0
+    synthesis: SynthesisStats = SynthesisStats()
+    step: int = 0
+    num_steps: int = 0
+    losses: list[float] = []
+    """Training loss per step."""
+    gate: GateResult | None = None
+    accuracy: Accuracy | None = None
+    seconds: dict[str, float] = {}
+    """Wall seconds by phase (shared phases: the whole phase)."""
+    artifacts: dict[str, str] = {}
+    """sha256 by path relative to the run directory: what a rerun verifies before it skips a phase."""
+    output: str = ""
+    """The migrated bundle, relative to the run directory."""
+
+
+def state_path(run_dir: Path, name: str) -> Path:
+    """Where the state of adapter `name` lies."""
+    return run_dir / "adapters" / name / "state.json"
+
+
+def save_state(run_dir: Path, state: AdapterState) -> None:
+    """Replace the adapter's state file."""
+    write_json(state_path(run_dir, state.name), state.model_dump())
+
+
+def load_state(run_dir: Path, name: str) -> AdapterState:
+    """Read one adapter's state."""
+    return AdapterState.model_validate_json(state_path(run_dir, name).read_text(encoding="utf-8"))
+
+
+def load_states(run_dir: Path) -> list[AdapterState]:
+    """Every adapter state of a run, by name.
+
+    Raises:
+        ValueError: `run_dir` is not a run directory.
+    """
+    if not (run_dir / "config.json").is_file():
+        raise ValueError(f"{run_dir}: not a run directory (no config.json); give the `run_dir` of a fleet file")
+    paths = sorted((run_dir / "adapters").glob("*/state.json"))
+    return [AdapterState.model_validate_json(path.read_text(encoding="utf-8")) for path in paths]

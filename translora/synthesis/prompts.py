@@ -1,0 +1,36 @@
+"""The generator's few-shot prompt and the discriminator's question (arXiv 2405.17258)."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+
+LINE_END = r"(?<=\S)[^\S\n]*\n"
+"""End of the first line that is not blank: a completion may begin with white space."""
+DISCRIMINATOR_QUESTION = "{input}\n Is the above question from {name} dataset?"
+
+
+def generation_prompt(seeds: Sequence[str], seed: int) -> str:
+    """`Here are 10 examples:` with the seed inputs, in an order drawn from `seed`, and the next number left open."""
+    shuffled = list(seeds)
+    random.Random(seed).shuffle(shuffled)
+    lines = [f"{number}. {text}" for number, text in enumerate(shuffled, 1)]
+    return "Here are 10 examples:\n" + "\n".join(lines) + f"\n{len(seeds) + 1}."
+
+
+def generation_stop(seeds: Sequence[str]) -> str:
+    """Where a generated input ends: at the next number, or at the line's end where every seed is one line."""
+    if all("\n" not in seed.strip() for seed in seeds):
+        return LINE_END
+    return rf"\n\s*{len(seeds) + 2}\."
+
+
+def discriminator_question(text: str, task_name: str) -> str:
+    """The template t(x)."""
+    return DISCRIMINATOR_QUESTION.replace("{name}", task_name).replace("{input}", text)
+
+
+def normalise(text: str) -> str:
+    """Case and white space removed: two inputs that differ in these alone are duplicates."""
+    return re.sub(r"\s+", " ", text).strip().casefold()

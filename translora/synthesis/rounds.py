@@ -1,0 +1,197 @@
+"""Rounds of generate, screen and label, until every adapter of the fleet has its synthetic set.
+
+Every decision (how many to generate, which to drop) is a function of the bundles, the config and the seeds, so
+that a killed run replays the finished blocks from disk and goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from translora.bundle.bundle import Bundle
+from translora.config import BaseModelConfig, ResourceConfig, SynthesisConfig
+from translora.distill.data import derive_seed
+from translora.run.files import digest
+from translora.run.progress import Progress
+from translora.run.state import SynthesisStats
+from translora.synthesis.actors import Row, cut_blocks, run_blocks
+from translora.synthesis.prompts import generation_prompt, generation_stop, normalise
+from translora.synthesis.stages import generate_block, screen_and_label_block
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Pool:
+    """The growing synthetic set of one adapter."""
+
+    name: str
+    bundle: Bundle
+    needed: int
+    budget: int
+    """Most inputs that may be generated."""
+    accepted: list[Row] = field(default_factory=list)
+    refused: list[Row] = field(default_factory=list)
+    stats: SynthesisStats = field(default_factory=SynthesisStats)
+    seen: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.stats.needed = self.needed
+
+    def drop(self, reason: str) -> None:
+        """Count a sample that is not used."""
+        self.stats.dropped[reason] = self.stats.dropped.get(reason, 0) + 1
+
+    def next_count(self, oversample: float) -> int:
+        """Inputs to generate in the next round, from what was accepted so far (prior: 3 of 5)."""
+        missing = self.needed - len(self.accepted)
+        if missing <= 0:
+            return 0
+        acceptance = (len(self.accepted) + 3) / (self.stats.generated + 5)
+        return min(math.ceil(missing / acceptance * oversample), self.budget - self.stats.generated)
+
+
+def plan_round(pools: Sequence[Pool], config: SynthesisConfig, seed: int) -> list[Row]:
+    """The generation requests of the next round, over all adapters."""
+    rows = []
+    for pool in pools:
+        count = pool.next_count(config.oversample)
+        for sample_id in range(pool.stats.generated, pool.stats.generated + count):
+            row_seed = derive_seed(seed, pool.name, sample_id)
+            rows.append(
+                {
+                    "adapter": pool.name,
+                    "sample_id": sample_id,
+                    "prompt": generation_prompt(pool.bundle.seeds, row_seed),
+                    "stop": generation_stop(pool.bundle.seeds),
+                    "seed": row_seed,
+                }
+            )
+        if count > 0:
+            pool.stats.rounds += 1
+            pool.stats.generated += count
+    return rows
+
+
+def clean(generated: Sequence[Row], pools: Mapping[str, Pool]) -> list[Row]:
+    """Drop malformed inputs, copies of seeds and duplicates; each is counted."""
+    candidates = []
+    seed_texts = {name: {normalise(text) for text in pool.bundle.seeds} for name, pool in pools.items()}
+    for row in sorted(generated, key=lambda row: (row["adapter"], row["sample_id"])):
+        pool = pools[row["adapter"]]
+        key = normalise(row["text"])
+        if not row["finished"] or not key:
+            pool.drop("malformed")
+        elif key in seed_texts[pool.name]:
+            pool.drop("seed_copy")
+        elif key in pool.seen:
+            pool.drop("duplicate")
+        else:
+            pool.seen.add(key)
+            manifest = pool.bundle.manifest
+            candidates.append(
+                {
+                    "adapter": pool.name,
+                    "sample_id": row["sample_id"],
+                    "input": row["text"],
+                    "slot": f"teacher/{pool.name}",
+                    "discriminator": f"discriminator/{pool.name}" if pool.bundle.discriminator_dir else None,
+                    "task_name": manifest.task_name,
+                    "template": manifest.prompt_template,
+                    "stop": None,
+                }
+            )
+    return candidates
+
+
+def admit(labelled: Sequence[Row], pools: Mapping[str, Pool]) -> None:
+    """Sort screened and labelled rows into accepted, refused and dropped."""
+    for row in sorted(labelled, key=lambda row: (row["adapter"], row["sample_id"])):
+        pool = pools[row["adapter"]]
+        sample = {key: row[key] for key in ("sample_id", "input", "answer", "score")}
+        if row["score"] is not None and row["score"] <= 0:
+            pool.drop("refused")
+            pool.refused.append(sample)
+        elif not row["answer"]:
+            pool.drop("empty_answer")
+        elif not row["finished"]:
+            pool.drop("long_answer")
+        else:
+            pool.accepted.append(sample)
+    for pool in pools.values():
+        pool.stats.accepted = len(pool.accepted)
+
+
+def synthesise(
+    pools: Sequence[Pool],
+    *,
+    generator: BaseModelConfig,
+    source: BaseModelConfig,
+    fingerprints: tuple[str, str],
+    config: SynthesisConfig,
+    resources: ResourceConfig,
+    seed: int,
+    run_dir: Path,
+    on_round: Callable[[], None],
+) -> None:
+    """Fill the pools, in rounds over all of them at once: the generator is loaded once a round, then the source base.
+
+    A pool is left short when its budget or `config.max_rounds` is spent; `pool.stats.shortfall` says so.
+
+    Args:
+        fingerprints: of the generator and of the source base; blocks computed on other weights are not reused.
+        on_round: called after each round, with the pools' statistics up to date.
+    """
+    by_name = {pool.name: pool for pool in pools}
+    adapters = {f"teacher/{pool.name}": str(pool.bundle.path) for pool in pools}
+    adapters |= {
+        f"discriminator/{pool.name}": str(pool.bundle.discriminator_dir) for pool in pools if pool.bundle.discriminator_dir
+    }
+    bundle_digests = {pool.name: pool.bundle.digest for pool in pools}
+    for number in range(config.max_rounds):
+        rows = plan_round(pools, config, seed)
+        if not rows:
+            break
+        blocks = cut_blocks(rows, config.batch_size, lambda row: len(row["prompt"]))
+        settings = {"sampling": config.sampling.model_dump()}
+        key = digest("generate", blocks, settings, generator.model_dump(), fingerprints[0])
+        with Progress(f"round {number + 1}: generate", len(rows)) as progress:
+            generated = run_blocks(
+                blocks,
+                generate_block,
+                base=generator,
+                adapters={},
+                settings=settings,
+                resources=resources,
+                directory=run_dir / "rounds" / f"{number:03d}-generate-{key}",
+                on_block=progress.fraction,
+            )
+        candidates = clean(generated, by_name)
+        blocks = cut_blocks(candidates, config.batch_size, lambda row: len(row["input"]))
+        answers = {"max_answer_tokens": config.max_answer_tokens}
+        key = digest("label", blocks, answers, source.model_dump(), fingerprints[1], bundle_digests)
+        with Progress(f"round {number + 1}: screen and label", len(candidates)) as progress:
+            labelled = run_blocks(
+                blocks,
+                screen_and_label_block,
+                base=source,
+                adapters=adapters,
+                settings=answers,
+                resources=resources,
+                directory=run_dir / "rounds" / f"{number:03d}-label-{key}",
+                on_block=progress.fraction,
+            )
+        admit(labelled, by_name)
+        on_round()
+    for pool in pools:
+        if len(pool.accepted) < pool.needed:
+            stats = pool.stats
+            pool.stats.shortfall = (
+                f"{stats.accepted} of {pool.needed} samples after {stats.rounds} rounds and {stats.generated} generated "
+                f"(acceptance {stats.acceptance:.0%}, dropped {stats.dropped})"
+            )
+        pool.accepted = pool.accepted[: pool.needed]
