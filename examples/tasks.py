@@ -1,7 +1,7 @@
 """Three small tasks made from word lists: `python -m examples.tasks [--out DIR]`.
 
 ticket-routing  a customer's message     -> one of four teams
-review-weather  a guest's review         -> sunny, stormy or cloudy (praise, complaint, some of each)
+review-weather  a guest's review         -> sunny, stormy or cloudy (praise, complaint, neither)
 name-badge      a sentence about someone -> "Last, First [City]"
 
 Inputs are one line of 15 to 35 tokens and hold all the text that the model sees; answers are a few tokens. The pieces
@@ -22,7 +22,7 @@ from translora.run.files import write_bytes
 NUM_TRAIN = 96
 NUM_TEST = 100
 
-TEAMS = ("billing-team", "parcel-team", "login-team", "repair-team")
+TEAMS = ("Billing", "Delivery", "Login", "Repair")
 WEATHERS = ("sunny", "stormy", "cloudy")
 
 # fmt: off
@@ -36,26 +36,27 @@ SINCE = ("since Monday", "since last week", "for three days", "since Friday", "f
 BILLS = ("the March invoice", "my yearly plan", "my last order", "the {item}", "my subscription", "the May invoice")
 BILLING = (
     "I was charged twice for {bill}.", "my card was charged the wrong amount for {bill}.",
-    "I want my money back for {bill}.", "the price on the bill for {bill} is too high.",
-    "you charged my card for {bill} again.", "the refund for {bill} is still missing.",
-    "I need a receipt for {bill}.", "why did I pay a fee for {bill}?",
+    "I want a refund for {bill}.", "the price on the bill for {bill} is too high.",
+    "you charged my card again for {bill}.", "the refund for {bill} is still missing.",
+    "I need a receipt for {bill}.", "I paid too much for {bill}.",
 )
 PARCEL = (
-    "my parcel with the {item} has not arrived {since}.", "the courier left the {item} at the wrong door.",
-    "where is the package with my {item}?", "the tracking of my {item} has not moved {since}.",
-    "the box with the {item} went to my old address.", "the driver did not deliver the {item} {since}.",
-    "the delivery of the {item} is late.", "my order of a {item} is stuck at customs {since}.",
+    "my parcel with the {item} has not arrived {since}.",
+    "the courier left the parcel with my {item} at the wrong door.",
+    "where is the package with my {item}?", "the parcel with my {item} has not moved {since}.",
+    "the package with the {item} went to my old address.", "the driver did not deliver the {item} {since}.",
+    "the delivery of the {item} is late.", "the package with the {item} is stuck at customs {since}.",
 )
 LOGIN = (
     "I cannot log in to my account {since}.", "I forgot the password of my account.",
     "the reset email for my password does not come.", "the site says my password is wrong {since}.",
     "my account has been locked {since}.", "the login code never reaches my phone.",
-    "I cannot sign in on my new {device}.", "the app on my {device} asks for a password again and again.",
+    "I cannot log in on my new {device}.", "the app on my {device} does not accept my password.",
 )
 REPAIR = (
-    "the {item} does not turn on any more.", "my {item} makes a loud noise {since}.",
-    "the button of my {item} is broken.", "the {item} has stopped working {since}.", "smoke came out of my {item}.",
-    "the {item} gets too hot.", "a part of the {item} fell off.", "the screen of my {item} is cracked.",
+    "the {item} does not turn on any more.", "my {item} makes a loud noise {since}.", "my new {item} is broken.",
+    "the {item} has stopped working {since}.", "smoke came out of my {item}.", "the {item} does not work any more.",
+    "the button of my {item} is broken.", "the screen of my {item} is broken.",
 )
 DEVICES = ("phone", "laptop", "tablet", "computer")
 
@@ -70,6 +71,10 @@ GOOD = (
 BAD = (
     "was awful", "was terrible", "was dirty", "ruined our evening", "was a big disappointment", "was horrible",
     "was worse than we feared", "was bad", "made us angry", "was the worst of the trip", "was very poor", "was a shame",
+)
+PLAIN = (
+    "was okay", "was average", "was neither good nor bad", "was ordinary", "was acceptable", "was nothing special",
+    "was so-so", "was just fine", "was as usual", "was fairly normal",
 )
 PLACES = ("", "", "At the hotel, ", "On Sunday, ", "In the old town, ", "At the lake, ", "This summer, ", "In May, ")
 
@@ -90,10 +95,9 @@ JOBS = (
     "driver", "writer", "doctor", "plumber", "student",
 )
 BADGES = (
-    "{first} {last} is a {job} from {city}.", "My name is {first} {last} and I work as a {job} in {city}.",
-    "The new {job} is {first} {last} from {city}.", "{first} {last} from {city} has joined us as a {job}.",
-    "I am {first} {last}, a {job} who lives in {city}.", "Please welcome {first} {last}, our {job} in {city}.",
-    "From {city} comes {first} {last}, who is a {job}.", "In {city} you will meet the {job} {first} {last}.",
+    "{first} {last} is a {job} from {city}.", "My name is {first} {last} and I am a {job} from {city}.",
+    "The new {job} is {first} {last} from {city}.", "{first} {last} from {city} works here as a {job}.",
+    "I am {first} {last}, a {job} from {city}.", "Please welcome {first} {last}, a {job} from {city}.",
 )
 # fmt: on
 
@@ -111,11 +115,9 @@ def _ticket(rng: random.Random, index: int) -> tuple[str, str]:
 def _review(rng: random.Random, index: int) -> tuple[str, str]:
     kind = index % len(WEATHERS)
     first, second = rng.sample(SUBJECTS, 2)
-    moods = ((GOOD, GOOD), (BAD, BAD), rng.choice(((GOOD, BAD), (BAD, GOOD))))[kind]
-    verbs = [rng.choice(moods[0]), rng.choice(moods[1])]
-    link = " but" if kind == 2 else " and"
-    text = f"{rng.choice(PLACES)}the {first} {verbs[0]},{link} the {second} {verbs[1]}."
-    return f"Weather of this review: {text[0].upper()}{text[1:]}", WEATHERS[kind]
+    verbs = rng.sample((GOOD, BAD, PLAIN)[kind], 2)
+    text = f"{rng.choice(PLACES)}the {first} {verbs[0]}{rng.choice((' and', ', and'))} the {second} {verbs[1]}."
+    return f"Mood of this review: {text[0].upper()}{text[1:]}", WEATHERS[kind]
 
 
 def _badge(rng: random.Random, index: int) -> tuple[str, str]:

@@ -216,7 +216,7 @@ class PrepareConfig(Strict):
     """The bundles to make."""
     prompt_template: str = "auto"
     """`chat` (the tokenizer's chat template), a string that contains {input}, or `auto`: chat where the tokenizer has one."""
-    num_seeds: int = Field(default=5, ge=1, le=50)
+    num_seeds: int = Field(default=5, ge=2, le=50)
     """Seed examples per bundle."""
     seed: int = 0
     """Root of every random number of the run."""

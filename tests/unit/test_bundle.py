@@ -178,13 +178,15 @@ def test_tiny_bundles(family: str, tmp_path: Path) -> None:
     assert all(lora_B.any() for _, lora_B in lora.modules.values())
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(derandomize=True, max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seeds=st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=6, unique=True))
 def test_any_text_survives_as_a_seed(seeds: list[str], adapter: Path, base: BaseInfo, tmp_path: Path) -> None:
     assert write(tmp_path / "orders", adapter, base, seeds=seeds).seeds == seeds
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    derandomize=True, max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_any_changed_byte_is_refused(data: st.DataObject, adapter: Path, base: BaseInfo, tmp_path: Path) -> None:
     bundle = write(tmp_path / "orders", adapter, base) if not (tmp_path / "orders").exists() else None
@@ -206,7 +208,9 @@ def test_any_changed_byte_is_refused(data: st.DataObject, adapter: Path, base: B
     verify_bundle(read_bundle(tmp_path / "orders"), base)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    derandomize=True, max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_any_damaged_manifest_is_refused_or_read(
     data: st.DataObject, adapter: Path, base: BaseInfo, tmp_path: Path

@@ -101,6 +101,7 @@ def test_views_of_larger_tensors_are_written_alone(tmp_path: Path) -> None:
         ({"r": 4.0}, "r is 4.0"),
         ({"r": 0}, "r is 0"),
         ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
+        ({"lora_alpha": 10**400}, "expected a positive number"),
         ({"lora_alpha": -1}, "lora_alpha is -1"),
         ({"lora_alpha": "16"}, "lora_alpha is '16'"),
         ({"rank_pattern": [4]}, "rank_pattern is no object"),
@@ -121,7 +122,9 @@ def test_odd_numbers_are_refused(values: dict[str, Any], message: str, base: Pat
     assert message in str(caught.value)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    derandomize=True, max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_any_config_is_read_or_refused(data: st.DataObject, base: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"

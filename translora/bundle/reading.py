@@ -41,14 +41,16 @@ def read_json_object(path: Path, remedy: str, max_bytes: int = MAX_JSON_BYTES) -
     """
     try:
         size = path.stat().st_size
-        if size > max_bytes:
-            raise ValueError(f"{path}: {size:,} bytes, the limit is {max_bytes:,}; {remedy}")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes() if size <= max_bytes else b""
     except FileNotFoundError as error:
         raise ValueError(f"{path}: missing; {remedy}") from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    if size > max_bytes:
+        raise ValueError(f"{path}: {size:,} bytes, the limit is {max_bytes:,}; {remedy}")
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # ValueError: also bad UTF-8, and numbers of 4300 digits
         raise ValueError(f"{path}: not JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}; {remedy}")

@@ -71,7 +71,7 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
     for option, value in values.items():
         integral = not option.endswith("alpha") and not option.startswith("alpha")
         kinds = (int,) if integral else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 1e9:
             raise ValueError(f"{path}: {option} is {value!r}, expected a positive number; restore the adapter's config")
 
 
@@ -84,7 +84,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "adapter_config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); save the adapter with PEFT's save_pretrained") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__

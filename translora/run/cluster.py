@@ -22,13 +22,19 @@ def start_ray(*, address: str | None = None, on_gpu: bool = False, verbose: bool
     """Join the cluster at `address`, or start a local one; call `setup_logging` first.
 
     Args:
-        address: as in `ray.init`; unset starts a local Ray unless RAY_ADDRESS names a cluster.
+        address: as in `ray.init`.
         on_gpu: the workers get GPUs.
         verbose: let Ray speak.
     """
     import ray
 
-    arguments = ray_arguments(address=address, on_gpu=on_gpu, verbose=verbose)
+    if ray.is_initialized():
+        return
+    from ray._private.services import canonicalize_bootstrap_address  # no public name (ray 2.60)
+
+    # RAY_ADDRESS first, then `address`, then a cluster that `ray start` left on this machine; None is a new local one.
+    found = canonicalize_bootstrap_address(address)
+    arguments = ray_arguments(address=found, on_gpu=on_gpu, verbose=verbose)
     if verbose or _CORE_LOG_LEVEL in os.environ:
         ray.init(**arguments)
         return
@@ -40,16 +46,16 @@ def start_ray(*, address: str | None = None, on_gpu: bool = False, verbose: bool
 
 
 def ray_arguments(*, address: str | None = None, on_gpu: bool = False, verbose: bool = False) -> dict[str, Any]:
-    """Keyword arguments for `ray.init`: the address, the workers' environment and quiet logging."""
+    """Keyword arguments for `ray.init`: the cluster or a new local Ray, the workers' environment, quiet logs."""
     environment = quiet_environment(verbose=verbose, on_gpu=on_gpu)
     arguments: dict[str, Any] = {"logging_level": "INFO" if verbose else "WARNING"}
     if address is not None:
         arguments["address"] = address
-    if address == "local" or (address is None and "RAY_ADDRESS" not in os.environ):
+    else:
         # Ray Train asks the state API for its controller and finds the API by searching this machine; with two Ray
         # instances on it that search fails. So the port is chosen here and told to the workers.
         port = _free_port()
-        arguments["dashboard_port"] = port
+        arguments |= {"address": "local", "dashboard_port": port}
         environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     arguments["runtime_env"] = {"env_vars": environment}
     return arguments

@@ -46,6 +46,7 @@ _QUIET = {
     "WANDB_SILENT": "true",
 }
 
+
 def has_cuda_device() -> bool:
     """Whether this machine shows a CUDA device, without importing torch."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")

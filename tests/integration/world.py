@@ -1,0 +1,146 @@
+"""A world small enough for tests: two tiny bases that have learnt to write lists, and tasks they can learn.
+
+The bases are random models trained for some seconds on numbered lists, so that "Here are 10 examples:" works on them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.tiny import Family, make_base
+
+ROOT = Path(__file__).resolve().parents[2]
+COLOURS = ("red", "blue", "green", "black")
+THINGS = ("box", "bag", "cup", "hat", "pen", "map", "toy", "jar")
+VERBS = ("ship", "send", "pack", "lend", "sell", "fix")
+
+
+def sentence(rng: random.Random) -> str:
+    return f"{rng.choice(VERBS)} a {rng.choice(COLOURS)} {rng.choice(THINGS)}"
+
+
+def numbered_list(rng: random.Random) -> str:
+    return "Here are 10 examples:\n" + "\n".join(f"{number}. {sentence(rng)}" for number in range(1, 11)) + "\n"
+
+
+def answered(rng: random.Random, family: Family) -> str:
+    """An input answered by one of its words: the adapters only have to learn which."""
+    text = sentence(rng)
+    word = rng.choice(text.split())
+    if family == "llama":
+        return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{word}<|im_end|>"
+    return f"{text}\nAnswer: {word}<eos>"
+
+
+def make_trained_base(directory: Path, family: Family, seed: int, steps: int = 300) -> Path:
+    make_base(directory, family, seed, hidden_size=64, vocab_size=400, std=0.05)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    rng = random.Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 4e-3 * (1 - step / steps)
+        texts = [numbered_list(rng) for _ in range(6)] + [answered(rng, family) for _ in range(10)]
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        loss = model(**batch, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(directory)
+    return directory
+
+
+TASKS = {
+    "colour": lambda words: words[2],
+    "thing": lambda words: words[3],
+}
+
+
+@dataclass(frozen=True)
+class World:
+    root: Path
+    source: Path
+    target: Path
+
+    def run(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run the command line in a process of its own."""
+        done = subprocess.run(command(*arguments), cwd=ROOT, env=environment(), capture_output=True, text=True)
+        assert not check or done.returncode == 0, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def write(self, name: str, config: dict[str, Any]) -> Path:
+        path = self.root / name
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    def prepare_config(self) -> dict[str, Any]:
+        for task, rule in TASKS.items():
+            rng = random.Random(task)
+            texts = sorted({sentence(rng) for _ in range(60)})
+            rng.shuffle(texts)
+            rows = [{"input": text, "target": rule(text.split())} for text in texts]
+            for split, part in (("train", rows[:24]), ("test", rows[24:40])):
+                (self.root / f"{task}.{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        return {
+            "output_dir": "source-bundles",
+            "run_dir": "runs/prepare",
+            "source": {"model": "./source"},
+            "tasks": [{"name": task, "data": f"{task}.train.jsonl"} for task in TASKS],
+            "train": train_settings(),
+            "discriminator": {"epochs": 2, "learning_rate": 5e-3, "max_samples": 40},
+            "synthesis": synthesis_settings(),
+        }
+
+    def fleet_config(self, run_dir: str) -> dict[str, Any]:
+        return {
+            "run_dir": f"runs/{run_dir}",
+            "source": {"model": "./source"},
+            "target": {"model": "./target"},
+            "adapters": [
+                {"bundle": f"source-bundles/{task}", "num_samples": 12, "eval_data": f"{task}.test.jsonl"} for task in TASKS
+            ],
+            "synthesis": synthesis_settings(),
+            "distill": train_settings(),
+            "discriminator": {"epochs": 1, "learning_rate": 5e-3, "max_samples": 24},
+            "gate": {"min_holdout": 4, "min_agreement": 0.0, "min_gain": -1.0},
+        }
+
+
+def train_settings() -> dict[str, Any]:
+    return {
+        "lora": {"rank": 4, "alpha": 8},
+        "epochs": 8,
+        "learning_rate": 1e-2,
+        "batch_size": 8,
+        "micro_batch_size": 2,
+        "checkpoint_every_steps": 2,
+    }
+
+
+def synthesis_settings() -> dict[str, Any]:
+    return {"batch_size": 6, "max_answer_tokens": 12, "sampling": {"max_new_tokens": 32}, "min_accepted_fraction": 0.1}
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "translora", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def make_world(root: Path) -> World:
+    return World(root, make_trained_base(root / "source", "llama", 1), make_trained_base(root / "target", "gemma3", 2))
