@@ -2,7 +2,7 @@
 
 ticket-routing  a customer's message     -> one of four teams
 review-weather  a guest's review         -> sunny, stormy or cloudy (praise, complaint, neither)
-name-badge      a sentence about someone -> "Last, First [City]"
+name-badge      a note about a colleague -> "Last, First [City]"
 
 Inputs are one line of 15 to 35 tokens and hold all the text that the model sees; answers are a few tokens. The pieces
 combine freely, so a model that reads five inputs can invent more of the same kind.
@@ -30,8 +30,6 @@ ITEMS = (
     "coffee machine", "desk lamp", "headset", "phone case", "vacuum cleaner", "kettle", "printer", "keyboard",
     "bike light", "camera", "blender", "alarm clock", "speaker", "monitor", "tent", "heater", "toaster", "tablet",
 )
-OPENERS = ("", "", "", "Hello, ", "Hi, ", "Good morning, ", "Help, ", "Please help, ", "Hi team, ")
-CLOSERS = ("", "", "", " Please check.", " What can I do?", " Thank you.", " This is urgent.", " Can you help?")
 SINCE = ("since Monday", "since last week", "for three days", "since Friday", "for two weeks", "since yesterday")
 BILLS = ("the March invoice", "my yearly plan", "my last order", "the {item}", "my subscription", "the May invoice")
 BILLING = (
@@ -48,10 +46,10 @@ PARCEL = (
     "the delivery of the {item} is late.", "the package with the {item} is stuck at customs {since}.",
 )
 LOGIN = (
-    "I cannot log in to my account {since}.", "I forgot the password of my account.",
-    "the reset email for my password does not come.", "the site says my password is wrong {since}.",
-    "my account has been locked {since}.", "the login code never reaches my phone.",
-    "I cannot log in on my new {device}.", "the app on my {device} does not accept my password.",
+    "I cannot log in on my {device} {since}.", "the site says my password is wrong {since}.",
+    "I forgot the password of my account on the {device}.", "the app on my {device} does not accept my password.",
+    "my account has been locked {since}.", "the login code does not reach my {device} {since}.",
+    "my password does not work on the {device} {since}.", "the password reset email has not come {since}.",
 )
 REPAIR = (
     "the {item} does not turn on any more.", "my {item} makes a loud noise {since}.", "my new {item} is broken.",
@@ -94,10 +92,10 @@ JOBS = (
     "nurse", "teacher", "pilot", "cook", "lawyer", "painter", "gardener", "dentist", "singer", "farmer", "baker",
     "driver", "writer", "doctor", "plumber", "student",
 )
+DAYS = ("Monday", "Tuesday", "Friday", "1 March", "2 May", "12 June", "3 July", "9 April")
 BADGES = (
-    "{first} {last} is a {job} from {city}.", "My name is {first} {last} and I am a {job} from {city}.",
-    "The new {job} is {first} {last} from {city}.", "{first} {last} from {city} works here as a {job}.",
-    "I am {first} {last}, a {job} from {city}.", "Please welcome {first} {last}, a {job} from {city}.",
+    "{first} {last}, {job} from {city}, starts on {day}", "{first} {last}, {city}, {job}, starts on {day}",
+    "{first} {last}, {job}, {city}, since {day}", "{first} {last} from {city}, {job}, since {day}",
 )
 # fmt: on
 
@@ -107,9 +105,7 @@ def _ticket(rng: random.Random, index: int) -> tuple[str, str]:
     text = rng.choice((BILLING, PARCEL, LOGIN, REPAIR)[kind])
     text = text.format(bill=rng.choice(BILLS), item="{item}", since=rng.choice(SINCE), device=rng.choice(DEVICES))
     text = text.format(item=rng.choice(ITEMS))
-    opener = rng.choice(OPENERS)
-    text = opener + text if opener else text[0].upper() + text[1:]
-    return f"Route this ticket: {text}{rng.choice(CLOSERS)}", TEAMS[kind]
+    return f"Route this ticket: {text[0].upper()}{text[1:]}", TEAMS[kind]
 
 
 def _review(rng: random.Random, index: int) -> tuple[str, str]:
@@ -122,7 +118,9 @@ def _review(rng: random.Random, index: int) -> tuple[str, str]:
 
 def _badge(rng: random.Random, index: int) -> tuple[str, str]:
     first, last, city = rng.choice(FIRST), rng.choice(LAST), rng.choice(CITIES)
-    text = BADGES[index % len(BADGES)].format(first=first, last=last, city=city, job=rng.choice(JOBS))
+    text = BADGES[index % len(BADGES)].format(
+        first=first, last=last, city=city, job=rng.choice(JOBS), day=rng.choice(DAYS)
+    )
     return f"Write the badge: {text}", f"{last}, {first} [{city}]"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -19,35 +20,36 @@ STATUS_WORDS = {
 STATUS_STYLES = {"migrated": "green", "failed_gate": "red", "quarantined": "yellow", "pending": "dim"}
 MISSING = "–"
 ACCURACY_FIELDS = ("source_base", "source_adapter", "target_base", "migrated")
-HEADERS = (
+MARKDOWN_HEADERS = (
     "adapter",
     "status",
     "|D_syn|",
     "accepted",
-    "agreement with teacher",
-    "source base",
-    "source adapter",
-    "target base",
-    "migrated",
+    "agreement with teacher: target base → migrated",
+    "accuracy: source base",
+    "accuracy: source adapter",
+    "accuracy: target base",
+    "accuracy: migrated",
 )
-_NUMERIC = {"|D_syn|", "accepted", "source base", "source adapter", "target base", "migrated"}
-_NUM_PLAIN = 5
-"""The first columns; the rest are accuracies."""
+_TEXT_COLUMNS = 2
+_ACCURACY_COLUMN = 5
 
 
 def percent(share: float | None) -> str:
     """0.876 as 88%; never 100% for less than all, nor 0% for more than none."""
-    if share is None:
-        return MISSING
-    rounded = round(100 * share)
-    if rounded == 100 and share < 1:
-        return "99%"
-    return "1%" if rounded == 0 and share > 0 else f"{rounded}%"
+    return MISSING if share is None else f"{_points(share)}%"
 
 
 def gain(before: float, after: float) -> str:
-    """A difference of two shares in percentage points, signed."""
-    return f"{round(100 * after) - round(100 * before):+d}"
+    """The signed difference of the two percentages as they are shown."""
+    return f"{_points(after) - _points(before):+d}"
+
+
+def _points(share: float) -> int:
+    rounded = round(100 * share)
+    if rounded == 100 and share < 1:
+        return 99
+    return 1 if rounded == 0 and share > 0 else rounded
 
 
 def accepted_text(state: AdapterState) -> str:
@@ -64,71 +66,78 @@ def agreement_text(state: AdapterState) -> str:
     return f"{percent(before)} → {percent(after)} ({gain(before, after)})"
 
 
+def status_text(state: AdapterState) -> str:
+    """What became of the adapter, or the phase that it is in."""
+    return f"in {state.phase}" if state.status == "pending" else STATUS_WORDS[state.status]
+
+
 def note(state: AdapterState) -> str:
     """Why an adapter did not migrate, or what is remarkable about one that did."""
-    if state.reason:
-        return state.reason
-    if state.status == "pending" and state.phase != "done":
-        return f"in {state.phase}"
-    return state.synthesis.shortfall
+    return state.reason or state.synthesis.shortfall
 
 
 def summary(states: Sequence[AdapterState]) -> str:
     """One sentence over the fleet: how many adapters migrated, and what became of the others."""
-    counts = Counter(state.status for state in states)
-    others = [f"{counts[status]} {word}" for status, word in STATUS_WORDS.items() if status != "migrated" and counts[status]]
-    return ", ".join([f"{counts['migrated']} of {len(states)} migrated", *others])
-
-
-def _cells(state: AdapterState) -> list[str]:
-    accuracy = state.accuracy
-    return [
-        state.name,
-        STATUS_WORDS[state.status],
-        str(state.num_samples or MISSING),
-        accepted_text(state),
-        agreement_text(state),
-        *(percent(getattr(accuracy, field) if accuracy else None) for field in ACCURACY_FIELDS),
-    ]
+    counts: Counter[str] = Counter(state.status for state in states)
+    others = [f"{counts[status]} {STATUS_WORDS[status]}" for status in STATUS_WORDS if status != "migrated"]
+    shown = [text for text in others if not text.startswith("0 ")]
+    return ", ".join([f"{counts['migrated']} of {len(states)} migrated", *shown])
 
 
 def render_table(states: Sequence[AdapterState]) -> Table:
-    """The result table for a terminal; accuracy and note columns appear only where there is something to say."""
+    """The result table for a terminal, one line an adapter; `notes` has the reasons, which are too long for a cell.
+
+    Accuracy columns appear only where some adapter has real held-out data.
+    """
     with_accuracy = any(state.accuracy for state in states)
-    notes = [note(state) for state in states]
-    headers = HEADERS if with_accuracy else HEADERS[:_NUM_PLAIN]
-    caption = summary(states) + (". Right: accuracy on real held-out data" if with_accuracy else "")
-    table = Table(caption=caption, caption_justify="left", header_style="bold", pad_edge=False)
-    for header in headers:
-        name = header in ("adapter", "agreement with teacher")
-        table.add_column(
-            header.replace("agreement with teacher", "agreement with teacher:\ntarget base → migrated"),
-            justify="right" if header in _NUMERIC else "left",
-            no_wrap=name,
-            overflow="ellipsis" if header == "adapter" else "fold",
-            max_width=9 if header in ("source base", "source adapter", "target base") else None,
-        )
-    if any(notes):
-        table.add_column("note", overflow="fold", min_width=16)
-    for state, remark in zip(states, notes, strict=True):
-        cells = [Text(cell) for cell in _cells(state)[: len(headers)]]
-        cells[1].stylize(STATUS_STYLES[state.status])
-        table.add_row(*cells, *([Text(remark)] if any(notes) else []))
+    table = Table(caption=summary(states), caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("\nadapter", no_wrap=True, overflow="ellipsis", max_width=40)
+    table.add_column("\nstatus", no_wrap=True)
+    table.add_column("\n|D_syn|", justify="right", no_wrap=True)
+    table.add_column("\naccepted", justify="right", no_wrap=True)
+    table.add_column("teacher agreement:\nbase → migrated", no_wrap=True)
+    if with_accuracy:
+        table.add_column("accuracy, source:\nbase → adapter", no_wrap=True)
+        table.add_column("accuracy, target:\nbase → migrated", no_wrap=True)
+    for state in states:
+        status = Text(status_text(state), STATUS_STYLES[state.status])
+        cells = [str(state.num_samples or MISSING), accepted_text(state), agreement_text(state)]
+        if with_accuracy:
+            cells += accuracy_texts(state)
+        table.add_row(Text(state.name), status, *map(Text, cells))
     return table
 
 
+def notes(states: Sequence[AdapterState]) -> list[str]:
+    """One line for each adapter that has a reason or a shortfall."""
+    return [f"{state.name}: {status_text(state)}: {note(state)}" for state in states if note(state)]
+
+
+def accuracy_texts(state: AdapterState) -> list[str]:
+    """Accuracy on real held-out data: of the source base → its adapter, and of the target base → the migrated one."""
+    if (accuracy := state.accuracy) is None:
+        return [MISSING, MISSING]
+    return [
+        f"{percent(accuracy.source_base)} → {percent(accuracy.source_adapter)}",
+        f"{percent(accuracy.target_base)} → {percent(accuracy.migrated)}",
+    ]
+
+
 def to_markdown(states: Sequence[AdapterState]) -> str:
-    """The same table as GitHub Markdown, with the summary below it."""
-    with_accuracy = any(state.accuracy for state in states)
-    notes = [note(state) for state in states]
-    headers = list(HEADERS if with_accuracy else HEADERS[:_NUM_PLAIN])
-    headers[4] = "agreement with teacher: target base → migrated"
-    headers[_NUM_PLAIN:] = [f"accuracy: {header}" for header in headers[_NUM_PLAIN:]]
-    rows = [_cells(state)[: len(headers)] for state in states]
-    if any(notes):
-        headers.append("note")
-        rows = [[*row, remark] for row, remark in zip(rows, notes, strict=True)]
-    rule = ["---:" if header.removeprefix("accuracy: ") in _NUMERIC else "---" for header in headers]
+    """The same table as GitHub Markdown, notes in full, with the summary below it."""
+    headers = list(MARKDOWN_HEADERS)
+    rows = []
+    for state in states:
+        shares = [getattr(state.accuracy, field) if state.accuracy else None for field in ACCURACY_FIELDS]
+        samples = str(state.num_samples or MISSING)
+        rows.append([state.name, status_text(state), samples, accepted_text(state), agreement_text(state)])
+        rows[-1] += [percent(share) for share in shares]
+    if not any(state.accuracy for state in states):
+        headers, rows = headers[:_ACCURACY_COLUMN], [row[:_ACCURACY_COLUMN] for row in rows]
+    rule = ["---" if column < _TEXT_COLUMNS else "---:" for column in range(len(headers))]
+    if any(note(state) for state in states):
+        headers, rule = [*headers, "note"], [*rule, "---"]
+        rows = [[*row, note(state)] for row, state in zip(rows, states, strict=True)]
     lines = ["| " + " | ".join(_escape(cell) for cell in row) + " |" for row in [headers, rule, *rows]]
     return "\n".join([*lines, "", summary(states) + "."])
 

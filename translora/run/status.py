@@ -8,11 +8,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from translora.report.table import MISSING, STATUS_STYLES, STATUS_WORDS, agreement_text, note, percent, summary
+from translora.report.table import MISSING, STATUS_WORDS, agreement_text, note, notes, percent, summary
 from translora.run.state import AdapterState, load_states
 
 PHASES = ("verify", "synthesis", "distill", "gate", "done")
@@ -53,7 +54,7 @@ def render_status(run_dir: Path, as_json: bool = False) -> str:
     states = load_states(run_dir)
     rows = [progress_of(run_dir, state) for state in states]
     if as_json:
-        phases = Counter(state.phase for state in states)
+        phases: Counter[str] = Counter(state.phase for state in states)
         value = {
             "run_dir": str(run_dir),
             "statuses": dict(Counter(state.status for state in states)),
@@ -63,37 +64,36 @@ def render_status(run_dir: Path, as_json: bool = False) -> str:
         return json.dumps(value, indent=2, ensure_ascii=False)
     if not states:
         return f"{run_dir}: no adapter has been started yet"
-    table = Table(header_style="bold", pad_edge=False)
-    table.add_column("adapter", no_wrap=True, overflow="ellipsis")
-    table.add_column("status")
-    table.add_column("phase")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in ("adapter", "status", "phase"):
+        table.add_column(header, no_wrap=True, overflow="ellipsis")
     for header in ("accepted/needed", "acceptance", "step", "last loss"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("gate: base → student", no_wrap=True)
-    table.add_column("note", overflow="fold")
     for state, row in zip(states, rows, strict=True):
-        table.add_row(*(Text(cell, style) for cell, style in _cells(state, row)))
+        table.add_row(*map(Text, _cells(state, row)))
     # A console on a buffer, so that the text is the same on a terminal and in a pipe.
     console = Console(file=io.StringIO(), width=_WIDTH, color_system=None, highlight=False)
     with console.capture() as capture:
         console.print(table)
-    return "\n".join([f"{run_dir}: {summary(states)}", *(line.rstrip() for line in capture.get().splitlines())])
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    lines = [line for line in lines if line]
+    remarks = notes(states)
+    return "\n".join([f"{run_dir}: {summary(states)}", "", *lines, *([""] if remarks else []), *remarks])
 
 
-def _cells(state: AdapterState, row: dict[str, Any]) -> list[tuple[str, str]]:
-    """Text and style of one adapter's cells."""
+def _cells(state: AdapterState, row: dict[str, Any]) -> list[str]:
+    """One adapter's cells."""
     loss = row["last_loss"]
-    remark = "" if state.status == "pending" else row["note"]
     return [
-        (state.name, ""),
-        (STATUS_WORDS[state.status], STATUS_STYLES[state.status]),
-        (state.phase, ""),
-        (f"{row['accepted']}/{row['needed']}" if row["needed"] else MISSING, ""),
-        (percent(state.synthesis.acceptance) if row["generated"] else MISSING, ""),
-        (f"{row['step']}/{row['num_steps']}" if row["num_steps"] else MISSING, ""),
-        (f"{loss:.3f}" if isinstance(loss, float | int) else MISSING, ""),
-        (agreement_text(state), ""),
-        (remark, ""),
+        state.name,
+        STATUS_WORDS[state.status],
+        state.phase,
+        f"{row['accepted']}/{row['needed']}" if row["needed"] else MISSING,
+        percent(state.synthesis.acceptance) if row["generated"] else MISSING,
+        f"{row['step']}/{row['num_steps']}" if row["num_steps"] else MISSING,
+        f"{loss:.3f}" if isinstance(loss, float | int) else MISSING,
+        agreement_text(state),
     ]
 
 

@@ -1,15 +1,17 @@
 """Ray Data over actors that each hold one base: a block of rows is one batch, rows of all adapters mixed.
 
-Blocks are the unit of work and of resuming: each is written to its own file as soon as it is done.
+A block travels as one item (number, rows as JSON), so that Ray Data can neither split nor merge it. Blocks are the unit of work and of resuming: each is written to its own file as soon as it is done.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
@@ -45,12 +47,11 @@ class EngineActor:
         self.function = function
         self.settings = settings
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """Compute the rows of `table`, which must all be of one block."""
-        rows = table.to_pylist()
-        assert len({row["block"] for row in rows}) == 1, "a batch must be exactly one block"
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Compute one block: its number and its rows as JSON, both in arrays of length 1."""
+        (rows,) = (json.loads(text) for text in batch["rows"])
         results = self.function(self.engine, rows, self.settings)
-        return pa.Table.from_pylist([{**result, "block": rows[0]["block"]} for result in results])
+        return {"block": batch["block"], "rows": np.array([json.dumps(results)])}
 
 
 def cut_blocks(rows: Sequence[Row], batch_size: int, length: Callable[[Row], int]) -> list[list[Row]]:
@@ -89,11 +90,10 @@ def run_blocks(
     missing = [index for index, path in enumerate(paths) if not path.is_file()]
     finished = len(blocks) - len(missing)
     if missing:
-        tables = [pa.Table.from_pylist([{**row, "block": index} for row in blocks[index]]) for index in missing]
-        dataset = ray.data.from_arrow(tables).map_batches(
-            EngineActor,  # type: ignore[arg-type]
-            batch_size=None,
-            batch_format="pyarrow",
+        items = [{"block": index, "rows": json.dumps(blocks[index])} for index in missing]
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            EngineActor,
+            batch_size=1,
             compute=ActorPoolStrategy(size=min(resources.num_actors, len(missing))),
             num_gpus=resources.gpus_per_actor,
             num_cpus=resources.cpus_per_actor,
@@ -105,14 +105,13 @@ def run_blocks(
                 "num_threads": None if resources.gpus_per_actor else int(resources.cpus_per_actor),
             },
         )
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for index in sorted(set(batch["block"].to_pylist())):
-                rows = [row for row in batch.to_pylist() if row["block"] == index]
-                assert len(rows) == len(blocks[index]), f"block {index} came back with {len(rows)} rows"
-                sink = pa.BufferOutputStream()
-                pq.write_table(pa.Table.from_pylist(rows).drop_columns("block"), sink)
-                write_bytes(paths[index], sink.getvalue().to_pybytes())
-                finished += 1
-                if on_block is not None:
-                    on_block(finished, len(blocks))
+        for result in dataset.iter_rows():
+            index, rows = int(result["block"]), json.loads(result["rows"])
+            assert len(rows) == len(blocks[index]), f"block {index} came back with {len(rows)} rows"
+            sink = pa.BufferOutputStream()
+            pq.write_table(pa.Table.from_pylist(rows), sink)
+            write_bytes(paths[index], sink.getvalue().to_pybytes())
+            finished += 1
+            if on_block is not None:
+                on_block(finished, len(blocks))
     return [row for path in paths for row in pq.read_table(path).to_pylist()]

@@ -1,0 +1,18 @@
+from collections.abc import Iterator
+
+import pytest
+
+from translora.run.log import setup_logging
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One real local Ray for the tests that start no process of their own."""
+    setup_logging()
+    import ray
+
+    from translora.run.cluster import start_ray
+
+    start_ray()
+    yield
+    ray.shutdown()

@@ -1,0 +1,183 @@
+"""Real Ray Train, real DeepSpeed ZeRO-3 on two CPU workers, against one plain process with PEFT and AdamW."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from tests.tiny import make_base
+from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
+from translora.distill.data import batch_indices, encode_samples, num_steps
+from translora.distill.launch import train_adapters
+from translora.distill.train import FAILURE, TrainJob
+from translora.distill.zero3 import read_ds_config
+from translora.engine.loading import load_tokenizer
+from translora.engine.prompts import prompt_format
+from translora.lora.bank import initial_weights
+from translora.lora.peft_io import read_lora
+from translora.run.files import sha256_path, write_jsonl
+
+GOLDEN = Path(__file__).with_name("golden_losses.json")
+CONFIG = TrainConfig.model_validate(
+    {
+        "lora": {"rank": 4, "alpha": 8},
+        "learning_rate": 2e-2,
+        "batch_size": 5,
+        "micro_batch_size": 2,
+        "max_length": 64,
+        "checkpoint_every_steps": 3,
+        "dtype": "float32",
+    }
+)
+ROWS = [{"input": f"Please send order {index} to the new address.", "answer": f"order {index}"} for index in range(11)]
+
+
+def job(root: Path, name: str, rows: list[dict[str, str]], seed: int, epochs: float = 4) -> TrainJob:
+    work_dir = root / name / "work"
+    write_jsonl(work_dir / "data.jsonl", rows)
+    return TrainJob(
+        name=name,
+        data=str(work_dir / "data.jsonl"),
+        output=str(root / name / "adapter"),
+        work_dir=str(work_dir),
+        seed=seed,
+        epochs=epochs,
+        learning_rate=CONFIG.learning_rate,
+    )
+
+
+def train(base: Path, jobs: list[TrainJob], root: Path, config: TrainConfig = CONFIG) -> None:
+    train_adapters(
+        BaseModelConfig(model=str(base)), base.name, jobs, config, ResourceConfig(), root, lambda name, row: None
+    )
+
+
+def plain_training(base: Path, rows: list[dict[str, str]], seed: int, epochs: float) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """The same run as a reader would write it: PEFT, torch AdamW, whole batches, one sample at a time, no padding."""
+    prompts = prompt_format(load_tokenizer(str(base)))
+    samples = encode_samples(rows, prompts, CONFIG.max_length, "plain")
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    )
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    shapes = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_B.default.weight"): (p.shape[0], 32)
+        for name, p in weights.items()
+        if "lora_B" in name
+    }
+    with torch.no_grad():
+        for module, (lora_A, lora_B) in initial_weights(dict(sorted(shapes.items(), key=_model_order(model))), 4, seed).items():
+            weights[f"base_model.model.{module}.lora_A.default.weight"].copy_(lora_A)
+            weights[f"base_model.model.{module}.lora_B.default.weight"].copy_(lora_B)
+    optimizer = torch.optim.AdamW(weights.values(), lr=CONFIG.learning_rate, weight_decay=0.0)
+    total = num_steps(len(samples), epochs, CONFIG.batch_size)
+    losses = []
+    for step in range(total):
+        for group in optimizer.param_groups:
+            group["lr"] = CONFIG.learning_rate * (1 - step / total)
+        batch = [samples[index] for index in batch_indices(len(samples), CONFIG.batch_size, step, seed)]
+        loss = torch.zeros(())
+        for sample in batch:
+            logits = model(torch.tensor([sample.prompt_ids + sample.answer_ids])).logits[0]
+            answer_logits = logits[len(sample.prompt_ids) - 1 : -1]
+            loss = loss + F.cross_entropy(answer_logits, torch.tensor(sample.answer_ids), reduction="sum")
+        loss = loss / sum(len(sample.answer_ids) for sample in batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        optimizer.step()
+        losses.append(float(loss))
+    return {name: p.detach() for name, p in weights.items()}, losses
+
+
+def _model_order(model: torch.nn.Module):  # type: ignore[no-untyped-def]
+    order = {name.removeprefix("base_model.model."): index for index, (name, _) in enumerate(model.named_modules())}
+    return lambda item: order[item[0]]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("zero3") / "base", std=0.1)
+
+
+@pytest.fixture(scope="module")
+def trained(base: Path, ray_cluster: None) -> Path:
+    """Four jobs on one worker group: `one` and its twin behind it, one that cannot be trained, and a neighbour."""
+    root = base.parent / "run"
+    jobs = [
+        job(root, "one", ROWS, seed=1),
+        job(root, "broken", [{"input": "far too long " * 40, "answer": "x"}], seed=2),
+        job(root, "neighbour", ROWS[:4], seed=3, epochs=5),
+        job(root, "twin", ROWS, seed=1),
+    ]
+    train(base, jobs, root)
+    return root
+
+
+def losses(root: Path, name: str) -> list[float]:
+    return json.loads((root / name / "adapter" / "losses.json").read_text())
+
+
+def test_zero3_on_two_workers_gives_the_adapter_of_one_plain_process(trained: Path, base: Path) -> None:
+    expected, expected_losses = plain_training(base, ROWS, seed=1, epochs=4)
+    adapter = read_lora(trained / "one" / "adapter")
+    torch.testing.assert_close(losses(trained, "one"), expected_losses, rtol=1e-4, atol=1e-4)
+    assert len(adapter.modules) == 4
+    for module, (lora_A, lora_B) in adapter.modules.items():
+        for factor, tensor in (("A", lora_A), ("B", lora_B)):
+            wanted = expected[f"base_model.model.{module}.lora_{factor}.default.weight"]
+            torch.testing.assert_close(tensor, wanted, rtol=1e-3, atol=1e-4)
+        assert lora_B.abs().max() > 1e-3, "it was trained"
+
+
+def test_losses_equal_the_golden_file(trained: Path) -> None:
+    if os.environ.get("TRANSLORA_WRITE_GOLDEN"):
+        GOLDEN.write_text(json.dumps(losses(trained, "one"), indent=1) + "\n")
+    golden = json.loads(GOLDEN.read_text())
+    torch.testing.assert_close(losses(trained, "one"), golden, rtol=1e-4, atol=1e-5)
+    assert golden[-1] < golden[0] - 0.5
+
+
+def test_an_adapter_does_not_depend_on_those_trained_before_it_on_the_same_engine(trained: Path) -> None:
+    assert sha256_path(trained / "one" / "adapter") == sha256_path(trained / "twin" / "adapter")
+    assert losses(trained, "neighbour") != losses(trained, "one")[: len(losses(trained, "neighbour"))]
+
+
+def test_a_job_that_cannot_be_trained_is_given_up_alone(trained: Path) -> None:
+    reason = json.loads((trained / "broken" / "work" / FAILURE).read_text())["reason"]
+    assert "no training sample of at most 64 tokens; raise max_length" in reason
+    assert not (trained / "broken" / "adapter").exists()
+    assert (trained / "neighbour" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_a_job_resumes_from_its_checkpoint_to_the_same_bytes(trained: Path, base: Path) -> None:
+    checkpoint = trained / "one" / "work" / "checkpoint.safetensors"
+    assert checkpoint.is_file(), "step 9 of 12"
+    resumed = job(base.parent / "resumed", "one", ROWS, seed=1)
+    Path(resumed.work_dir, "checkpoint.safetensors").write_bytes(checkpoint.read_bytes())
+    train(base, [resumed], base.parent / "resumed")
+    steps = [json.loads(line)["step"] for line in Path(resumed.work_dir, "train.jsonl").read_text().splitlines()]
+    assert steps == [10, 11, 12], "steps before the checkpoint are not done again"
+    assert sha256_path(Path(resumed.output)) == sha256_path(trained / "one" / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not JSON"),
+        ('{"zero_optimization": {"stage": 2}}', "stage must be 3"),
+        ('{"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 3}}', '"auto" is resolved by HF Trainer only'),
+    ],
+)
+def test_deepspeed_configs_that_cannot_work_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "ds.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_ds_config(str(tmp_path / "ds.json"), torch.float32)
+    with pytest.raises(ValueError, match="is no file and not in ds_configs/"):
+        read_ds_config("zero4.json", torch.float32)

@@ -1,0 +1,100 @@
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tests.tiny import make_adapter, make_base
+from translora.config import BaseModelConfig, SamplingConfig
+from translora.engine.transformers import Request, TransformersEngine, _SeededSampling
+
+PROMPTS = ["Route the message:", "The parcel is late. I was charged twice", "When does the shop open", "a"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("engine") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path) -> dict[str, str]:
+    return {f"a{seed}": str(make_adapter(base.parent / f"a{seed}", base, seed=seed, rank=2 + seed)) for seed in range(3)}
+
+
+@pytest.fixture(scope="module")
+def engine(base: Path, adapters: dict[str, str]) -> TransformersEngine:
+    return TransformersEngine(BaseModelConfig(model=str(base), dtype="float32"), adapters, 1)
+
+
+def test_mixed_greedy_generation_equals_peft_generate(
+    engine: TransformersEngine, base: Path, adapters: dict[str, str]
+) -> None:
+    names: list[str | None] = ["a0", "a1", "a2", None]
+    requests = [Request(prompt, name, 12) for prompt, name in zip(PROMPTS, names, strict=True)]
+    completions = engine.generate(requests)
+    for request, completion in zip(requests, completions, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        if request.adapter is not None:
+            model = PeftModel.from_pretrained(model, adapters[request.adapter]).eval()
+        inputs = engine.tokenizer(request.prompt, add_special_tokens=False, return_tensors="pt")
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=12, eos_token_id=engine.end_ids(), pad_token_id=0)
+        expected = engine.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert completion.text == expected, request
+
+
+def test_an_adapter_answers_otherwise_than_its_base(engine: TransformersEngine) -> None:
+    with_adapter = engine.generate([Request(prompt, "a0", 12) for prompt in PROMPTS])
+    bare = engine.generate([Request(prompt, None, 12) for prompt in PROMPTS])
+    assert all(one.text != other.text for one, other in zip(with_adapter, bare, strict=True))
+
+
+def test_neighbours_never_change_a_sample(engine: TransformersEngine) -> None:
+    sampling = SamplingConfig(temperature=1.3, top_k=40)
+    request = Request(PROMPTS[0], "a1", 16, seed=7)
+    alone = engine.generate([request], sampling)[0]
+    neighbours = [Request(PROMPTS[1], "a0", 16, seed=1), Request(PROMPTS[3], None, 24, seed=2)]
+    together = engine.generate([neighbours[0], request, neighbours[1]], sampling)[1]
+    assert together == alone
+    assert engine.generate([Request(PROMPTS[0], "a1", 16, seed=8)], sampling)[0].text != alone.text
+
+
+def test_seeded_sampling_draws_from_the_softmax() -> None:
+    scores = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).repeat(4000, 1)
+    processor = _SeededSampling(list(range(4000)), SamplingConfig(temperature=1.0, top_k=3))
+    drawn = Counter(processor(torch.zeros(4000, 1), scores).argmax(-1).tolist())  # type: ignore[arg-type]
+    assert 3 not in drawn, "outside the top k"
+    for token, probability in enumerate((0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95)):
+        deviation = math.sqrt(probability * (1 - probability) / 4000)
+        assert abs(drawn[token] / 4000 - probability) < 4 * deviation
+
+
+def test_a_stop_pattern_ends_a_completion_and_a_limit_leaves_it_unfinished(engine: TransformersEngine) -> None:
+    free = engine.generate([Request(PROMPTS[1], None, 24)])[0]
+    assert not free.finished
+    middle = free.text[len(free.text) // 2]
+    stopped = engine.generate([Request(PROMPTS[1], None, 24, stop=f"[{middle}]")])[0]
+    assert stopped.finished
+    assert stopped.text == free.text.split(middle)[0]
+
+
+def test_log_odds_sum_the_variants_of_yes_and_no(engine: TransformersEngine) -> None:
+    scores = engine.log_odds(PROMPTS, ["a0", None, "a2", "a1"])
+    engine.bank.route_rows([None], engine.device)
+    ids = engine.tokenizer(PROMPTS[1], add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        probabilities = engine.model(ids).logits[0, -1].softmax(-1)
+    variants = {
+        word: {
+            tokens[0]
+            for text in (word, f" {word}", word.capitalize(), f" {word.capitalize()}", word.upper(), f" {word.upper()}")
+            if len(tokens := engine.tokenizer(text, add_special_tokens=False)["input_ids"]) == 1
+        }
+        for word in ("yes", "no")
+    }
+    assert len(variants["yes"]) >= 2, "the tiny tokenizer should know more than one spelling"
+    yes, no = (sum(float(probabilities[token]) for token in variants[word]) for word in ("yes", "no"))
+    assert scores[1] == pytest.approx(math.log(yes) - math.log(no), abs=1e-4)
+    assert len(set(scores)) == 4

@@ -1,0 +1,80 @@
+
+import pytest
+
+from tests.tiny import make_tokenizer
+from translora.engine.prompts import PLAIN_TEMPLATE, prompt_format, raw_prompt
+from translora.synthesis.discriminator import discriminator_rows
+from translora.synthesis.prompts import discriminator_question, generation_prompt, generation_stop, normalise
+
+
+def test_chat_format_uses_the_tokenizers_own_template() -> None:
+    prompts = prompt_format(make_tokenizer("llama"))
+    assert prompts.render("Hello") == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert prompts.end == "<|im_end|>"
+    answer = prompts.encode_answer("billing")
+    assert answer[-1] == prompts.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert prompts.end_ids == [answer[-1]]
+
+
+def test_plain_format_without_a_chat_template_puts_bos_in_front_and_eos_behind() -> None:
+    tokenizer = make_tokenizer("gemma3")
+    prompts = prompt_format(tokenizer)
+    assert prompts.template == PLAIN_TEMPLATE
+    ids = prompts.encode_prompt("Hello")
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(ids[1:]) == "Hello\nAnswer:"
+    assert tokenizer.decode(prompts.encode_answer("red")) == " red<eos>"
+    assert raw_prompt(tokenizer, "1. a") == "<bos>1. a"
+
+
+def test_an_input_with_braces_is_left_alone() -> None:
+    prompts = prompt_format(make_tokenizer("gemma3"), "Q: {input}\nA:")
+    assert prompts.render("{input} {name}").endswith("Q: {input} {name}\nA:")
+
+
+def test_templates_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ValueError, match="has no chat template"):
+        prompt_format(make_tokenizer("gemma3"), "chat")
+    with pytest.raises(ValueError, match=r"lacks \{input\}"):
+        prompt_format(make_tokenizer("llama"), "Question:")
+
+
+def test_generation_prompt_numbers_all_seeds_and_leaves_the_next_number_open() -> None:
+    seeds = ["one", "two", "three", "four", "five"]
+    prompt = generation_prompt(seeds, seed=1)
+    lines = prompt.split("\n")
+    assert lines[0] == "Here are 10 examples:"
+    assert lines[-1] == "6."
+    assert sorted(line.split(". ")[1] for line in lines[1:-1]) == sorted(seeds)
+    assert prompt == generation_prompt(seeds, seed=1)
+    assert len({generation_prompt(seeds, seed=seed) for seed in range(20)}) > 10, "orders differ"
+
+
+def test_generation_stops_at_the_line_end_or_at_the_next_number() -> None:
+    import re
+
+    one_line = re.search(generation_stop(["a", "b"]), " first\nsecond")
+    assert one_line is not None and one_line.start() == len(" first")
+    assert re.search(generation_stop(["a", "b"]), "\n first") is None, "leading white space is not an end"
+    many_lines = generation_stop(["a\nb", "c"])
+    assert re.search(many_lines, "x\ny") is None
+    assert re.search(many_lines, "x\ny\n4. z") is not None
+
+
+def test_discriminator_question_is_the_papers() -> None:
+    assert discriminator_question("2 + {name}", "sums") == "2 + {name}\n Is the above question from sums dataset?"
+
+
+def test_discriminator_rows_are_balanced_and_topped_up_by_shuffled_words() -> None:
+    positives = [f"send the {word} box to me" for word in "abcdefghij"]
+    rows = discriminator_rows(positives, ["bad one", "bad two"], "boxes", max_samples=12, seed=0)
+    answers = [row["answer"] for row in rows]
+    assert answers.count("yes") == answers.count("no") == 6
+    questions = {row["input"] for row in rows if row["answer"] == "no"}
+    assert {discriminator_question(text, "boxes") for text in ("bad one", "bad two")} <= questions
+    assert not questions & {discriminator_question(text, "boxes") for text in positives}
+    assert rows == discriminator_rows(positives, ["bad one", "bad two"], "boxes", max_samples=12, seed=0)
+
+
+def test_normalise_ignores_case_and_white_space() -> None:
+    assert normalise("  A\n b ") == normalise("a B")
