@@ -4,7 +4,7 @@ ticket-routing  a customer's message     -> one of four teams
 review-weather  a guest's review         -> sunny, stormy or cloudy (praise, complaint, neither)
 name-badge      a note about a colleague -> "Last, First [City]"
 
-Inputs are one line of 15 to 35 tokens and hold all the text that the model sees; answers are a few tokens. The pieces
+Inputs are one line of 11 to 27 tokens and hold all the text that the model sees; answers are a few tokens. The pieces
 combine freely, so a model that reads five inputs can invent more of the same kind.
 """
 

@@ -53,21 +53,6 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def start_ray(address: str | None, verbose: bool, on_gpu: bool) -> None:
-    """Join or start Ray, with the driver's environment handed to the workers."""
-    import ray
-
-    from translora.run.log import quiet_environment
-
-    ray.init(
-        address=address,
-        runtime_env={"env_vars": quiet_environment(verbose=verbose, on_gpu=on_gpu)},
-        log_to_driver=True,
-        logging_level="INFO" if verbose else "ERROR",
-        ignore_reinit_error=True,
-    )
-
-
 def run_migrate(arguments: argparse.Namespace) -> int:
     """`translora migrate fleet.yaml`."""
     from translora.run.log import setup_logging
@@ -75,8 +60,11 @@ def run_migrate(arguments: argparse.Namespace) -> int:
     setup_logging(arguments.verbose)
     config = load_config(arguments.config, FleetConfig)
     from translora.fleet import migrate
+    from translora.run.cluster import start_ray
 
-    start_ray(config.resources.ray_address, arguments.verbose, config.resources.gpus_per_actor > 0)
+    start_ray(
+        address=config.resources.ray_address, on_gpu=config.resources.gpus_per_actor > 0, verbose=arguments.verbose
+    )
     states = migrate(config)
     print_report(config.run_dir)
     return MIGRATED if all(state.status == "migrated" for state in states) else FAILED
@@ -89,8 +77,11 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     setup_logging(arguments.verbose)
     config = load_config(arguments.config, PrepareConfig)
     from translora.prepare import prepare
+    from translora.run.cluster import start_ray
 
-    start_ray(config.resources.ray_address, arguments.verbose, config.resources.gpus_per_actor > 0)
+    start_ray(
+        address=config.resources.ray_address, on_gpu=config.resources.gpus_per_actor > 0, verbose=arguments.verbose
+    )
     for bundle in prepare(config):
         sys.stdout.write(f"{bundle.path}\n")
     return MIGRATED
@@ -115,13 +106,12 @@ def print_report(run_dir: Path) -> None:
     from rich.console import Console
 
     from translora.report.html import write_report
-    from translora.report.table import render_table
+    from translora.report.table import notes, render_table
     from translora.run.state import load_states
 
     states = load_states(run_dir)
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(render_table(states))
-    for state in states:
-        if state.status != "migrated":
-            console.print(f"{state.name}: {state.status}: {state.reason}", markup=False, highlight=False)
+    for line in notes(states):
+        console.print(line, markup=False, highlight=False)
     console.print(f"report: {write_report(run_dir)}", highlight=False, soft_wrap=True)

@@ -106,7 +106,7 @@ class TrainConfig(Strict):
     num_workers: int = Field(default=2, ge=1)
     """Ray Train workers: one per GPU, or CPU processes."""
     dtype: DType = "auto"
-    """Base weights' dtype; `auto` is bfloat16 on CUDA, float32 on a CPU (LoRA training gains nothing from bfloat16 there)."""
+    """Dtype of base and LoRA in forward and backward (AdamW's weights are float32); `auto` as for a base."""
     ds_config: str = "zero3.json"
     """DeepSpeed config: a path, or the name of a file in ds_configs/."""
     checkpoint_every_steps: int = Field(default=50, ge=1)
@@ -215,7 +215,7 @@ class PrepareConfig(Strict):
     tasks: list[PrepareEntry] = Field(min_length=1)
     """The bundles to make."""
     prompt_template: str = "auto"
-    """`chat` (the tokenizer's chat template), a string that contains {input}, or `auto`: chat where the tokenizer has one."""
+    """`chat` (the tokenizer's template), a string that contains {input}, or `auto`: chat where there is a template."""
     num_seeds: int = Field(default=5, ge=2, le=50)
     """Seed examples per bundle."""
     seed: int = 0

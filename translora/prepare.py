@@ -5,6 +5,7 @@ seeds -> negatives (invented by the source base) -> adapter where there is none,
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from dataclasses import dataclass
@@ -66,14 +67,28 @@ def prepare(config: PrepareConfig) -> list[Bundle]:
 def read_task(config: PrepareConfig, entry: PrepareEntry) -> Task:
     """Read a task's data and choose its seeds."""
     rows = read_jsonl(entry.data, required=("input", "target"))
-    distinct = sorted({normalise(row["input"]): row["input"] for row in rows}.values())
     if entry.seeds is not None:
         seeds = [row["input"] for row in read_jsonl(entry.seeds, required=("input",))]
     else:
-        if len(distinct) < config.num_seeds:
-            raise ValueError(f"{entry.data}: {len(distinct)} different inputs, but num_seeds is {config.num_seeds}")
-        seeds = random.Random(derive_seed(config.seed, entry.name, "seeds")).sample(distinct, config.num_seeds)
+        seeds = choose_seeds(rows, config.num_seeds, derive_seed(config.seed, entry.name, "seeds"))
+        if len(seeds) < config.num_seeds:
+            raise ValueError(f"{entry.data}: {len(seeds)} different inputs, but num_seeds is {config.num_seeds}")
     return Task(entry, rows, seeds, config.output_dir / entry.name)
+
+
+def choose_seeds(rows: list[dict[str, Any]], num_seeds: int, seed: int) -> list[str]:
+    """Different inputs drawn at random, one from each target in turn, the frequent targets first.
+
+    An answer class without a seed would be missing from the synthetic set.
+    """
+    distinct = sorted({normalise(row["input"]): row for row in rows}.values(), key=lambda row: row["input"])
+    random.Random(seed).shuffle(distinct)
+    by_target: dict[str, list[str]] = {}
+    for row in distinct:
+        by_target.setdefault(normalise(row["target"]), []).append(row["input"])
+    classes = sorted(by_target.values(), key=len, reverse=True)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*classes))
+    return [text for text in turns if text is not None][:num_seeds]
 
 
 def is_made(task: Task, base: BaseInfo) -> bool:

@@ -57,7 +57,9 @@ def train(base: Path, jobs: list[TrainJob], root: Path, config: TrainConfig = CO
     )
 
 
-def plain_training(base: Path, rows: list[dict[str, str]], seed: int, epochs: float) -> tuple[dict[str, torch.Tensor], list[float]]:
+def plain_training(
+    base: Path, rows: list[dict[str, str]], seed: int, epochs: float
+) -> tuple[dict[str, torch.Tensor], list[float]]:
     """The same run as a reader would write it: PEFT, torch AdamW, whole batches, one sample at a time, no padding."""
     prompts = prompt_format(load_tokenizer(str(base)))
     samples = encode_samples(rows, prompts, CONFIG.max_length, "plain")
@@ -72,7 +74,9 @@ def plain_training(base: Path, rows: list[dict[str, str]], seed: int, epochs: fl
         if "lora_B" in name
     }
     with torch.no_grad():
-        for module, (lora_A, lora_B) in initial_weights(dict(sorted(shapes.items(), key=_model_order(model))), 4, seed).items():
+        for module, (lora_A, lora_B) in initial_weights(
+            dict(sorted(shapes.items(), key=_model_order(model))), 4, seed
+        ).items():
             weights[f"base_model.model.{module}.lora_A.default.weight"].copy_(lora_A)
             weights[f"base_model.model.{module}.lora_B.default.weight"].copy_(lora_B)
     optimizer = torch.optim.AdamW(weights.values(), lr=CONFIG.learning_rate, weight_decay=0.0)
@@ -172,7 +176,10 @@ def test_a_job_resumes_from_its_checkpoint_to_the_same_bytes(trained: Path, base
     [
         ("{", "not JSON"),
         ('{"zero_optimization": {"stage": 2}}', "stage must be 3"),
-        ('{"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 3}}', '"auto" is resolved by HF Trainer only'),
+        (
+            '{"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 3}}',
+            '"auto" is resolved by HF Trainer only',
+        ),
     ],
 )
 def test_deepspeed_configs_that_cannot_work_are_refused(tmp_path: Path, content: str, message: str) -> None:

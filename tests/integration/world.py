@@ -99,7 +99,7 @@ class World:
             "run_dir": "runs/prepare",
             "source": {"model": "./source"},
             "tasks": [{"name": task, "data": f"{task}.train.jsonl"} for task in TASKS],
-            "train": train_settings(),
+            "train": train_settings() | {"epochs": 20},
             "discriminator": {"epochs": 2, "learning_rate": 5e-3, "max_samples": 40},
             "synthesis": synthesis_settings(),
         }
@@ -110,7 +110,8 @@ class World:
             "source": {"model": "./source"},
             "target": {"model": "./target"},
             "adapters": [
-                {"bundle": f"source-bundles/{task}", "num_samples": 12, "eval_data": f"{task}.test.jsonl"} for task in TASKS
+                {"bundle": f"source-bundles/{task}", "num_samples": 12, "eval_data": f"{task}.test.jsonl"}
+                for task in TASKS
             ],
             "synthesis": synthesis_settings(),
             "distill": train_settings(),
@@ -121,7 +122,7 @@ class World:
 
 def train_settings() -> dict[str, Any]:
     return {
-        "lora": {"rank": 4, "alpha": 8},
+        "lora": {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
         "epochs": 8,
         "learning_rate": 1e-2,
         "batch_size": 8,

@@ -14,7 +14,11 @@ OPTIONS = {
     "smaller rank": {"rank": 2, "alpha": 3.0},
     "rslora": {"rank": 8, "use_rslora": True},
     "all linear modules": {"rank": 4, "target_modules": ("q_proj", "k_proj", "o_proj", "up_proj", "down_proj")},
-    "rank and alpha patterns": {"rank": 4, "rank_pattern": {"v_proj": 6}, "alpha_pattern": {"layers.1.self_attn.q_proj": 5}},
+    "rank and alpha patterns": {
+        "rank": 4,
+        "rank_pattern": {"v_proj": 6},
+        "alpha_pattern": {"layers.1.self_attn.q_proj": 5},
+    },
 }
 
 
@@ -49,7 +53,9 @@ def test_each_row_of_a_mixed_batch_equals_peft(base: Path, adapters: dict[str, P
                 torch.testing.assert_close(mixed[row], bare[row])
                 continue
             expected = PeftModel.from_pretrained(load(base), adapters[name]).eval()(ids_BT[row : row + 1]).logits[0]
-            torch.testing.assert_close(mixed[row], expected, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(
+                mixed[row], expected, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+            )
             # The classic failure is a base that answers for its adapter without a word.
             assert (mixed[row] - bare[row]).abs().max() > 1e-2, name
 

@@ -21,7 +21,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(base: Path) -> dict[str, str]:
-    return {f"a{seed}": str(make_adapter(base.parent / f"a{seed}", base, seed=seed, rank=2 + seed)) for seed in range(3)}
+    return {
+        f"a{seed}": str(make_adapter(base.parent / f"a{seed}", base, seed=seed, rank=2 + seed)) for seed in range(3)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,9 @@ def test_mixed_greedy_generation_equals_peft_generate(
         if request.adapter is not None:
             model = PeftModel.from_pretrained(model, adapters[request.adapter]).eval()
         inputs = engine.tokenizer(request.prompt, add_special_tokens=False, return_tensors="pt")
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=12, eos_token_id=engine.end_ids(), pad_token_id=0)
+        output = model.generate(
+            **inputs, do_sample=False, max_new_tokens=12, eos_token_id=engine.end_ids(), pad_token_id=0
+        )
         expected = engine.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert completion.text == expected, request
 

@@ -1,4 +1,3 @@
-
 import pytest
 
 from tests.tiny import make_tokenizer
@@ -78,3 +77,14 @@ def test_discriminator_rows_are_balanced_and_topped_up_by_shuffled_words() -> No
 
 def test_normalise_ignores_case_and_white_space() -> None:
     assert normalise("  A\n b ") == normalise("a B")
+
+
+def test_seeds_cover_the_answer_classes_the_frequent_ones_first() -> None:
+    from translora.prepare import choose_seeds
+
+    targets = ["a"] * 6 + ["b"] * 4 + ["c"]
+    rows = [{"input": f"text {index}", "target": target} for index, target in enumerate(targets)]
+    of = {row["input"]: row["target"] for row in rows}
+    assert [of[text] for text in choose_seeds(rows, 5, seed=0)] == ["a", "b", "c", "a", "b"]
+    assert len(choose_seeds([*rows, rows[0]], 20, seed=0)) == len(rows), "no input twice"
+    assert choose_seeds(rows, 5, seed=0) != choose_seeds(rows, 5, seed=1)

@@ -24,12 +24,23 @@ def pool(name: str = "task", needed: int = 10, budget: int = 100) -> Pool:
 
 
 def generated(name: str, *texts: str, finished: bool = True) -> list[dict[str, object]]:
-    return [{"adapter": name, "sample_id": index, "text": text, "finished": finished} for index, text in enumerate(texts)]
-
-
-def labelled(name: str, count: int, score: float | None = 1.0, answer: str = "red", finished: bool = True, start: int = 0):  # type: ignore[no-untyped-def]
     return [
-        {"adapter": name, "sample_id": start + index, "input": f"x{start + index}", "answer": answer, "score": score, "finished": finished}
+        {"adapter": name, "sample_id": index, "text": text, "finished": finished} for index, text in enumerate(texts)
+    ]
+
+
+def labelled(
+    name: str, count: int, score: float | None = 1.0, answer: str = "red", finished: bool = True, start: int = 0
+):  # type: ignore[no-untyped-def]
+    return [
+        {
+            "adapter": name,
+            "sample_id": start + index,
+            "input": f"x{start + index}",
+            "answer": answer,
+            "score": score,
+            "finished": finished,
+        }
         for index in range(count)
     ]
 
@@ -63,9 +74,8 @@ def test_a_request_depends_on_its_adapter_and_number_alone() -> None:
 
 def test_malformed_copied_and_repeated_inputs_are_dropped_and_counted() -> None:
     one = pool()
-    rows = generated("task", "sell a red toy", "Sell a  RED toy", SEEDS[0].upper(), "") + [
-        {"adapter": "task", "sample_id": 9, "text": "cut off", "finished": False}
-    ]
+    cut_off = {"adapter": "task", "sample_id": 9, "text": "cut off", "finished": False}
+    rows = [*generated("task", "sell a red toy", "Sell a  RED toy", SEEDS[0].upper(), ""), cut_off]
     kept = clean(rows, {"task": one})
     assert [row["input"] for row in kept] == ["sell a red toy"]
     assert one.stats.dropped == {"duplicate": 1, "seed_copy": 1, "malformed": 2}

@@ -42,7 +42,9 @@ def encode_samples(rows: Sequence[dict[str, str]], prompts: PromptFormat, max_le
     samples = [Sample(prompts.encode_prompt(row["input"]), prompts.encode_answer(row["answer"])) for row in rows]
     kept = [sample for sample in samples if len(sample.prompt_ids) + len(sample.answer_ids) <= max_length]
     if len(kept) < len(samples):
-        logger.warning("%s: %d of %d samples exceed max_length %d", name, len(samples) - len(kept), len(samples), max_length)
+        logger.warning(
+            "%s: %d of %d samples exceed max_length %d", name, len(samples) - len(kept), len(samples), max_length
+        )
     if not kept:
         raise ValueError(f"{name}: no training sample of at most {max_length} tokens; raise max_length")
     return kept

@@ -100,6 +100,7 @@ def train_adapters(
         run_config=ray.train.RunConfig(
             name="train",
             storage_path=str(run_dir / "ray_train"),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
         ),
     )

@@ -26,6 +26,7 @@ from translora.engine.prompts import prompt_format
 from translora.lora.bank import AdapterBank, initial_weights
 from translora.lora.peft_io import write_lora
 from translora.run.files import read_jsonl, replace_directory, write_json
+from translora.run.log import quiet_worker
 
 logger = logging.getLogger(__name__)
 FAILURE = "failure.json"
@@ -58,13 +59,15 @@ class TrainJob:
 def answer_loss(model: nn.Module, samples: list[Sample], pad_id: int, place: torch.device) -> torch.Tensor:
     """Summed cross-entropy of the answers' tokens; logits are computed at the answers' positions only."""
     inputs, labels_BL = collate(samples, pad_id)
-    num_positions = labels_BL.shape[1]
-    # Position t predicts token t + 1: keep one position before the answer, drop the last.
-    outputs = model(
-        **{key: value.to(place) for key, value in inputs.items()}, use_cache=False, logits_to_keep=num_positions + 1
+    length = inputs["input_ids"].shape[1]
+    # Position t predicts token t + 1. An index instead of a slice keeps the hidden states contiguous; matmul would
+    # otherwise copy the head's weight once for each sample (torch 2.13, CPU: 20 times slower).
+    positions = torch.arange(length - labels_BL.shape[1] - 1, length - 1, device=place)
+    inputs = {key: value.to(place) for key, value in inputs.items()}
+    logits_BLV = model(**inputs, use_cache=False, logits_to_keep=positions).logits.float()
+    return F.cross_entropy(
+        logits_BLV.flatten(0, 1), labels_BL.flatten().to(place), ignore_index=IGNORE, reduction="sum"
     )
-    logits_BLV = outputs.logits[:, :-1].float()
-    return F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten().to(place), ignore_index=IGNORE, reduction="sum")
 
 
 def train_adapter(
@@ -123,6 +126,7 @@ def _append(path: Path, step: int, total_steps: int, loss: float, seconds: float
 
 def train_worker(spec: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker: load the base once, then train every job in turn."""
+    quiet_worker()
     base = BaseModelConfig.model_validate(spec["base"])
     config = TrainConfig.model_validate(spec["train"])
     jobs = [TrainJob(**job) for job in spec["jobs"]]

@@ -34,7 +34,10 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 STUDENT = "student"
 """The bank's one slot: students are trained one after the other."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+DS_CONFIGS = next(
+    path / "ds_configs" for path in Path(__file__).resolve().parents[1:3] if (path / "ds_configs").is_dir()
+)
+"""At the top of a checkout, or inside the installed package."""
 _RESIDENT: list[HfDeepSpeedConfig] = []  # transformers holds its DeepSpeed config by weak reference only
 
 
@@ -63,7 +66,9 @@ def read_ds_config(name: str, dtype: torch.dtype) -> dict[str, Any]:
     """
     path = next((path for path in (Path(name), DS_CONFIGS / name) if path.is_file()), None)
     if path is None:
-        raise ValueError(f"distill.ds_config: {name} is no file and not in ds_configs/; give the path of a DeepSpeed config")
+        raise ValueError(
+            f"distill.ds_config: {name} is no file and not in ds_configs/; give the path of a DeepSpeed config"
+        )
     text = path.read_text(encoding="utf-8")
     try:
         config: dict[str, Any] = json.loads(text)
@@ -79,7 +84,7 @@ def read_ds_config(name: str, dtype: torch.dtype) -> dict[str, Any]:
 
 def load_engine(base: BaseModelConfig, config: TrainConfig) -> tuple[Any, AdapterBank]:
     """Load the base partitioned over the ranks, put a one-slot bank on it and start DeepSpeed."""
-    dtype = resolve_dtype(config.dtype, training=True)
+    dtype = resolve_dtype(config.dtype)
     ds_config = read_ds_config(config.ds_config, dtype)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     _RESIDENT[:] = [HfDeepSpeedConfig(ds_config)]
@@ -164,10 +169,10 @@ def get_adapter(engine: Any, bank: AdapterBank, step: int, losses: list[float]) 
     moments: dict[str, dict[str, Pair]] = {key: {} for key in MOMENTS}
     for name, module in bank.modules.items():
         pair = (module.lora_A, module.lora_B)
-        weights[name] = tuple(safe_get_full_fp32_param(p)[0].cpu().clone() for p in pair)  # type: ignore[assignment]
+        weights[name] = tuple(safe_get_full_fp32_param(p)[0].cpu().clone() for p in pair)
         for key in MOMENTS:
             values = (safe_get_full_optimizer_state(p, key)[0].cpu().clone() for p in pair)
-            moments[key][name] = tuple(values)  # type: ignore[assignment]
+            moments[key][name] = tuple(values)
     return AdapterState(step=step, weights=weights, moments=moments, losses=list(losses))
 
 

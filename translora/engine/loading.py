@@ -31,12 +31,10 @@ def multiplies_bfloat16() -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
-def resolve_dtype(dtype: DType, *, training: bool = False) -> torch.dtype:
-    """The torch dtype of a setting; see `BaseModelConfig.dtype` and `TrainConfig.dtype` for `auto`."""
+def resolve_dtype(dtype: DType) -> torch.dtype:
+    """The torch dtype of a setting; `auto` is bfloat16 where the device multiplies it in hardware."""
     if dtype != "auto":
         return torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    if training and not torch.cuda.is_available():
-        return torch.float32
     return torch.bfloat16 if multiplies_bfloat16() else torch.float32
 
 

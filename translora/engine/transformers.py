@@ -11,8 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.loading import device, load_model, load_tokenizer, resolve_dtype
@@ -118,7 +123,10 @@ class TransformersEngine:
 
     def _encode(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         batch = self.tokenizer(list(prompts), add_special_tokens=False, padding=True, return_tensors="pt")
-        return {"input_ids": batch["input_ids"].to(self.device), "attention_mask": batch["attention_mask"].to(self.device)}
+        return {
+            "input_ids": batch["input_ids"].to(self.device),
+            "attention_mask": batch["attention_mask"].to(self.device),
+        }
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], sampling: SamplingConfig | None = None) -> list[Completion]:
@@ -150,7 +158,8 @@ class TransformersEngine:
             top_k=None,
         )
         return [
-            self._completion(request, output[row, length:].tolist(), set(end_ids)) for row, request in enumerate(requests)
+            self._completion(request, output[row, length:].tolist(), set(end_ids))
+            for row, request in enumerate(requests)
         ]
 
     def _completion(self, request: Request, ids: list[int], end_ids: set[int]) -> Completion:
@@ -186,6 +195,8 @@ class TransformersEngine:
         self.bank.route_rows(adapters, self.device)
         inputs = self._encode(prompts)
         positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        logits_BV = self.model(**inputs, position_ids=positions, logits_to_keep=1, use_cache=False).logits[:, -1].float()
+        logits_BV = (
+            self.model(**inputs, position_ids=positions, logits_to_keep=1, use_cache=False).logits[:, -1].float()
+        )
         yes, no = (logits_BV[:, self._answer_ids[word]].logsumexp(-1) for word in ("yes", "no"))
         return [float(value) for value in yes - no]

@@ -1,4 +1,4 @@
-"""The gate: does the student give the teacher's answers on prompts held out from its training?
+"""The gate: whether the student gives the teacher's answers on prompts held out from its training.
 
 Also measures accuracy on real held-out data where the fleet file names some. Both are exact match after
 normalising case and white space.
@@ -60,7 +60,15 @@ def _rows(member: GateMember, slot: str | None, arm: str, template: str, max_ans
     inputs = [sample["input"] for sample in (member.heldout if arm.startswith("gate") else member.eval_rows)]
     stop = LINE_END if max_answer_stop else None
     return [
-        {"adapter": member.name, "arm": arm, "index": index, "slot": slot, "input": text, "template": template, "stop": stop}
+        {
+            "adapter": member.name,
+            "arm": arm,
+            "index": index,
+            "slot": slot,
+            "input": text,
+            "template": template,
+            "stop": stop,
+        }
         for index, text in enumerate(inputs)
     ]
 

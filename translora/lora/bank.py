@@ -31,6 +31,8 @@ class Route:
 class BankedLinear(nn.Module):
     """A frozen linear module plus the bank's slots for it."""
 
+    scaling: torch.Tensor
+
     def __init__(self, base: nn.Linear, num_slots: int, rank: int, route: Route, dtype: torch.dtype) -> None:
         super().__init__()
         self.base = base
@@ -117,7 +119,9 @@ def load_bank(model: nn.Module, adapters: Mapping[str, LoraWeights]) -> AdapterB
         for module, (lora_A, lora_B) in weights.modules.items():
             linear = linears.get(module)
             if linear is None:
-                raise ValueError(f"adapter {adapter}: the base has no linear module {module}; it belongs to another base")
+                raise ValueError(
+                    f"adapter {adapter}: the base has no linear module {module}; it belongs to another base"
+                )
             if (linear.out_features, linear.in_features) != (lora_B.shape[0], lora_A.shape[1]):
                 raise ValueError(
                     f"adapter {adapter}: {module} is {linear.in_features} -> {linear.out_features} in this base, but "
@@ -152,7 +156,9 @@ def new_bank(
     for target in target_modules:
         if not any(name.rsplit(".", 1)[-1] == target for name in linears):
             present = sorted({name.rsplit(".", 1)[-1] for name in linears})
-            raise ValueError(f"lora.target_modules: no linear module {target!r} in the base; it has {', '.join(present)}")
+            raise ValueError(
+                f"lora.target_modules: no linear module {target!r} in the base; it has {', '.join(present)}"
+            )
     targets = [name for name in linears if name.rsplit(".", 1)[-1] in target_modules]
     bank = _attach(model, targets, names, rank, None)
     for module in bank.modules.values():

@@ -121,7 +121,9 @@ def read_lora(directory: str | Path) -> LoraWeights:
     for key, tensor in tensors.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_(A|B)\.weight", key)
         if match is None:
-            raise ValueError(f"{path}: unexpected tensor {key!r}; only lora_A and lora_B of linear modules are supported")
+            raise ValueError(
+                f"{path}: unexpected tensor {key!r}; only lora_A and lora_B of linear modules are supported"
+            )
         pairs.setdefault(match[1], {})[match[2]] = tensor
     if not pairs:
         raise ValueError(f"{path}: holds no tensors; save the adapter again (ZeRO-3 needs its parameters gathered)")

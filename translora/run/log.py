@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
 console = Console(stderr=True)
@@ -76,7 +77,7 @@ def setup_logging(verbose: bool = False) -> None:
     os.environ.update(quiet_environment(verbose=verbose))
     if sys.stderr.isatty():
         handler: logging.Handler = RichHandler(
-            console=console, show_path=False, show_level=verbose, log_time_format="%H:%M:%S", markup=False
+            console=console, show_path=False, highlighter=NullHighlighter(), log_time_format="%H:%M:%S", markup=False
         )
         handler.setFormatter(logging.Formatter("%(message)s"))
     else:

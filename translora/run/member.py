@@ -89,7 +89,9 @@ def expand_entries(entries: list[AdapterEntry]) -> dict[str, AdapterEntry]:
         for path in paths:
             name = Path(path).name
             if name in found and found[name].bundle != path:
-                raise ValueError(f"adapters: {found[name].bundle} and {path} are both named {name}; rename one directory")
+                raise ValueError(
+                    f"adapters: {found[name].bundle} and {path} are both named {name}; rename one directory"
+                )
             found[name] = entry.model_copy(update={"bundle": path})
     return found
 

@@ -7,9 +7,10 @@ import sys
 import time
 from typing import Self
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+
+from translora.run.log import console
 
 logger = logging.getLogger(__name__)
 LINE_EVERY_SECONDS = 20.0
@@ -24,7 +25,7 @@ class Progress:
         self._bar: RichProgress | None = None
         if sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
+            self._bar = RichProgress(*columns, console=console, transient=True)
 
     def __enter__(self) -> Self:
         if self._bar is not None:

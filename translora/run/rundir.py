@@ -31,12 +31,16 @@ def open_run(run_dir: Path, config: BaseModel) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / "lock", "w")  # noqa: SIM115 (held for the whole run)
     except OSError as error:
-        raise ValueError(f"{run_dir}: cannot be used as run_dir ({error}); give a directory that you can write") from error
+        raise ValueError(
+            f"{run_dir}: cannot be used as run_dir ({error}); give a directory that you can write"
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(f"{run_dir}: another process works on this run; wait for it, or give another run_dir") from error
+            raise ValueError(
+                f"{run_dir}: another process works on this run; wait for it, or give another run_dir"
+            ) from error
         resolved = json.loads(config.model_dump_json())
         path = run_dir / "config.json"
         if path.is_file():

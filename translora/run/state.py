@@ -25,7 +25,7 @@ class SynthesisStats(BaseModel):
     needed: int = 0
     """|D_syn| plus the held-out samples."""
     dropped: dict[str, int] = {}
-    """Samples not used, by reason: malformed, duplicate, seed_copy, refused (by the screen), empty_answer, long_answer."""
+    """Samples not used, by reason: malformed, duplicate, seed_copy, refused, empty_answer or long_answer."""
     shortfall: str = ""
     """Set when the budget ended before `needed` was reached."""
 

@@ -1,6 +1,7 @@
 """Ray Data over actors that each hold one base: a block of rows is one batch, rows of all adapters mixed.
 
-A block travels as one item (number, rows as JSON), so that Ray Data can neither split nor merge it. Blocks are the unit of work and of resuming: each is written to its own file as soon as it is done.
+A block travels as one item (number, rows as JSON), so that Ray Data can neither split nor merge it. Blocks are the
+unit of work and of resuming: each is written to its own file as soon as it is done.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,10 +27,8 @@ Row = dict[str, Any]
 OnBlock = Callable[[int, int], None]
 
 
-class BlockFunction(Protocol):
-    """Turns one block of rows into as many rows, on a resident engine."""
-
-    def __call__(self, engine: TransformersEngine, rows: list[Row], settings: dict[str, Any]) -> list[Row]: ...
+BlockFunction = Callable[[TransformersEngine, list[Row], dict[str, Any]], list[Row]]
+"""Turns one block of rows into as many rows, on a resident engine, with plain settings."""
 
 
 class EngineActor:

@@ -149,7 +149,9 @@ def synthesise(
     by_name = {pool.name: pool for pool in pools}
     adapters = {f"teacher/{pool.name}": str(pool.bundle.path) for pool in pools}
     adapters |= {
-        f"discriminator/{pool.name}": str(pool.bundle.discriminator_dir) for pool in pools if pool.bundle.discriminator_dir
+        f"discriminator/{pool.name}": str(pool.bundle.discriminator_dir)
+        for pool in pools
+        if pool.bundle.discriminator_dir
     }
     bundle_digests = {pool.name: pool.bundle.digest for pool in pools}
     for number in range(config.max_rounds):
@@ -191,7 +193,7 @@ def synthesise(
         if len(pool.accepted) < pool.needed:
             stats = pool.stats
             pool.stats.shortfall = (
-                f"{stats.accepted} of {pool.needed} samples after {stats.rounds} rounds and {stats.generated} generated "
-                f"(acceptance {stats.acceptance:.0%}, dropped {stats.dropped})"
+                f"{stats.accepted} of {pool.needed} samples after {stats.rounds} rounds and {stats.generated} "
+                f"generated (acceptance {stats.acceptance:.0%}, dropped {stats.dropped})"
             )
         pool.accepted = pool.accepted[: pool.needed]

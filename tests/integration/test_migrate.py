@@ -1,0 +1,154 @@
+"""The command line on a tiny world: prepare, migrate, kill it in every phase, damage a bundle."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tests.integration.world import ROOT, TASKS, World, command, environment, make_world
+from translora.bundle import inspect_base, read_bundle, verify_bundle
+from translora.lora.peft_io import read_lora
+from translora.run.files import sha256_path
+from translora.run.state import AdapterState, load_states
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    world = make_world(tmp_path_factory.mktemp("world"))
+    world.run("prepare", world.write("prepare.yaml", world.prepare_config()))
+    return world
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: World) -> Path:
+    world.run("migrate", world.write("fleet.yaml", world.fleet_config("undisturbed")))
+    return world.root / "runs" / "undisturbed"
+
+
+def results(run_dir: Path) -> dict[str, dict[str, object]]:
+    """What must not depend on how often a run was killed: everything but wall times and bundle paths."""
+    return {state.name: state.model_dump(exclude={"seconds"}) for state in load_states(run_dir)}
+
+
+def test_prepare_writes_bundles_that_peft_loads_and_whose_adapter_learnt_the_task(world: World) -> None:
+    base = inspect_base(str(world.source))
+    for task in TASKS:
+        path = world.root / "source-bundles" / task
+        bundle = read_bundle(path)
+        verify_bundle(bundle, base)
+        assert len(bundle.seeds) == 5 and bundle.manifest.discriminator
+        model = AutoModelForCausalLM.from_pretrained(world.source)
+        PeftModel.from_pretrained(PeftModel.from_pretrained(model, path).unload(), bundle.discriminator_dir)
+        losses = json.loads((world.root / f"runs/prepare/adapters/{task}/adapter/losses.json").read_text())
+        assert losses[-1] < 0.5 * losses[0]
+
+
+def test_prepare_again_makes_nothing_anew(world: World) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (world.root / "source-bundles").rglob("*")}
+    world.run("prepare", world.root / "prepare.yaml")
+    assert before == {path: path.stat().st_mtime_ns for path in (world.root / "source-bundles").rglob("*")}
+
+
+def test_a_migrated_adapter_is_a_bundle_of_the_target_base(world: World, undisturbed: Path) -> None:
+    target = inspect_base(str(world.target))
+    for state in load_states(undisturbed):
+        assert state.status == "migrated" and state.gate is not None and state.accuracy is not None
+        bundle = read_bundle(undisturbed / state.output)
+        verify_bundle(bundle, target)
+        assert bundle.manifest.discriminator and bundle.manifest.num_samples == 12
+        assert any(lora_B.abs().max() > 1e-3 for _, lora_B in read_lora(bundle.path).modules.values())
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.target), bundle.path)
+        assert state.synthesis.accepted >= 16 and state.num_steps == len(state.losses) == 16
+    assert (undisturbed / "report.html").is_file()
+    assert not list(undisturbed.rglob(".tmp-*"))
+
+
+def test_students_learn_from_their_teachers(undisturbed: Path) -> None:
+    for state in load_states(undisturbed):
+        assert state.losses[-1] < 0.8 * state.losses[0]
+
+
+def kill_when(world: World, config: Path, pattern: str, count: int = 1) -> None:
+    """Start the run and SIGKILL its driver as soon as `count` files match `pattern`."""
+    run_dir = world.root / "runs" / "killed"
+    driver = subprocess.Popen(
+        command("migrate", config), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 240
+    while len(list(run_dir.glob(pattern))) < count:
+        assert driver.poll() is None, f"the run ended before {pattern} appeared"
+        assert time.monotonic() < deadline, f"{pattern} never appeared"
+        time.sleep(0.02)
+    family = psutil.Process(driver.pid).children(recursive=True)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive, f"orphans: {alive}"
+
+
+def test_a_run_killed_in_every_phase_ends_as_if_it_had_not_been(world: World, undisturbed: Path) -> None:
+    config = world.write("killed.yaml", world.fleet_config("killed"))
+    run_dir = world.root / "runs" / "killed"
+    finished: dict[Path, int] = {}
+    for pattern, count in (
+        ("rounds/000-generate-*/*.parquet", 3),
+        ("rounds/000-label-*/*.parquet", 2),
+        ("adapters/*/train/student/checkpoint.safetensors", 1),
+        ("adapters/*/discriminator/adapter_config.json", 1),
+        ("gate/*/*.parquet", 2),
+    ):
+        kill_when(world, config, pattern, count)
+        # What was finished before a kill is never written again.
+        assert all(path.stat().st_mtime_ns == written for path, written in finished.items())
+        finished = {path: path.stat().st_mtime_ns for path in run_dir.glob("rounds/*/*.parquet")}
+        finished |= {
+            path: path.stat().st_mtime_ns for path in run_dir.glob("adapters/*/student/adapter_model.safetensors")
+        }
+    world.run("migrate", config)
+    assert results(run_dir) == results(undisturbed)
+    for task in TASKS:
+        assert sha256_path(run_dir / "bundles" / task) == sha256_path(undisturbed / "bundles" / task)
+    assert not list(run_dir.rglob(".tmp-*"))
+
+
+def test_a_finished_run_does_nothing_again(world: World, undisturbed: Path) -> None:
+    before = results(undisturbed)
+    kept = {path: path.stat().st_mtime_ns for path in (undisturbed / "bundles").rglob("*")}
+    done = world.run("migrate", world.root / "fleet.yaml")
+    assert results(undisturbed) == before
+    assert kept == {path: path.stat().st_mtime_ns for path in (undisturbed / "bundles").rglob("*")}
+    assert "generate" not in done.stderr and "distill" not in done.stderr
+
+
+def test_one_bad_bundle_and_one_starved_adapter_leave_the_rest_of_the_fleet_alone(
+    world: World, undisturbed: Path
+) -> None:
+    broken = world.root / "broken"
+    shutil.copytree(world.root / "source-bundles" / "colour", broken)
+    weights = broken / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    starved = world.root / "starved"
+    shutil.copytree(world.root / "source-bundles" / "colour", starved)
+    fleet = world.fleet_config("bad")
+    fleet["adapters"] = [
+        {"bundle": "broken"},
+        {"bundle": "starved", "num_samples": 5000},
+        fleet["adapters"][1],
+    ]
+    fleet["synthesis"] |= {"max_generated_factor": 1.0, "max_rounds": 1, "oversample": 1.0}
+    fleet["synthesis"]["sampling"] = {"max_new_tokens": 4}
+    done = world.run("migrate", world.write("bad.yaml", fleet), check=False)
+    assert done.returncode == 1
+    states: dict[str, AdapterState] = {state.name: state for state in load_states(world.root / "runs" / "bad")}
+    assert states["broken"].status == "quarantined" and "adapter_model.safetensors" in states["broken"].reason
+    assert "broken: quarantined" in done.stdout
