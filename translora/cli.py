@@ -60,11 +60,12 @@ def run_migrate(arguments: argparse.Namespace) -> int:
     setup_logging(arguments.verbose)
     config = load_config(arguments.config, FleetConfig)
     from translora.fleet import migrate
-    from translora.run.cluster import start_ray
+    from translora.run.cluster import check_resources, start_ray
 
     start_ray(
         address=config.resources.ray_address, on_gpu=config.resources.gpus_per_actor > 0, verbose=arguments.verbose
     )
+    check_resources(config.resources, config.distill.num_workers)
     states = migrate(config)
     print_report(config.run_dir)
     return MIGRATED if all(state.status == "migrated" for state in states) else FAILED
@@ -77,11 +78,12 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     setup_logging(arguments.verbose)
     config = load_config(arguments.config, PrepareConfig)
     from translora.prepare import prepare
-    from translora.run.cluster import start_ray
+    from translora.run.cluster import check_resources, start_ray
 
     start_ray(
         address=config.resources.ray_address, on_gpu=config.resources.gpus_per_actor > 0, verbose=arguments.verbose
     )
+    check_resources(config.resources, config.train.num_workers)
     for bundle in prepare(config):
         sys.stdout.write(f"{bundle.path}\n")
     return MIGRATED

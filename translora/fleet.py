@@ -11,6 +11,7 @@ import logging
 import math
 import random
 import time
+from collections.abc import Callable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,10 +25,20 @@ from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
 from translora.gate.agreement import GateMember, run_gate
 from translora.run.files import read_jsonl, sha256_path, write_bytes, write_jsonl
-from translora.run.member import DISCRIMINATOR, STUDENT, SYNTHETIC, Member, Run, continue_state, expand_entries
+from translora.run.member import (
+    DISCRIMINATOR,
+    STUDENT,
+    SYNTHETIC,
+    Member,
+    Run,
+    cohort,
+    continue_state,
+    end_cohort,
+    expand_entries,
+)
 from translora.run.progress import Progress
 from translora.run.rundir import open_run
-from translora.run.state import AdapterState, load_state
+from translora.run.state import AdapterState, Phase, load_state
 from translora.run.tracker import Tracker
 from translora.synthesis.discriminator import discriminator_rows
 from translora.synthesis.rounds import Pool, synthesise
@@ -52,16 +63,17 @@ def migrate(config: FleetConfig) -> list[AdapterState]:
     ):
         run = Run(config, source, target, tracker)
         members = [member for name, entry in entries.items() if (member := verify(run, name, entry)) is not None]
-        for phase, work in (("synthesis", synthesis_phase), ("distill", distill_phase), ("gate", gate_phase)):
-            todo = [member for member in members if member.state.phase == phase and member.state.status == "pending"]
-            if todo:
+        for phase, work in PHASE_WORK.items():
+            while todo := [member for member in members if member.waits_for(phase)]:
+                group = cohort(config.run_dir, phase, todo, members)
                 start = time.monotonic()
-                work(run, todo)
+                work(run, group)
                 seconds = time.monotonic() - start
-                tracker.log({f"time/{phase}_seconds": seconds, "perf/adapters": float(len(todo))})
-                for member in todo:
+                tracker.log({f"time/{phase}_seconds": seconds, "perf/adapters": float(len(group))})
+                for member in group:
                     member.state.seconds[phase] = round(member.state.seconds.get(phase, 0.0) + seconds, 1)
                     run.save(member.state)
+                end_cohort(config.run_dir, phase)
         return [load_state(config.run_dir, name) for name in entries]
 
 
@@ -102,6 +114,8 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
 
     def after_round() -> None:
         for member, pool in zip(members, pools, strict=True):
+            if not member.waits_for("synthesis"):
+                continue
             member.state.synthesis = pool.stats.model_copy(deep=True)
             run.save(member.state)
             run.tracker.log(
@@ -122,6 +136,8 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
         on_round=after_round,
     )
     for member, pool in zip(members, pools, strict=True):
+        if not member.waits_for("synthesis"):
+            continue
         member.state.synthesis = pool.stats
         if len(pool.accepted) < max(2, config.synthesis.min_accepted_fraction * pool.needed):
             run.quarantine(member.state, f"too few synthetic samples: {pool.stats.shortfall}")
@@ -183,6 +199,7 @@ def train_jobs(run: Run, member: Member) -> list[TrainJob]:
 def distill_phase(run: Run, members: list[Member]) -> None:
     """Train all students and discriminators on one worker group that holds the target base."""
     config = run.config
+    members = [member for member in members if member.waits_for("distill")]
     by_name = {member.name: member for member in members}
     jobs = {job.name: job for member in members for job in train_jobs(run, member)}
     last_saved = 0.0
@@ -250,6 +267,8 @@ def gate_phase(run: Run, members: list[Member]) -> None:
     )
     template = prompt_format(load_tokenizer(config.target.model)).template
     for member in members:
+        if not member.waits_for("gate"):
+            continue
         member.state.gate, member.state.accuracy = results[member.name]
         gate = member.state.gate
         run.tracker.log(
@@ -287,3 +306,11 @@ def publish(run: Run, member: Member, template: str) -> None:
     member.state.output = f"bundles/{member.name}"
     member.state.status = "migrated"
     run.advance(member, "done", output)
+
+
+PHASE_WORK: dict[Phase, Callable[[Run, list[Member]], None]] = {
+    "synthesis": synthesis_phase,
+    "distill": distill_phase,
+    "gate": gate_phase,
+}
+"""In order. A phase gets the adapters that are worked on together, some of which may have left it already."""

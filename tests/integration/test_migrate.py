@@ -31,7 +31,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def undisturbed(world: World) -> Path:
-    world.run("migrate", world.write("fleet.yaml", world.fleet_config("undisturbed")))
+    tracking = {"tracking": {"wandb_project": "test", "wandb_mode": "offline"}}
+    world.run("migrate", world.write("fleet.yaml", world.fleet_config("undisturbed") | tracking))
     return world.root / "runs" / "undisturbed"
 
 
@@ -71,6 +72,15 @@ def test_a_migrated_adapter_is_a_bundle_of_the_target_base(world: World, undistu
         assert state.synthesis.accepted >= 16 and state.num_steps == len(state.losses) == 16
     assert (undisturbed / "report.html").is_file()
     assert not list(undisturbed.rglob(".tmp-*"))
+
+
+def test_metrics_are_in_the_jsonl_file_and_in_the_offline_wandb_run(undisturbed: Path) -> None:
+    rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    for state in load_states(undisturbed):
+        own = [row["metrics"] for row in rows if row["adapter"] == state.name]
+        assert [metrics["loss/student"] for metrics in own if "loss/student" in metrics] == pytest.approx(state.losses)
+    (written,) = undisturbed.glob("wandb/offline-run-*/*.wandb")
+    assert b"adapter/colour/loss/student" in written.read_bytes()
 
 
 def test_students_learn_from_their_teachers(undisturbed: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -10,7 +11,10 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from translora.config import ResourceConfig
 from translora.run.log import quiet_environment
+
+logger = logging.getLogger(__name__)
 
 # Ray 2.60 logs "has constructor arguments in the object store" as an error whenever Ray Data starts an actor
 # (ray #53727); its C++ log has no finer switch than the level. Failures reach the driver as exceptions all the same.
@@ -43,6 +47,32 @@ def start_ray(*, address: str | None = None, on_gpu: bool = False, verbose: bool
     os.putenv(_CORE_LOG_LEVEL, "fatal")
     with _without_notice():
         ray.init(**arguments)
+
+
+def check_resources(resources: ResourceConfig, num_workers: int) -> None:
+    """Refuse settings that would wait for ever on a local Ray; on a cluster, which may grow, only warn.
+
+    Raises:
+        ValueError: names the setting to lower.
+    """
+    import ray
+
+    has = ray.cluster_resources()
+    on_gpu = resources.gpus_per_actor > 0
+    kind = "GPU" if on_gpu else "CPU"
+    per_actor = resources.gpus_per_actor if on_gpu else resources.cpus_per_actor
+    wanted = {
+        "resources.num_actors x resources." + ("gpus_per_actor" if on_gpu else "cpus_per_actor"): (
+            resources.num_actors * per_actor
+        ),
+        "num_workers (of distill or train)": num_workers,
+    }
+    for setting, amount in wanted.items():
+        if amount > has.get(kind, 0):
+            message = f"{setting} asks for {amount:g} {kind}s, Ray has {has.get(kind, 0):g}; lower it or add nodes"
+            if len(ray.nodes()) == 1 and resources.ray_address is None:
+                raise ValueError(message)
+            logger.warning(message)
 
 
 def ray_arguments(*, address: str | None = None, on_gpu: bool = False, verbose: bool = False) -> dict[str, Any]:

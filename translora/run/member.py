@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import logging
 import shutil
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 
 from translora.bundle import BaseInfo, Bundle
 from translora.config import AdapterEntry, FleetConfig
-from translora.run.files import sha256_path
+from translora.run.files import sha256_path, write_json
 from translora.run.state import AdapterState, Phase, load_state, save_state, state_path
 from translora.run.tracker import Tracker
 
@@ -35,6 +36,10 @@ class Member:
     """Samples for the gate, beyond |D_syn|."""
     eval_rows: list[dict[str, str]]
     """Real held-out data to measure on; may be empty."""
+
+    def waits_for(self, phase: Phase) -> bool:
+        """Whether this phase is the next thing to do."""
+        return self.state.phase == phase and self.state.status == "pending"
 
     @property
     def name(self) -> str:
@@ -71,6 +76,32 @@ class Run:
             member.state.artifacts[path.relative_to(self.config.run_dir).as_posix()] = sha256_path(path)
         member.state.phase = phase
         self.save(member.state)
+
+
+def cohort(run_dir: Path, phase: Phase, todo: list[Member], members: list[Member]) -> list[Member]:
+    """The members whose rows are computed together in a phase: those of the killed run, if there was one.
+
+    Batches mix adapters, so a rerun must mix the same ones to find its finished blocks again and to end with the same
+    bits, also when the kill fell between two adapters' last steps. Members that are not of the cohort come after it.
+    """
+    path = run_dir / f"cohort-{phase}.json"
+    by_name = {member.name: member for member in members}
+    if path.is_file():
+        names = json.loads(path.read_text(encoding="utf-8"))
+        if all(name in by_name and reached(by_name[name].state, phase) for name in names):
+            return [by_name[name] for name in names]
+    write_json(path, [member.name for member in todo])
+    return todo
+
+
+def end_cohort(run_dir: Path, phase: Phase) -> None:
+    """Forget the cohort: each of its members has left the phase."""
+    (run_dir / f"cohort-{phase}.json").unlink(missing_ok=True)
+
+
+def reached(state: AdapterState, phase: Phase) -> bool:
+    """Whether an adapter is in a phase or past it."""
+    return PHASES.index(state.phase) >= PHASES.index(phase)
 
 
 def expand_entries(entries: list[AdapterEntry]) -> dict[str, AdapterEntry]:
