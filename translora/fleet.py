@@ -38,7 +38,7 @@ from translora.run.member import (
 )
 from translora.run.progress import Progress
 from translora.run.rundir import open_run
-from translora.run.state import AdapterState, Phase, load_state
+from translora.run.state import AdapterState, Phase, load_state, state_path
 from translora.run.tracker import Tracker
 from translora.synthesis.discriminator import discriminator_rows
 from translora.synthesis.rounds import Pool, synthesise
@@ -85,7 +85,9 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | None:
         verify_bundle(bundle, run.source)
         eval_rows = read_jsonl(entry.eval_data, required=("input", "target")) if entry.eval_data else []
     except (BundleError, ValueError) as error:
-        run.quarantine(AdapterState(name=name, bundle=entry.bundle), str(error))
+        known = state_path(config.run_dir, name).is_file()
+        state = load_state(config.run_dir, name) if known else AdapterState(name=name, bundle=entry.bundle)
+        run.quarantine(state, str(error))
         return None
     num_samples = entry.num_samples or bundle.manifest.num_samples
     fresh = AdapterState(

@@ -118,6 +118,8 @@ def test_a_changed_bundle_starts_from_the_beginning(tmp_path: Path, finished: Ad
 def test_a_quarantined_adapter_is_tried_again_and_a_failed_gate_is_not(tmp_path: Path, finished: AdapterState) -> None:
     save_state(tmp_path, finished.model_copy(update={"status": "quarantined", "phase": "distill", "reason": "r"}))
     assert continue_state(tmp_path, fresh()).status == "pending"
+    save_state(tmp_path, finished.model_copy(update={"status": "quarantined", "reason": "broken for a while"}))
+    assert continue_state(tmp_path, fresh()) == finished
     save_state(tmp_path, finished.model_copy(update={"status": "failed_gate", "reason": "r"}))
     assert continue_state(tmp_path, fresh()).status == "failed_gate"
     assert load_state(tmp_path, "a").reason == "r"

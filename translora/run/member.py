@@ -166,4 +166,8 @@ def continue_state(run_dir: Path, fresh: AdapterState) -> AdapterState:
         break
     if state.status == "quarantined":
         state.status, state.reason = "pending", ""
+        if state.phase == "done":  # its bundle was broken for a while, after it had been migrated
+            passed = f"bundles/{fresh.name}" in state.artifacts
+            state.status = "migrated" if passed else "failed_gate"
+            state.reason = "" if passed or state.gate is None else state.gate.reason
     return state
