@@ -193,6 +193,7 @@ def train_jobs(run: Run, member: Member) -> list[TrainJob]:
                 seed=derive_seed(config.seed, member.name, kind),
                 epochs=settings.epochs,
                 learning_rate=settings.learning_rate,
+                with_end=kind == STUDENT,
             )
         )
     return jobs

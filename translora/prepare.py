@@ -178,6 +178,7 @@ def train(
                     epochs=epochs,
                     learning_rate=learning_rate,
                     template=template,
+                    with_end=kind == "adapter",
                 )
             )
     total_steps = sum(job.expected_steps(config.train.batch_size) for job in jobs)

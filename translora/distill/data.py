@@ -33,13 +33,20 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def encode_samples(rows: Sequence[dict[str, str]], prompts: PromptFormat, max_length: int, name: str) -> list[Sample]:
+def encode_samples(
+    rows: Sequence[dict[str, str]], prompts: PromptFormat, max_length: int, name: str, *, with_end: bool = True
+) -> list[Sample]:
     """Tokenise rows of `input` and `answer`; those longer than `max_length` are dropped with a warning.
+
+    `with_end` puts the end of the answer behind it; a discriminator's loss is on yes or no alone.
 
     Raises:
         ValueError: no row is left.
     """
-    samples = [Sample(prompts.encode_prompt(row["input"]), prompts.encode_answer(row["answer"])) for row in rows]
+    samples = [
+        Sample(prompts.encode_prompt(row["input"]), prompts.encode_answer(row["answer"], with_end=with_end))
+        for row in rows
+    ]
     kept = [sample for sample in samples if len(sample.prompt_ids) + len(sample.answer_ids) <= max_length]
     if len(kept) < len(samples):
         logger.warning(

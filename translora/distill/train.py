@@ -49,6 +49,8 @@ class TrainJob:
     learning_rate: float
     template: str = "auto"
     """Prompt template, see translora.engine.prompts."""
+    with_end: bool = True
+    """Train the end of the answer too; False for a discriminator, whose answer is one word."""
 
     def expected_steps(self, batch_size: int) -> int:
         """Optimizer steps if no sample is too long; for progress only."""
@@ -59,12 +61,10 @@ class TrainJob:
 def answer_loss(model: nn.Module, samples: list[Sample], pad_id: int, place: torch.device) -> torch.Tensor:
     """Summed cross-entropy of the answers' tokens; logits are computed at the answers' positions only."""
     inputs, labels_BL = collate(samples, pad_id)
-    length = inputs["input_ids"].shape[1]
-    # Position t predicts token t + 1. An index instead of a slice keeps the hidden states contiguous; matmul would
-    # otherwise copy the head's weight once for each sample (torch 2.13, CPU: 20 times slower).
-    positions = torch.arange(length - labels_BL.shape[1] - 1, length - 1, device=place)
+    num_positions = labels_BL.shape[1]
     inputs = {key: value.to(place) for key, value in inputs.items()}
-    logits_BLV = model(**inputs, use_cache=False, logits_to_keep=positions).logits.float()
+    # Position t predicts token t + 1: keep one position before the answer, drop the last.
+    logits_BLV = model(**inputs, use_cache=False, logits_to_keep=num_positions + 1).logits[:, :-1].float()
     return F.cross_entropy(
         logits_BLV.flatten(0, 1), labels_BL.flatten().to(place), ignore_index=IGNORE, reduction="sum"
     )
@@ -76,7 +76,8 @@ def train_adapter(
     """Train one adapter and write it; every rank calls this. Resumes from the job's last checkpoint."""
     rank, world_size, place = dist.get_rank(), dist.get_world_size(), device()
     rows = read_jsonl(job.data, required=("input", "answer"))
-    samples = encode_samples(rows, prompt_format(tokenizer, job.template), config.max_length, job.name)
+    prompts = prompt_format(tokenizer, job.template)
+    samples = encode_samples(rows, prompts, config.max_length, job.name, with_end=job.with_end)
     total_steps = num_steps(len(samples), job.epochs, config.batch_size)
     work_dir = Path(job.work_dir)
     shapes = {name: (module.base.out_features, module.base.in_features) for name, module in bank.modules.items()}

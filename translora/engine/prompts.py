@@ -39,9 +39,9 @@ class PromptFormat:
         """Token ids of the prompt."""
         return self.encode(self.render(text))
 
-    def encode_answer(self, answer: str) -> list[int]:
+    def encode_answer(self, answer: str, *, with_end: bool = True) -> list[int]:
         """Token ids of an answer and its end."""
-        return self.encode(f"{self.lead}{answer}{self.end}")
+        return self.encode(f"{self.lead}{answer}{self.end if with_end else ''}")
 
     def encode(self, rendered: str) -> list[int]:
         """Token ids of a text whose special tokens are already in it."""

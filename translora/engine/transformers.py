@@ -189,14 +189,31 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def log_odds(self, prompts: Sequence[str], adapters: Sequence[str | None]) -> list[float]:
-        """log p("yes") - log p("no") as the next token of each prompt, summed over the answers' token variants."""
+        """log p("yes") - log p("no") as the next token of each prompt, summed over the answers' token variants.
+
+        The answers' logits are computed again in float32: bfloat16 knows steps of 1/8 only at their size, and half of
+        the odds would be ties.
+        """
         if not self._answer_ids:
             self._answer_ids = {"yes": self._variants(["yes"]), "no": self._variants(["no"])}
         self.bank.route_rows(adapters, self.device)
         inputs = self._encode(prompts)
         positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        logits_BV = (
-            self.model(**inputs, position_ids=positions, logits_to_keep=1, use_cache=False).logits[:, -1].float()
-        )
-        yes, no = (logits_BV[:, self._answer_ids[word]].logsumexp(-1) for word in ("yes", "no"))
+        head = self.model.get_output_embeddings()
+        seen: list[torch.Tensor] = []
+        hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -1].float()))
+        try:
+            self.model(**inputs, position_ids=positions, logits_to_keep=1, use_cache=False)
+        finally:
+            hook.remove()
+        yes, no = (self._answer_logits(head, seen[0], word).logsumexp(-1) for word in ("yes", "no"))
         return [float(value) for value in yes - no]
+
+    def _answer_logits(self, head: torch.nn.Module, hidden_BD: torch.Tensor, word: str) -> torch.Tensor:
+        """Logits [B, number of variants] of an answer, in float32, from the head's input."""
+        ids = self._answer_ids[word]
+        weight, bias = head.get_parameter("weight"), getattr(head, "bias", None)
+        logits = torch.nn.functional.linear(hidden_BD, weight[ids].float(), None if bias is None else bias[ids].float())
+        logits = logits * getattr(self.model.config, "logit_scale", 1.0)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -89,6 +89,8 @@ def run_blocks(
     missing = [index for index, path in enumerate(paths) if not path.is_file()]
     finished = len(blocks) - len(missing)
     if missing:
+        # Ray Data would warn again and again that an actor holds much memory: it holds a base, and is meant to.
+        ray.data.DataContext.get_current().issue_detectors_config.detectors = []
         items = [{"block": index, "rows": json.dumps(blocks[index])} for index in missing]
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             EngineActor,
