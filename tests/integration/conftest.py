@@ -11,8 +11,8 @@ def ray_cluster() -> Iterator[None]:
     setup_logging()
     import ray
 
-    from translora.run.cluster import start_ray
+    from translora.run.cluster import ray_arguments
 
-    start_ray()
+    ray.init(**ray_arguments(), num_cpus=3)  # one test trains on three workers, whatever the machine has
     yield
     ray.shutdown()

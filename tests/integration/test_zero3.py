@@ -171,6 +171,17 @@ def test_a_job_resumes_from_its_checkpoint_to_the_same_bytes(trained: Path, base
     assert sha256_path(Path(resumed.output)) == sha256_path(trained / "one" / "adapter")
 
 
+def test_workers_that_do_not_divide_the_parameters_give_the_same_adapter(trained: Path, base: Path) -> None:
+    root = base.parent / "three"
+    short = job(root, "one", ROWS, seed=1, epochs=1)
+    train(base, [short], root, CONFIG.model_copy(update={"num_workers": 3}))
+    expected, expected_losses = plain_training(base, ROWS, seed=1, epochs=1)
+    torch.testing.assert_close(losses(root, "one"), expected_losses, rtol=1e-4, atol=1e-4)
+    for module, (_, lora_B) in read_lora(Path(short.output)).modules.items():
+        wanted = expected[f"base_model.model.{module}.lora_B.default.weight"]
+        torch.testing.assert_close(lora_B, wanted, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -6,7 +6,6 @@ Everything here is collective: every rank calls it, in the same order.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,15 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
@@ -29,6 +29,7 @@ from translora.bundle.base import inspect_base
 from translora.config import BaseModelConfig, TrainConfig
 from translora.engine.loading import load_model, resolve_dtype
 from translora.lora.bank import AdapterBank, new_bank
+from translora.run.files import write_bytes
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 STUDENT = "student"
@@ -150,9 +151,10 @@ def set_adapter(engine: Any, bank: AdapterBank, state: AdapterState) -> None:
         inner["step"] = torch.tensor(float(state.step))
     for name, module in bank.modules.items():
         for index, parameter in enumerate((module.lora_A, module.lora_B)):
-            safe_set_full_fp32_param(parameter, state.weights[name][index].to(place))
+            safe_set_local_fp32_param(parameter, _own_part(parameter, state.weights[name][index]).to(place))
             for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state.moments[key][name][index].to(place), key)
+                part = _own_part(parameter, state.moments[key][name][index])
+                safe_set_local_optimizer_state(parameter, part.to(place), key)
     # The setters above change the float32 partitions alone: copy them to the weights of the forward pass.
     for group in range(len(optimizer.fp16_groups)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
@@ -161,6 +163,16 @@ def set_adapter(engine: Any, bank: AdapterBank, state: AdapterState) -> None:
         optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
     engine.zero_grad()
+
+
+def _own_part(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a full value; ZeRO-3 pads parameters that the number of ranks does not divide.
+
+    DeepSpeed's own setters of full values (0.19.8) read past the end there.
+    """
+    size = parameter.ds_tensor.numel()
+    padded = F.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+    return padded.narrow(0, size * dist.get_rank(), size)
 
 
 def get_adapter(engine: Any, bank: AdapterBank, step: int, losses: list[float]) -> AdapterState:
@@ -183,9 +195,8 @@ def write_checkpoint(work_dir: Path, state: AdapterState) -> None:
         for kind, pairs in {"weights": state.weights, **state.moments}.items():
             for name, (lora_A, lora_B) in pairs.items():
                 tensors[f"{kind}/{name}/A"], tensors[f"{kind}/{name}/B"] = lora_A, lora_B
-        temporary = work_dir / ".tmp-checkpoint.safetensors"
-        save_file(tensors, temporary, metadata={"step": str(state.step), "losses": json.dumps(state.losses)})
-        os.replace(temporary, work_dir / "checkpoint.safetensors")
+        metadata = {"step": str(state.step), "losses": json.dumps(state.losses)}
+        write_bytes(work_dir / "checkpoint.safetensors", save(tensors, metadata))
     dist.barrier()
 
 
