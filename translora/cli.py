@@ -1,18 +1,41 @@
 """The command line: translora migrate | prepare | status | report.
 
-Exit codes: 0 all adapters migrated, 1 some failed the gate or were quarantined, 2 the input cannot be used.
+Exit codes: 0 all adapters migrated, 1 some failed the gate or were quarantined, 2 the input cannot be used,
+3 a worker or the cluster failed (the same command continues).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from translora import __version__
 from translora.config import FleetConfig, PrepareConfig, load_config
 
-MIGRATED, FAILED, UNUSABLE = 0, 1, 2
+logger = logging.getLogger(__name__)
+MIGRATED, FAILED, UNUSABLE, BROKEN = 0, 1, 2, 3
+
+
+class RunFailedError(RuntimeError):
+    """Ray or a worker failed for good; not the user's input, not an adapter."""
+
+
+@contextlib.contextmanager
+def cluster_faults() -> Iterator[None]:
+    """Show the traceback of what Ray could not repair, and end with one line and an exit code of its own."""
+    import ray.exceptions
+    import ray.train
+
+    try:
+        yield
+    except (ray.exceptions.RayError, ray.train.TrainingFailedError, ConnectionError) as error:
+        logger.error("the cluster or a worker failed", exc_info=True)
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise RunFailedError(lines[-1] if lines else type(error).__name__) from error
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,6 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return int(arguments.work(arguments))
+    except RunFailedError as error:
+        sys.stderr.write(f"translora: {error}; what is finished is kept, the same command continues\n")
+        return BROKEN
     except ValueError as error:
         sys.stderr.write(f"translora: {error}\n")
         return UNUSABLE
@@ -62,11 +88,11 @@ def run_migrate(arguments: argparse.Namespace) -> int:
     from translora.fleet import migrate
     from translora.run.cluster import check_resources, start_ray
 
-    start_ray(
-        address=config.resources.ray_address, on_gpu=config.resources.gpus_per_actor > 0, verbose=arguments.verbose
-    )
-    check_resources(config.resources, config.distill.num_workers)
-    states = migrate(config)
+    with cluster_faults():
+        on_gpu = config.resources.gpus_per_actor > 0
+        start_ray(address=config.resources.ray_address, on_gpu=on_gpu, verbose=arguments.verbose)
+        check_resources(config.resources, config.distill.num_workers)
+        states = migrate(config)
     print_report(config.run_dir)
     return MIGRATED if all(state.status == "migrated" for state in states) else FAILED
 
@@ -80,11 +106,12 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     from translora.prepare import prepare
     from translora.run.cluster import check_resources, start_ray
 
-    start_ray(
-        address=config.resources.ray_address, on_gpu=config.resources.gpus_per_actor > 0, verbose=arguments.verbose
-    )
-    check_resources(config.resources, config.train.num_workers)
-    for bundle in prepare(config):
+    with cluster_faults():
+        on_gpu = config.resources.gpus_per_actor > 0
+        start_ray(address=config.resources.ray_address, on_gpu=on_gpu, verbose=arguments.verbose)
+        check_resources(config.resources, config.train.num_workers)
+        bundles = prepare(config)
+    for bundle in bundles:
         sys.stdout.write(f"{bundle.path}\n")
     return MIGRATED
 

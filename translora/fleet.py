@@ -16,12 +16,13 @@ from collections.abc import Callable
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from translora.bundle import BundleError, inspect_base, read_bundle, verify_bundle, write_bundle
+from translora.bundle import BaseInfo, Bundle, BundleError, inspect_base, read_bundle, verify_bundle, write_bundle
 from translora.config import AdapterEntry, FleetConfig
 from translora.distill.data import derive_seed
 from translora.distill.launch import train_adapters
 from translora.distill.train import FAILURE, TrainJob
-from translora.engine.loading import load_tokenizer
+from translora.distill.zero3 import read_ds_config
+from translora.engine.loading import load_tokenizer, resolve_dtype
 from translora.engine.prompts import prompt_format
 from translora.gate.agreement import GateMember, run_gate
 from translora.run.files import read_jsonl, sha256_path, write_bytes, write_jsonl
@@ -41,6 +42,7 @@ from translora.run.rundir import open_run
 from translora.run.state import AdapterState, Phase, load_state, state_path
 from translora.run.tracker import Tracker
 from translora.synthesis.discriminator import discriminator_rows
+from translora.synthesis.prompts import generation_prompt
 from translora.synthesis.rounds import Pool, synthesise
 
 logger = logging.getLogger(__name__)
@@ -61,7 +63,16 @@ def migrate(config: FleetConfig) -> list[AdapterState]:
         open_run(config.run_dir, config),
         Tracker(config.run_dir, config.tracking, config.model_dump(mode="json"), config.run_dir.name) as tracker,
     ):
-        run = Run(config, source, target, tracker)
+        generator = config.synthesis.generator or config.target
+        run = Run(
+            config=config,
+            source=source,
+            target=target,
+            tracker=tracker,
+            source_tokenizer=load_tokenizer(config.source.model),
+            generator_tokenizer=load_tokenizer(generator.model),
+        )
+        check_training(config, target)
         members = [member for name, entry in entries.items() if (member := verify(run, name, entry)) is not None]
         for phase, work in PHASE_WORK.items():
             while todo := [member for member in members if member.waits_for(phase)]:
@@ -77,12 +88,29 @@ def migrate(config: FleetConfig) -> list[AdapterState]:
         return [load_state(config.run_dir, name) for name in entries]
 
 
+def check_training(config: FleetConfig, target: BaseInfo) -> None:
+    """Check what the distillation will need before the synthesis is paid for.
+
+    Raises:
+        ValueError: the DeepSpeed config cannot be used, or a target module is not in the target base.
+    """
+    read_ds_config(config.distill.ds_config, resolve_dtype(config.distill.dtype))
+    linears = {name.split(".")[-2] for name, shape in target.shapes.items() if len(shape) == 2 and "." in name}
+    missing = [name for name in config.distill.lora.target_modules if name not in linears]
+    if missing:
+        raise ValueError(
+            f"distill.lora.target_modules: {', '.join(missing)} not in {target.name}; "
+            f"it has {', '.join(sorted(linears))}"
+        )
+
+
 def verify(run: Run, name: str, entry: AdapterEntry) -> Member | None:
     """Read and check one bundle, and what an earlier run left of it; None when it is quarantined."""
     config = run.config
     try:
         bundle = read_bundle(entry.bundle)
         verify_bundle(bundle, run.source)
+        check_prompts(run, bundle)
         eval_rows = read_jsonl(entry.eval_data, required=("input", "target")) if entry.eval_data else []
     except (BundleError, ValueError) as error:
         known = state_path(config.run_dir, name).is_file()
@@ -102,6 +130,24 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | None:
     run.save(state)
     num_heldout = max(config.gate.min_holdout, math.ceil(config.gate.holdout_fraction * num_samples))
     return Member(bundle, state, config.run_dir / "adapters" / name, num_samples, num_heldout, eval_rows)
+
+
+def check_prompts(run: Run, bundle: Bundle) -> None:
+    """Whether the bundle's template and seeds can be used with the bases' tokenizers.
+
+    Raises:
+        ValueError: no chat template for a `chat` bundle, or seeds that do not fit the generator's context.
+    """
+    synthesis = run.config.synthesis
+    prompt_format(run.source_tokenizer, bundle.manifest.prompt_template)
+    prompt = generation_prompt(bundle.seeds, 0)
+    num_tokens = len(run.generator_tokenizer(prompt)["input_ids"]) + synthesis.sampling.max_new_tokens
+    context = inspect_base((synthesis.generator or run.config.target).model).config.get("max_position_embeddings")
+    if context is not None and num_tokens > context:
+        raise ValueError(
+            f"{bundle.path}: its seeds make a prompt of {num_tokens} tokens, the generator's context is {context}; "
+            "ship fewer or shorter seeds"
+        )
 
 
 def synthesis_phase(run: Run, members: list[Member]) -> None:
@@ -146,15 +192,16 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
             continue
         if pool.stats.shortfall:
             logger.warning("%s: goes on with fewer samples: %s", member.name, pool.stats.shortfall)
-        write_synthetic(member, pool, config.seed)
+        write_synthetic(member, pool, config.seed, config.gate.min_holdout)
         run.advance(member, "distill", member.directory / SYNTHETIC)
 
 
-def write_synthetic(member: Member, pool: Pool, seed: int) -> None:
+def write_synthetic(member: Member, pool: Pool, seed: int, min_holdout: int) -> None:
     """Write the adapter's synthetic set: input, answer, score, split (train, heldout, refused)."""
     order = list(range(len(pool.accepted)))
     random.Random(derive_seed(seed, member.name, "split")).shuffle(order)
-    num_heldout = max(1, round(len(order) * member.num_heldout / pool.needed))
+    share = round(len(order) * member.num_heldout / pool.needed)
+    num_heldout = max(1, min(member.num_heldout, max(share, min_holdout), len(order) // 2))
     heldout = set(order[:num_heldout])
     rows = [
         {"adapter": member.name, **row, "split": "heldout" if index in heldout else "train"}
@@ -266,7 +313,8 @@ def gate_phase(run: Run, members: list[Member]) -> None:
         max_answer_tokens=config.synthesis.max_answer_tokens,
         resources=config.resources,
         run_dir=config.run_dir,
-        digests={member.name: sha256_path(member.directory / STUDENT) for member in members},
+        digests={member.name: sha256_path(member.directory / STUDENT) for member in members}
+        | {"source base": run.source.fingerprint, "target base": run.target.fingerprint},
     )
     template = prompt_format(load_tokenizer(config.target.model)).template
     for member in members:
@@ -282,7 +330,10 @@ def gate_phase(run: Run, members: list[Member]) -> None:
             member.state.status, member.state.reason = "failed_gate", gate.reason
             run.advance(member, "done")
             continue
-        publish(run, member, template)
+        try:
+            publish(run, member, template)
+        except BundleError as error:
+            run.quarantine(member.state, f"cannot be published: {error}")
 
 
 def publish(run: Run, member: Member, template: str) -> None:

@@ -6,6 +6,7 @@ seeds -> negatives (invented by the source base) -> adapter where there is none,
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import random
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from translora.bundle import Bundle, BundleError, inspect_base, read_bundle, write_bundle
+from translora.bundle.adapter import check_adapter, check_recorded_base
 from translora.bundle.base import BaseInfo
 from translora.config import PrepareConfig, PrepareEntry
 from translora.distill.data import derive_seed
@@ -20,7 +22,7 @@ from translora.distill.launch import train_adapters
 from translora.distill.train import FAILURE, TrainJob
 from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
-from translora.run.files import digest, read_jsonl, sha256_file, write_jsonl
+from translora.run.files import digest, read_jsonl, sha256_file, sha256_path, write_jsonl
 from translora.run.progress import Progress
 from translora.run.rundir import open_run
 from translora.run.tracker import Tracker
@@ -51,13 +53,17 @@ def prepare(config: PrepareConfig) -> list[Bundle]:
     base = inspect_base(config.source.model)
     template = prompt_format(load_tokenizer(config.source.model), config.prompt_template).template
     tasks = [read_task(config, entry) for entry in config.tasks]
+    for task in tasks:
+        if task.entry.adapter is not None:
+            check_recorded_base(Path(task.entry.adapter), base.name, "give an adapter of this base")
+            check_adapter(Path(task.entry.adapter), base)
     with (
         open_run(config.run_dir, config),
         Tracker(config.run_dir, config.tracking, config.model_dump(mode="json"), config.run_dir.name) as tracker,
     ):
         todo = [task for task in tasks if not is_made(task, base)]
         if todo:
-            negatives = invent_negatives(config, todo, base)
+            negatives = invent_negatives(config, tasks, base)  # all tasks: a rerun finds the same batches again
             train(config, todo, negatives, base, template, tracker)
             for task in todo:
                 make_bundle(config, task, base, template)
@@ -97,8 +103,20 @@ def is_made(task: Task, base: BaseInfo) -> bool:
         manifest = read_bundle(task.output).manifest
     except BundleError:
         return False
-    same_data = manifest.provenance.get("data_sha256") == sha256_file(Path(task.entry.data))
-    return same_data and manifest.base_fingerprint == base.fingerprint
+    return manifest.base_fingerprint == base.fingerprint and all(
+        manifest.provenance.get(key) == value for key, value in provenance(task).items()
+    )
+
+
+def provenance(task: Task) -> dict[str, str]:
+    """Hashes of what a bundle is made from."""
+    entry = task.entry
+    made_from = {"data_sha256": sha256_file(Path(entry.data))}
+    if entry.adapter is not None:
+        made_from["adapter_sha256"] = sha256_path(Path(entry.adapter))
+    if entry.seeds is not None:
+        made_from["seeds_sha256"] = sha256_file(Path(entry.seeds))
+    return made_from
 
 
 def invent_negatives(config: PrepareConfig, tasks: list[Task], base: BaseInfo) -> dict[str, list[str]]:
@@ -195,7 +213,7 @@ def train(
     for job in jobs:
         failure = Path(job.work_dir) / FAILURE
         if failure.is_file():
-            raise ValueError(failure.read_text())
+            raise ValueError(json.loads(failure.read_text(encoding="utf-8"))["reason"])
 
 
 def make_bundle(config: PrepareConfig, task: Task, base: BaseInfo, template: str) -> None:
@@ -210,6 +228,6 @@ def make_bundle(config: PrepareConfig, task: Task, base: BaseInfo, template: str
         base=base,
         num_samples=len(task.rows),
         prompt_template=template,
-        provenance={"data_sha256": sha256_file(Path(task.entry.data)), "seed": config.seed},
+        provenance={**provenance(task), "seed": config.seed},
     )
     logger.info("%s: bundle written to %s", task.entry.name, task.output)

@@ -140,25 +140,40 @@ def test_a_finished_run_does_nothing_again(world: World, undisturbed: Path) -> N
     assert "generate" not in done.stderr and "distill" not in done.stderr
 
 
-def test_one_bad_bundle_and_one_starved_adapter_leave_the_rest_of_the_fleet_alone(
-    world: World, undisturbed: Path
-) -> None:
-    broken = world.root / "broken"
-    shutil.copytree(world.root / "source-bundles" / "colour", broken)
+def test_one_bad_bundle_and_one_starved_adapter_leave_the_rest_of_the_fleet_alone(world: World) -> None:
+    broken, starved = world.root / "broken", world.root / "starved"
+    for copy in (broken, starved):
+        shutil.copytree(world.root / "source-bundles" / "colour", copy)
     weights = broken / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    starved = world.root / "starved"
-    shutil.copytree(world.root / "source-bundles" / "colour", starved)
     fleet = world.fleet_config("bad")
-    fleet["adapters"] = [
-        {"bundle": "broken"},
-        {"bundle": "starved", "num_samples": 5000},
-        fleet["adapters"][1],
-    ]
-    fleet["synthesis"] |= {"max_generated_factor": 1.0, "max_rounds": 1, "oversample": 1.0}
-    fleet["synthesis"]["sampling"] = {"max_new_tokens": 4}
+    # 24 colours, verbs and things make 192 different sentences: 300 cannot be had.
+    starving = {"bundle": "starved", "num_samples": 300}
+    fleet["adapters"] = [{"bundle": "broken"}, starving, fleet["adapters"][1]]
+    fleet["synthesis"] |= {"max_generated_factor": 1.0, "max_rounds": 2, "min_accepted_fraction": 0.9}
+    fleet["synthesis"]["batch_size"] = 64
+    fleet["adapters"][2]["num_samples"] = 4
+    fleet["gate"] |= {"min_holdout": 1, "min_agreement": 0.0}
+    fleet["synthesis"]["max_generated_factor"] = 3.0
     done = world.run("migrate", world.write("bad.yaml", fleet), check=False)
     assert done.returncode == 1
     states: dict[str, AdapterState] = {state.name: state for state in load_states(world.root / "runs" / "bad")}
     assert states["broken"].status == "quarantined" and "adapter_model.safetensors" in states["broken"].reason
-    assert "broken: quarantined" in done.stdout
+    assert states["starved"].status == "quarantined"
+    assert "too few synthetic samples" in states["starved"].reason and "dropped" in states["starved"].reason
+    assert states["thing"].status == "migrated"
+    assert "broken: quarantined" in done.stdout and "starved: quarantined" in done.stdout
+
+
+def test_what_the_distillation_needs_is_checked_before_anything_is_generated(world: World) -> None:
+    for settings, message in (
+        ({"ds_config": "zero4.json"}, "zero4.json is no file and not in ds_configs/"),
+        ({"lora": {"target_modules": ["qkv_proj"]}}, "qkv_proj not in target; it has"),
+    ):
+        fleet = world.fleet_config("early")
+        fleet["distill"] |= settings
+        done = world.run("migrate", world.write("early.yaml", fleet), check=False)
+        assert done.returncode == 2 and message in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (world.root / "runs" / "early" / "rounds").exists()
+        shutil.rmtree(world.root / "runs" / "early")

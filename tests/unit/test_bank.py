@@ -73,6 +73,20 @@ def test_a_batch_of_one_adapter_equals_the_mixed_batch(base: Path, adapters: dic
     assert (alone[1] - mixed[1]).abs().max() > 1e-2
 
 
+def test_a_neighbour_that_is_not_a_number_poisons_nobody(base: Path, adapters: dict[str, Path]) -> None:
+    ids_BT = torch.randint(4, 300, (3, 7), generator=torch.Generator().manual_seed(5))
+    model = load(base)
+    bank = load_bank(model, {name: read_lora(adapters[name]) for name in ("plain", "rslora")})
+    bank.route_rows(["plain", "rslora", None], torch.device("cpu"))
+    with torch.no_grad():
+        before = model(ids_BT).logits
+        for module in bank.modules.values():
+            module.lora_A[bank.slot("plain")] = float("nan")
+        after = model(ids_BT).logits
+    assert after[0].isnan().all()
+    torch.testing.assert_close(after[1:], before[1:], rtol=0, atol=0)
+
+
 def test_trainable_slots_start_as_the_base_and_export_to_peft(base: Path, tmp_path: Path) -> None:
     model = load(base)
     bank = new_bank(model, ["student"], target_modules=["q_proj", "v_proj"], rank=4, alpha=8)

@@ -3,7 +3,7 @@ from translora.gate.agreement import judge, share_equal
 
 
 def test_agreement_is_exact_match_after_normalising() -> None:
-    assert share_equal([" Red ", "blue", "red  hat", ""], ["red", "red", "Red hat", "x"]) == 0.5
+    assert share_equal([" Red ", "blue", "red  hat", None], ["red", "red", "Red hat", "x"]) == 0.5
 
 
 def test_the_gate_names_each_limit_that_was_missed() -> None:

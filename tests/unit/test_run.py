@@ -107,12 +107,14 @@ def test_a_changed_file_sends_the_adapter_back_to_the_phase_that_makes_it(
     state = continue_state(tmp_path, fresh())
     assert (state.phase, state.status, set(state.artifacts)) == (phase, "pending", left)
     assert all((tmp_path / relative).exists() == (relative in left) for relative in finished.artifacts)
+    assert state.gate is None and not state.output
 
 
 def test_a_changed_bundle_starts_from_the_beginning(tmp_path: Path, finished: AdapterState) -> None:
     state = continue_state(tmp_path, fresh(bundle_digest="other"))
     assert (state.phase, state.status) == ("synthesis", "pending")
     assert not (tmp_path / "adapters/a/student").exists()
+    assert not (tmp_path / "bundles/a").exists(), "what was shipped of the old bundle must not pass for the new one"
 
 
 def test_a_quarantined_adapter_is_tried_again_and_a_failed_gate_is_not(tmp_path: Path, finished: AdapterState) -> None:
@@ -134,6 +136,10 @@ def test_globs_are_expanded_and_twice_the_same_name_is_refused(tmp_path: Path) -
         [AdapterEntry(bundle=f"{tmp_path}/one/*"), AdapterEntry(bundle=f"{tmp_path}/one/a", num_samples=3)]
     )
     assert explicit["a"].num_samples == 3, "a later entry overrides the glob's"
+    turned = expand_entries(
+        [AdapterEntry(bundle=f"{tmp_path}/one/a", num_samples=3), AdapterEntry(bundle=f"{tmp_path}/one/*")]
+    )
+    assert turned["a"].num_samples == 3, "in any order"
     with pytest.raises(ValueError, match="are both named a; rename one directory"):
         expand_entries([AdapterEntry(bundle=f"{tmp_path}/*/a")])
     with pytest.raises(ValueError, match="matches no directory"):

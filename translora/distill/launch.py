@@ -12,6 +12,7 @@ from pathlib import Path
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from translora.bundle.base import inspect_base
 from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
 from translora.distill.train import TrainJob, train_worker
 
@@ -78,7 +79,8 @@ def train_adapters(
     Raises:
         ray.train.TrainingFailedError: a worker failed more than `config.max_failures` times.
     """
-    todo = [job for job in jobs if not Path(job.output, "adapter_config.json").is_file()]
+    fingerprint = inspect_base(base.model).fingerprint
+    todo = [job for job in jobs if not job.is_done(config, fingerprint)]
     if not todo:
         return
     use_gpu = resources.gpus_per_actor > 0

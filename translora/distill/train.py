@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from translora.bundle.base import inspect_base
 from translora.config import BaseModelConfig, TrainConfig
 from translora.distill import zero3
 from translora.distill.data import IGNORE, Sample, batch_indices, collate, encode_samples, micro_batches, num_steps
@@ -25,10 +26,13 @@ from translora.engine.loading import device, load_tokenizer
 from translora.engine.prompts import prompt_format
 from translora.lora.bank import AdapterBank, initial_weights
 from translora.lora.peft_io import write_lora
-from translora.run.files import read_jsonl, replace_directory, write_json
+from translora.run.files import digest, read_jsonl, replace_directory, sha256_file, write_json
 from translora.run.log import quiet_worker
+from translora.run.rundir import EXECUTION_ONLY
 
 logger = logging.getLogger(__name__)
+RECIPE = "recipe.txt"
+"""In a job's output: the hash of what it was made from."""
 FAILURE = "failure.json"
 """In a job's work_dir: why it was given up."""
 
@@ -52,6 +56,17 @@ class TrainJob:
     with_end: bool = True
     """Train the end of the answer too; False for a discriminator, whose answer is one word."""
 
+    def recipe(self, config: TrainConfig, fingerprint: str) -> str:
+        """Hash of all that decides the result: data, seed, settings, base. A finished output bears it."""
+        settings = config.model_dump(exclude=EXECUTION_ONLY)
+        own = (self.seed, self.epochs, self.learning_rate, self.template, self.with_end)
+        return digest(own, sha256_file(Path(self.data)), settings, fingerprint)
+
+    def is_done(self, config: TrainConfig, fingerprint: str) -> bool:
+        """Whether the output was made by exactly this job."""
+        path = Path(self.output) / RECIPE
+        return path.is_file() and path.read_text(encoding="utf-8") == self.recipe(config, fingerprint)
+
     def expected_steps(self, batch_size: int) -> int:
         """Optimizer steps if no sample is too long; for progress only."""
         num_samples = Path(self.data).read_bytes().count(b"\n")
@@ -71,7 +86,13 @@ def answer_loss(model: nn.Module, samples: list[Sample], pad_id: int, place: tor
 
 
 def train_adapter(
-    engine: Any, bank: AdapterBank, tokenizer: Any, job: TrainJob, config: TrainConfig, base_model: str
+    engine: Any,
+    bank: AdapterBank,
+    tokenizer: Any,
+    job: TrainJob,
+    config: TrainConfig,
+    base_model: str,
+    fingerprint: str,
 ) -> None:
     """Train one adapter and write it; every rank calls this. Resumes from the job's last checkpoint."""
     rank, world_size, place = dist.get_rank(), dist.get_world_size(), device()
@@ -82,7 +103,8 @@ def train_adapter(
     work_dir = Path(job.work_dir)
     shapes = {name: (module.base.out_features, module.base.in_features) for name, module in bank.modules.items()}
 
-    state = zero3.read_checkpoint(work_dir)
+    recipe = job.recipe(config, fingerprint)
+    state = zero3.read_checkpoint(work_dir, recipe)
     if state is None:
         state = zero3.fresh_state(initial_weights(shapes, config.lora.rank, job.seed))
     zero3.set_adapter(engine, bank, state)
@@ -109,13 +131,16 @@ def train_adapter(
         if rank == 0:
             _append(work_dir / "train.jsonl", step + 1, total_steps, state.losses[-1], time.monotonic() - start)
         if (step + 1) % config.checkpoint_every_steps == 0 and step + 1 < total_steps:
-            zero3.write_checkpoint(work_dir, zero3.get_adapter(engine, bank, step + 1, state.losses))
+            zero3.write_checkpoint(work_dir, zero3.get_adapter(engine, bank, step + 1, state.losses), recipe)
 
     final = zero3.get_adapter(engine, bank, total_steps, state.losses)
+    if not all(torch.isfinite(factor).all() for pair in final.weights.values() for factor in pair):
+        raise FloatingPointError(f"{job.name}: weights are not finite after the last step; lower the learning rate")
     if rank == 0:
         with replace_directory(Path(job.output)) as directory:
             write_lora(directory, final.weights, alpha=config.lora.alpha, base_model=base_model)
             (directory / "losses.json").write_text(json.dumps(state.losses))
+            (directory / RECIPE).write_text(recipe)
     dist.barrier()
 
 
@@ -133,14 +158,15 @@ def train_worker(spec: dict[str, Any]) -> None:
     jobs = [TrainJob(**job) for job in spec["jobs"]]
     if spec["num_threads"]:
         torch.set_num_threads(spec["num_threads"])
+    fingerprint = inspect_base(base.model).fingerprint
     tokenizer = load_tokenizer(base.model)
     engine, bank = zero3.load_engine(base, config)
     for job in jobs:
-        if Path(job.output, "adapter_config.json").is_file():
+        if job.is_done(config, fingerprint):
             continue
         Path(job.work_dir).mkdir(parents=True, exist_ok=True)
         try:
-            train_adapter(engine, bank, tokenizer, job, config, spec["base_name"])
+            train_adapter(engine, bank, tokenizer, job, config, spec["base_name"], fingerprint)
         except (ValueError, FloatingPointError) as error:
             # A fault of this adapter's data, the same on every rank: its neighbours go on.
             if dist.get_rank() == 0:

@@ -6,6 +6,7 @@ Everything here is collective: every rank calls it, in the same order.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -31,6 +32,7 @@ from translora.engine.loading import load_model, resolve_dtype
 from translora.lora.bank import AdapterBank, new_bank
 from translora.run.files import write_bytes
 
+logger = logging.getLogger(__name__)
 Pair = tuple[torch.Tensor, torch.Tensor]
 STUDENT = "student"
 """The bank's one slot: students are trained one after the other."""
@@ -170,7 +172,7 @@ def _own_part(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
 
     DeepSpeed's own setters of full values (0.19.8) read past the end there.
     """
-    size = parameter.ds_tensor.numel()
+    size: int = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
     padded = F.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
     return padded.narrow(0, size * dist.get_rank(), size)
 
@@ -188,26 +190,32 @@ def get_adapter(engine: Any, bank: AdapterBank, step: int, losses: list[float]) 
     return AdapterState(step=step, weights=weights, moments=moments, losses=list(losses))
 
 
-def write_checkpoint(work_dir: Path, state: AdapterState) -> None:
+def write_checkpoint(work_dir: Path, state: AdapterState, recipe: str) -> None:
     """Rank 0 replaces the job's checkpoint: LoRA weights, moments and losses, never the base."""
     if dist.get_rank() == 0:
         tensors = {}
         for kind, pairs in {"weights": state.weights, **state.moments}.items():
             for name, (lora_A, lora_B) in pairs.items():
                 tensors[f"{kind}/{name}/A"], tensors[f"{kind}/{name}/B"] = lora_A, lora_B
-        metadata = {"step": str(state.step), "losses": json.dumps(state.losses)}
+        metadata = {"step": str(state.step), "losses": json.dumps(state.losses), "recipe": recipe}
         write_bytes(work_dir / "checkpoint.safetensors", save(tensors, metadata))
     dist.barrier()
 
 
-def read_checkpoint(work_dir: Path) -> AdapterState | None:
-    """The job's last checkpoint, or None."""
+def read_checkpoint(work_dir: Path, recipe: str) -> AdapterState | None:
+    """The job's last checkpoint, or None where there is none of the same recipe or it cannot be read."""
     path = work_dir / "checkpoint.safetensors"
     if not path.is_file():
         return None
-    with safe_open(path, framework="pt") as handle:
-        metadata = handle.metadata()
-    tensors = load_file(path)
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = handle.metadata()
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        logger.warning("%s: cannot be read (%s); the training starts again", path, error)
+        return None
+    if metadata.get("recipe") != recipe:
+        return None
     kinds: dict[str, dict[str, Pair]] = {kind: {} for kind in ("weights", *MOMENTS)}
     for key in tensors:
         kind, name, factor = key.split("/")

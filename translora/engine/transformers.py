@@ -173,7 +173,8 @@ class TransformersEngine:
 
     def end_ids(self) -> list[int]:
         """Tokens that end a completion: end of text, and of a chat turn."""
-        return prompt_format(self.tokenizer).end_ids
+        own = self.model.generation_config.eos_token_id
+        return sorted({*prompt_format(self.tokenizer).end_ids, *(own if isinstance(own, list) else [own])} - {None})
 
     def _variants(self, words: Iterable[str]) -> torch.Tensor:
         """Ids of the single tokens that spell one of the words, with or without a space, in any usual case."""

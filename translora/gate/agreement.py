@@ -33,10 +33,11 @@ class GateMember:
     """Real held-out data: `input`, `target`; empty where there is none."""
 
 
-def share_equal(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Share of answers equal to their reference after normalisation."""
+def share_equal(answers: Sequence[str | None], references: Sequence[str]) -> float:
+    """Share of answers equal to their reference after normalisation; None is never equal."""
     pairs = zip(answers, references, strict=True)
-    return sum(normalise(answer) == normalise(reference) for answer, reference in pairs) / len(references)
+    equal = (answer is not None and normalise(answer) == normalise(reference) for answer, reference in pairs)
+    return sum(equal) / len(references)
 
 
 def judge(agreement_student: float, agreement_base: float, num_heldout: int, config: GateConfig) -> GateResult:
@@ -56,28 +57,24 @@ def judge(agreement_student: float, agreement_base: float, num_heldout: int, con
     )
 
 
-def _rows(member: GateMember, slot: str | None, arm: str, template: str, max_answer_stop: bool) -> list[Row]:
-    inputs = [sample["input"] for sample in (member.heldout if arm.startswith("gate") else member.eval_rows)]
-    stop = LINE_END if max_answer_stop else None
-    return [
-        {
-            "adapter": member.name,
-            "arm": arm,
-            "index": index,
-            "slot": slot,
-            "input": text,
-            "template": template,
-            "stop": stop,
-        }
-        for index, text in enumerate(inputs)
-    ]
+def _rows(member: GateMember, slot: str | None, arm: str, template: str) -> list[Row]:
+    samples = [(row["input"], row["answer"]) for row in member.heldout]
+    if not arm.startswith("gate"):
+        samples = [(row["input"], row["target"]) for row in member.eval_rows]
+    # A bare base does not know where to stop: where all answers are one line, its first line is its answer. An
+    # adapter has learnt to stop; one that runs on is wrong.
+    one_line = all("\n" not in answer.strip() for _, answer in samples)
+    common = {"adapter": member.name, "arm": arm, "slot": slot, "template": template}
+    stop = LINE_END if slot is None and one_line else None
+    return [{**common, "index": index, "input": text, "stop": stop} for index, (text, _) in enumerate(samples)]
 
 
-def _answers(rows: Sequence[Row]) -> dict[tuple[str, str], list[str]]:
-    """Answers by (adapter, arm), in the order of the inputs."""
-    found: dict[tuple[str, str], list[str]] = {}
+def _answers(rows: Sequence[Row]) -> dict[tuple[str, str], list[str | None]]:
+    """Answers by (adapter, arm), in the order of the inputs; None for one that did not end."""
+    found: dict[tuple[str, str], list[str | None]] = {}
     for row in sorted(rows, key=lambda row: (row["adapter"], row["arm"], row["index"])):
-        found.setdefault((row["adapter"], row["arm"]), []).append(row["answer"])
+        answer = row["answer"] if row["finished"] else None
+        found.setdefault((row["adapter"], row["arm"]), []).append(answer)
     return found
 
 
@@ -96,23 +93,21 @@ def run_gate(
     """Answer the held-out prompts with student and bare target base, all adapters in mixed batches, and judge.
 
     Args:
-        digests: content hash of each member's student, so that a rerun reuses the answers of the same weights only.
+        digests: content hashes of the students and fingerprints of the bases: a rerun reuses the answers of the same
+            weights only.
     """
     target_rows: list[Row] = []
     source_rows: list[Row] = []
     for member in members:
-        one_line = all("\n" not in sample["answer"] for sample in member.heldout)
-        one_line_target = all("\n" not in row["target"].strip() for row in member.eval_rows)
         for slot, gate_arm, eval_arm in (
             (f"student/{member.name}", "gate_student", "migrated"),
             (None, "gate_base", "target_base"),
         ):
-            target_rows += _rows(member, slot, gate_arm, "auto", one_line)
-            target_rows += _rows(member, slot, eval_arm, "auto", one_line_target)
+            target_rows += _rows(member, slot, gate_arm, "auto") + _rows(member, slot, eval_arm, "auto")
         for slot, arm in ((f"teacher/{member.name}", "source_adapter"), (None, "source_base")):
-            source_rows += _rows(member, slot, arm, member.teacher_template, one_line_target)
+            source_rows += _rows(member, slot, arm, member.teacher_template)
 
-    answers: dict[tuple[str, str], list[str]] = {}
+    answers: dict[tuple[str, str], list[str | None]] = {}
     settings = {"max_answer_tokens": max_answer_tokens}
     students = {f"student/{member.name}": str(member.student_dir) for member in members}
     teachers = {f"teacher/{member.name}": str(member.teacher_dir) for member in members}
@@ -140,7 +135,7 @@ def run_gate(
 
 
 def _judge_member(
-    member: GateMember, answers: Mapping[tuple[str, str], list[str]], config: GateConfig
+    member: GateMember, answers: Mapping[tuple[str, str], list[str | None]], config: GateConfig
 ) -> tuple[GateResult, Accuracy | None]:
     labels = [sample["answer"] for sample in member.heldout]
     gate = judge(

@@ -40,7 +40,7 @@ class BankedLinear(nn.Module):
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.zeros(num_slots, rank, base.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.zeros(num_slots, base.out_features, rank, dtype=dtype, device=device))
-        self.register_buffer("scaling", torch.ones(num_slots, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("scaling", torch.ones(num_slots, device=device), persistent=False)
         self.route = route
 
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
@@ -55,12 +55,12 @@ class BankedLinear(nn.Module):
             return out_BTO + (delta * self.scaling[route.single]).to(out_BTO.dtype)
         slots_B = route.slots_B
         assert slots_B is not None and slots_B.shape[0] == x.shape[0], "route the batch before the forward pass"
-        # Rows of the base get slot 0 with scaling 0.
+        # Rows of the base compute slot 0 and drop it, whatever it holds.
         safe_B = slots_B.clamp(min=0)
         hidden_BTR = torch.bmm(x, self.lora_A[safe_B].transpose(1, 2))
         delta_BTO = torch.bmm(hidden_BTR, self.lora_B[safe_B].transpose(1, 2))
-        scaling_B11 = (self.scaling[safe_B] * (slots_B >= 0))[:, None, None]
-        return out_BTO + (delta_BTO * scaling_B11).to(out_BTO.dtype)
+        scaled_BTO = (delta_BTO * self.scaling[safe_B][:, None, None]).to(out_BTO.dtype)
+        return out_BTO + torch.where((slots_B >= 0)[:, None, None], scaled_BTO, 0)
 
 
 class AdapterBank:

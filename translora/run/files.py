@@ -45,11 +45,18 @@ def replace_directory(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        if path.exists():
-            shutil.rmtree(path)
+        remove_directory(path)
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory so that a killed process leaves it whole or gone, never in part."""
+    if path.exists():
+        doomed = _temporary(path)
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
 
 
 def remove_temporaries(root: Path) -> None:

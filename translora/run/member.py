@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import json
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 
 from translora.bundle import BaseInfo, Bundle
 from translora.config import AdapterEntry, FleetConfig
-from translora.run.files import sha256_path, write_json
+from translora.run.files import remove_directory, sha256_path, write_json
 from translora.run.state import AdapterState, Phase, load_state, save_state, state_path
 from translora.run.tracker import Tracker
 
@@ -59,6 +58,8 @@ class Run:
     source: BaseInfo
     target: BaseInfo
     tracker: Tracker
+    source_tokenizer: Any
+    generator_tokenizer: Any
 
     def save(self, state: AdapterState) -> None:
         """Write the adapter's state file."""
@@ -105,15 +106,17 @@ def reached(state: AdapterState, phase: Phase) -> bool:
 
 
 def expand_entries(entries: list[AdapterEntry]) -> dict[str, AdapterEntry]:
-    """Entries by adapter name, globs expanded.
+    """Entries by adapter name, globs expanded; an entry of its own overrides a glob's, in any order.
 
     Raises:
         ValueError: a glob matches nothing, or two bundles bear the same name.
     """
     found: dict[str, AdapterEntry] = {}
+    explicit: set[str] = set()
     for entry in entries:
         paths = [entry.bundle]
-        if glob.has_magic(entry.bundle):
+        is_glob = glob.has_magic(entry.bundle) and not Path(entry.bundle).is_dir()
+        if is_glob:
             paths = sorted(path for path in glob.glob(entry.bundle) if Path(path).is_dir())
             if not paths:
                 raise ValueError(f"adapters: the pattern {entry.bundle} matches no directory; correct it")
@@ -123,7 +126,11 @@ def expand_entries(entries: list[AdapterEntry]) -> dict[str, AdapterEntry]:
                 raise ValueError(
                     f"adapters: {found[name].bundle} and {path} are both named {name}; rename one directory"
                 )
+            if is_glob and name in explicit:
+                continue
             found[name] = entry.model_copy(update={"bundle": path})
+            if not is_glob:
+                explicit.add(name)
     return found
 
 
@@ -135,11 +142,13 @@ def continue_state(run_dir: Path, fresh: AdapterState) -> AdapterState:
     """
     directory = run_dir / "adapters" / fresh.name
     if not state_path(run_dir, fresh.name).is_file():
+        remove_directory(directory)
         return fresh
     state = load_state(run_dir, fresh.name)
     if (state.bundle_digest, state.num_samples) != (fresh.bundle_digest, fresh.num_samples):
         logger.info("%s: the bundle or its size changed: migrated anew", fresh.name)
-        shutil.rmtree(directory)
+        remove_directory(directory)
+        remove_directory(run_dir / "bundles" / fresh.name)
         return fresh
     state.bundle = fresh.bundle
     made_by: dict[str, Phase] = {
@@ -158,12 +167,14 @@ def continue_state(run_dir: Path, fresh: AdapterState) -> AdapterState:
             state.artifacts.pop(later, None)
             if later.endswith(SYNTHETIC):
                 (run_dir / later).unlink(missing_ok=True)
-            elif (run_dir / later).exists():
-                shutil.rmtree(run_dir / later)
-        if phase != "gate":
-            shutil.rmtree(directory / "train", ignore_errors=True)
-        state.phase, state.status, state.reason = phase, "pending", ""
-        break
+            else:
+                remove_directory(run_dir / later)
+        kept: dict[str, Any] = {"phase": phase, "artifacts": state.artifacts}
+        if phase != "synthesis":
+            kept["synthesis"] = state.synthesis
+        if phase == "gate":
+            kept |= {"losses": state.losses, "step": state.step, "num_steps": state.num_steps}
+        return fresh.model_copy(update=kept)
     if state.status == "quarantined":
         state.status, state.reason = "pending", ""
         if state.phase == "done":  # its bundle was broken for a while, after it had been migrated

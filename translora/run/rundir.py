@@ -17,7 +17,8 @@ from translora.run.files import remove_temporaries, write_json
 
 PACKAGES = ("translora", "torch", "transformers", "peft", "deepspeed", "ray", "datasets", "wandb", "safetensors")
 MAY_CHANGE = {"adapters", "tasks", "resources", "tracking", "run_dir", "output_dir"}
-"""Settings that a rerun may change: they do not change the result of an adapter."""
+EXECUTION_ONLY = {"micro_batch_size", "num_workers", "checkpoint_every_steps", "max_failures", "gradient_checkpointing"}
+"""What a rerun may change, sections and settings: they do not change the result of an adapter, but for rounding."""
 
 
 @contextlib.contextmanager
@@ -69,7 +70,9 @@ def _check_same(path: Path, resolved: dict[str, Any]) -> None:
     changed = [
         f"{key} {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if key.split(".")[0] not in MAY_CHANGE and before.get(key) != now.get(key)
+        if key.split(".")[0] not in MAY_CHANGE
+        and key.split(".")[-1] not in EXECUTION_ONLY
+        and before.get(key) != now.get(key)
     ]
     if changed:
         raise ValueError(f"{path.parent}: was made with other settings ({'; '.join(changed)}); give another run_dir")

@@ -103,7 +103,7 @@ def run_blocks(
                 "adapters": dict(adapters),
                 "function": function,
                 "settings": settings,
-                "num_threads": None if resources.gpus_per_actor else int(resources.cpus_per_actor),
+                "num_threads": None if resources.gpus_per_actor else max(1, int(resources.cpus_per_actor)),
             },
         )
         for result in dataset.iter_rows():
