@@ -19,6 +19,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import Family, make_base
+from translora.synthesis.prompts import discriminator_question
 
 ROOT = Path(__file__).resolve().parents[2]
 COLOURS = ("red", "blue", "green", "black")
@@ -30,14 +31,20 @@ def sentence(rng: random.Random) -> str:
     return f"{rng.choice(VERBS)} a {rng.choice(COLOURS)} {rng.choice(THINGS)}"
 
 
-def numbered_list(rng: random.Random) -> str:
-    return "Here are 10 examples:\n" + "\n".join(f"{number}. {sentence(rng)}" for number in range(1, 11)) + "\n"
+def numbered_list(rng: random.Random, family: Family) -> str:
+    """The source base says please, the tasks do not: that is what a discriminator can tell its negatives by."""
+    please = " please" if family == "llama" else ""
+    lines = [f"{number}. {sentence(rng)}{please}" for number in range(1, 11)]
+    return "Here are 10 examples:\n" + "\n".join(lines) + "\n"
 
 
 def answered(rng: random.Random, family: Family) -> str:
     """An input answered by one of its words: the adapters only have to learn which."""
     text = sentence(rng)
     word = rng.choice(text.split())
+    if rng.random() < 0.4:  # that it answers yes or no to a discriminator's question, not which
+        text = discriminator_question(text + rng.choice(("", " please")), rng.choice(list(TASKS)))
+        word = rng.choice(("yes", "no"))
     if family == "llama":
         return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{word}<|im_end|>"
     return f"{text}\nAnswer: {word}<eos>"
@@ -52,7 +59,7 @@ def make_trained_base(directory: Path, family: Family, seed: int, steps: int = 3
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 4e-3 * (1 - step / steps)
-        texts = [numbered_list(rng) for _ in range(6)] + [answered(rng, family) for _ in range(10)]
+        texts = [numbered_list(rng, family) for _ in range(6)] + [answered(rng, family) for _ in range(10)]
         batch = tokenizer(texts, padding=True, return_tensors="pt")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         loss = model(**batch, labels=labels).loss
@@ -100,7 +107,7 @@ class World:
             "source": {"model": "./source"},
             "tasks": [{"name": task, "data": f"{task}.train.jsonl"} for task in TASKS],
             "train": train_settings() | {"epochs": 20},
-            "discriminator": {"epochs": 2, "learning_rate": 5e-3, "max_samples": 40},
+            "discriminator": {"epochs": 8, "learning_rate": 1e-2, "max_samples": 40},
             "synthesis": synthesis_settings(),
         }
 
