@@ -5,9 +5,9 @@ import pytest
 from translora.run.log import setup_logging
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    """One real local Ray for the tests that start no process of their own."""
+    """A real local Ray for the tests of a module that start no process of their own; none is left for the others."""
     setup_logging()
     import ray
 
