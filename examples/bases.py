@@ -68,8 +68,8 @@ BASES = {
 
 
 def default_cache() -> Path:
-    """$TRANSLORA_CACHE, or ~/.cache/translora."""
-    return Path(os.environ.get("TRANSLORA_CACHE") or "~/.cache/translora").expanduser()
+    """Where examples/*.yaml look for the bases."""
+    return Path("~/.cache/translora").expanduser()
 
 
 def base_path(name: str, cache: Path) -> Path:

@@ -6,12 +6,15 @@ touched; unknown keys are refused.
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 DType = Literal["auto", "bfloat16", "float32"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
@@ -292,8 +295,26 @@ def load_config(path: str | Path, kind: type[ConfigT]) -> ConfigT:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(str(part) for part in fault['loc']) or 'config'}: {fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors()
-        )
-        raise ValueError(f"{path}: {faults}") from error
+        raise ValueError(f"{path}: {'; '.join(_fault_text(kind, fault) for fault in error.errors())}") from error
+
+
+def _fault_text(kind: type[BaseModel], fault: ErrorDetails) -> str:
+    """One fault as `where: what`; an unknown setting comes with those that are known there."""
+    where = ".".join(str(part) for part in fault["loc"]) or "config"
+    if fault["type"] != "extra_forbidden":
+        return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
+    *parents, unknown = fault["loc"]
+    known = _settings_at(kind, parents)
+    close = difflib.get_close_matches(str(unknown), known, n=1)
+    return f"{where}: unknown setting; " + (f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}")
+
+
+def _settings_at(kind: Any, loc: Sequence[int | str]) -> list[str]:
+    """Names of the settings of the config object at `loc`."""
+    for part in loc:
+        if isinstance(part, str):
+            kind = kind.model_fields[part].annotation
+        # An item of a list, or a section that may be left out: what is inside.
+        inner = [arg for arg in get_args(kind) if isinstance(arg, type) and issubclass(arg, BaseModel)]
+        kind = inner[0] if inner else kind
+    return sorted(kind.model_fields)

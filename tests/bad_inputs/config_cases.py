@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.bad_inputs.workshop import Bench, Case
-from translora.config import FleetConfig, PrepareConfig, load_config
+from translora.config import AdapterEntry, FleetConfig, PrepareConfig, load_config
 from translora.run.files import read_jsonl
+from translora.run.member import expand_entries
 
 FLEET = """\
 run_dir: run
@@ -33,6 +34,11 @@ def prepare(text: str) -> Callable[[Bench], object]:
     return lambda bench: load_config(bench.file("prepare.yaml", text), PrepareConfig)
 
 
+def adapters(*bundles: str) -> Callable[[Bench], object]:
+    """Expand these entries of a fleet file."""
+    return lambda bench: expand_entries([AdapterEntry(bundle=str(bench.directory / path)) for path in bundles])
+
+
 def jsonl(content: str | bytes) -> Callable[[Bench], object]:
     """Read this content as task data."""
     return lambda bench: read_jsonl(bench.file("orders.jsonl", content), ("input", "target"))
@@ -49,10 +55,19 @@ CASES = [
     Case("binary", lambda bench: load_config(bench.file("fleet.yaml", b"\xff\xfe\x00"), FleetConfig), "cannot be read"),
     Case("an empty file", fleet(""), "expected a mapping"),
     Case("a YAML list", fleet("- run\n"), "expected a mapping"),
-    Case("an unknown key", fleet(FLEET + "bases: []\n"), "bases: Extra inputs are not permitted"),
+    Case("an unknown key", fleet(FLEET + "bases: []\n"), "bases: unknown setting; known are adapters, discriminator"),
     Case(
-        "an unknown key in a section", fleet(FLEET + "distill: {learningrate: 1e-4}\n"), "distill.learningrate: Extra"
+        "a misspelt key in a section",
+        fleet(FLEET + "distill: {lora: {rnak: 4}}\n"),
+        "distill.lora.rnak: unknown setting; did you mean rank?",
     ),
+    Case(
+        "a misspelt key of one adapter",
+        fleet(FLEET.replace("[bundles/orders]", "[{bundle: bundles/orders, samples: 4}]")),
+        "adapters.0.samples: unknown setting; did you mean num_samples?",
+    ),
+    Case("a glob that matches nothing", adapters("bundles/*"), "matches no directory; correct it"),
+    Case("two bundles of one name", adapters("a/orders", "b/orders"), "are both named orders; rename one directory"),
     Case("a missing key", fleet(FLEET.replace("target: {model: ./new-base}\n", "")), "target: Field required"),
     Case("a wrong type", fleet(FLEET + "distill: {epochs: many}\n"), "distill.epochs: Input should be a valid number"),
     Case("a value out of range", fleet(FLEET + "distill: {epochs: 0}\n"), "distill.epochs: Input should be greater"),

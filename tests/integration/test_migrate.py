@@ -88,14 +88,13 @@ def test_students_learn_from_their_teachers(undisturbed: Path) -> None:
         assert sum(state.losses[-4:]) < 0.9 * sum(state.losses[:4])
 
 
-def kill_when(world: World, config: Path, pattern: str, count: int = 1) -> None:
-    """Start the run and SIGKILL its driver as soon as `count` files match `pattern`."""
-    run_dir = world.root / "runs" / "killed"
+def kill_when(world: World, verb: str, config: Path, pattern: str, count: int = 1) -> None:
+    """Start the run and SIGKILL its driver as soon as `count` files of the world match `pattern`."""
     driver = subprocess.Popen(
-        command("migrate", config), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(verb, config), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 240
-    while len(list(run_dir.glob(pattern))) < count:
+    while len(list(world.root.glob(pattern))) < count:
         assert driver.poll() is None, f"the run ended before {pattern} appeared"
         assert time.monotonic() < deadline, f"{pattern} never appeared"
         time.sleep(0.02)
@@ -118,8 +117,9 @@ def test_a_run_killed_in_every_phase_ends_as_if_it_had_not_been(world: World, un
         ("adapters/*/train/student/checkpoint.safetensors", 1),
         ("adapters/*/discriminator/adapter_config.json", 1),
         ("gate/*/*.parquet", 2),
+        ("bundles/*/adapter_config.json", 1),
     ):
-        kill_when(world, config, pattern, count)
+        kill_when(world, "migrate", config, f"runs/killed/{pattern}", count)
         # What was finished before a kill is never written again.
         assert all(path.stat().st_mtime_ns == written for path, written in finished.items())
         finished = {path: path.stat().st_mtime_ns for path in run_dir.glob("rounds/*/*.parquet")}
@@ -131,6 +131,20 @@ def test_a_run_killed_in_every_phase_ends_as_if_it_had_not_been(world: World, un
     for task in TASKS:
         assert sha256_path(run_dir / "bundles" / task) == sha256_path(undisturbed / "bundles" / task)
     assert not list(run_dir.rglob(".tmp-*"))
+
+
+def test_a_prepare_killed_in_every_phase_makes_the_same_bundles(world: World) -> None:
+    config = world.prepare_config() | {"output_dir": "killed-bundles", "run_dir": "runs/killed-prepare"}
+    path = world.write("killed-prepare.yaml", config)
+    for pattern in (
+        "runs/killed-prepare/negatives/*/*.parquet",
+        "runs/killed-prepare/tasks/*/adapter/checkpoint.safetensors",
+        "killed-bundles/*/adapter_config.json",
+    ):
+        kill_when(world, "prepare", path, pattern)
+    world.run("prepare", path)
+    for task in TASKS:
+        assert sha256_path(world.root / "killed-bundles" / task) == sha256_path(world.root / "source-bundles" / task)
 
 
 def test_a_finished_run_does_nothing_again(world: World, undisturbed: Path) -> None:
