@@ -10,7 +10,7 @@ import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -70,6 +70,8 @@ class SynthesisConfig(Strict):
     """Rows in one forward pass; rows of different adapters share it."""
     max_answer_tokens: int = Field(default=64, ge=1)
     """Longest answer of the teacher, in tokens of the source base; longer answers are dropped as malformed."""
+    num_orderings: int = Field(default=8, ge=1)
+    """Orders of the seeds in an adapter's few-shot prompts; rows of the same order share the prompt's computing."""
     oversample: float = Field(default=1.15, ge=1)
     """A round generates (missing / expected acceptance) times this."""
     max_rounds: int = Field(default=6, ge=1)
@@ -91,6 +93,9 @@ class LoraSettings(Strict):
     """Names of the linear modules that are adapted (paper: query and value projections)."""
 
 
+GangSize = Annotated[int, Field(ge=1)] | Literal["auto"]
+
+
 class TrainConfig(Strict):
     """Training of an adapter: one AdamW run with linear decay and no warm-up, no weight decay (paper)."""
 
@@ -103,7 +108,11 @@ class TrainConfig(Strict):
     batch_size: int = Field(default=8, ge=1)
     """Samples per optimizer step, over all workers."""
     micro_batch_size: int = Field(default=8, ge=1)
-    """Most samples per worker in one forward pass."""
+    """Most samples of one adapter in one forward pass of a worker."""
+    gang_size: GangSize = "auto"
+    """Adapters that a worker trains side by side in one pass; `auto` fills the pass (see translora.distill.plan)."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Each adapter's gradient is clipped to this norm."""
     max_length: int = Field(default=1024, ge=8)
     """Longest prompt plus answer, in tokens; longer samples are dropped with a warning."""
     num_workers: int = Field(default=2, ge=1)

@@ -18,14 +18,13 @@ import pyarrow.parquet as pq
 
 from translora.bundle import BaseInfo, Bundle, BundleError, inspect_base, read_bundle, verify_bundle, write_bundle
 from translora.config import AdapterEntry, FleetConfig
-from translora.distill.data import derive_seed
+from translora.distill.job import FAILURE, TrainJob
 from translora.distill.launch import train_adapters
-from translora.distill.train import FAILURE, TrainJob
 from translora.distill.zero3 import read_ds_config
 from translora.engine.loading import load_tokenizer, resolve_dtype
 from translora.engine.prompts import prompt_format
 from translora.gate.agreement import GateMember, run_gate
-from translora.run.files import read_jsonl, sha256_path, write_bytes, write_jsonl
+from translora.run.files import derive_seed, read_jsonl, sha256_path, write_bytes, write_jsonl
 from translora.run.member import (
     DISCRIMINATOR,
     STUDENT,

@@ -17,18 +17,17 @@ from translora.bundle import Bundle, BundleError, inspect_base, read_bundle, wri
 from translora.bundle.adapter import check_adapter, check_recorded_base
 from translora.bundle.base import BaseInfo
 from translora.config import PrepareConfig, PrepareEntry
-from translora.distill.data import derive_seed
+from translora.distill.job import FAILURE, TrainJob
 from translora.distill.launch import train_adapters
-from translora.distill.train import FAILURE, TrainJob
 from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
-from translora.run.files import digest, read_jsonl, sha256_file, sha256_path, write_jsonl
+from translora.run.files import derive_seed, digest, read_jsonl, sha256_file, sha256_path, write_jsonl
 from translora.run.progress import Progress
 from translora.run.rundir import open_run
 from translora.run.tracker import Tracker
 from translora.synthesis.actors import Row, cut_blocks, run_blocks
 from translora.synthesis.discriminator import discriminator_rows
-from translora.synthesis.prompts import generation_prompt, generation_stop, normalise
+from translora.synthesis.prompts import generation_order, generation_row, normalise
 from translora.synthesis.stages import generate_block
 
 logger = logging.getLogger(__name__)
@@ -125,17 +124,9 @@ def invent_negatives(config: PrepareConfig, tasks: list[Task], base: BaseInfo) -
     for task in tasks:
         count = min(len(task.rows), config.discriminator.max_samples // 2)
         for sample_id in range(count):
-            seed = derive_seed(config.seed, task.entry.name, "negative", sample_id)
-            rows.append(
-                {
-                    "adapter": task.entry.name,
-                    "sample_id": sample_id,
-                    "prompt": generation_prompt(task.seeds, seed),
-                    "stop": generation_stop(task.seeds),
-                    "seed": seed,
-                }
-            )
-    blocks = cut_blocks(rows, config.synthesis.batch_size, lambda row: len(row["prompt"]))
+            orderings = config.synthesis.num_orderings
+            rows.append(generation_row(task.entry.name, task.seeds, sample_id, config.seed, orderings))
+    blocks = cut_blocks(rows, config.synthesis.batch_size, generation_order)
     settings = {"sampling": config.synthesis.sampling.model_dump()}
     key = digest(blocks, settings, config.source.model_dump(), base.fingerprint)
     with Progress("invent negatives", len(rows)) as progress:

@@ -114,7 +114,7 @@ def test_a_run_killed_in_every_phase_ends_as_if_it_had_not_been(world: World, un
     for pattern, count in (
         ("rounds/000-generate-*/*.parquet", 3),
         ("rounds/000-label-*/*.parquet", 2),
-        ("adapters/*/train/student/checkpoint.safetensors", 1),
+        ("gangs/*/gang-*.safetensors", 1),
         ("adapters/*/discriminator/adapter_config.json", 1),
         ("gate/*/*.parquet", 2),
         ("bundles/*/adapter_config.json", 1),
@@ -138,7 +138,7 @@ def test_a_prepare_killed_in_every_phase_makes_the_same_bundles(world: World) ->
     path = world.write("killed-prepare.yaml", config)
     for pattern in (
         "runs/killed-prepare/negatives/*/*.parquet",
-        "runs/killed-prepare/tasks/*/adapter/checkpoint.safetensors",
+        "runs/killed-prepare/gangs/*/gang-*.safetensors",
         "killed-bundles/*/adapter_config.json",
     ):
         kill_when(world, "prepare", path, pattern)

@@ -9,8 +9,9 @@ from examples.bases import default_cache, ensure_base
 from examples.tasks import TASKS, generate
 from translora.bundle import inspect_base, read_bundle, verify_bundle
 from translora.config import BaseModelConfig, SamplingConfig
+from translora.engine.decode import Request
 from translora.engine.prompts import prompt_format, raw_prompt
-from translora.engine.transformers import Request, TransformersEngine
+from translora.engine.transformers import TransformersEngine
 from translora.synthesis.prompts import generation_prompt, generation_stop, normalise
 
 BUNDLES = Path(__file__).resolve().parents[2] / "examples" / "bundles"

@@ -8,13 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from ray.train import TrainingFailedError
 from transformers import AutoModelForCausalLM
 
+from benchmarks.bytes import NUM_STEPS, measure
 from tests.tiny import make_base
 from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
 from translora.distill.data import batch_indices, encode_samples, num_steps
+from translora.distill.job import FAILURE, TrainJob
 from translora.distill.launch import train_adapters
-from translora.distill.train import FAILURE, TrainJob
 from translora.distill.zero3 import read_ds_config
 from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
@@ -160,18 +162,40 @@ def test_a_job_that_cannot_be_trained_is_given_up_alone(trained: Path) -> None:
     assert (trained / "neighbour" / "adapter" / "adapter_config.json").is_file()
 
 
-def test_a_job_resumes_from_its_checkpoint_to_the_same_bytes(trained: Path, base: Path) -> None:
-    checkpoint = trained / "one" / "work" / "checkpoint.safetensors"
-    assert checkpoint.is_file(), "step 9 of 12"
-    resumed = job(base.parent / "resumed", "one", ROWS, seed=1)
-    Path(resumed.work_dir, "checkpoint.safetensors").write_bytes(checkpoint.read_bytes())
-    train(base, [resumed], base.parent / "resumed")
-    steps = [json.loads(line)["step"] for line in Path(resumed.work_dir, "train.jsonl").read_text().splitlines()]
-    assert steps == [10, 11, 12], "steps before the checkpoint are not done again"
-    assert sha256_path(Path(resumed.output)) == sha256_path(trained / "one" / "adapter")
+def test_a_gang_that_failed_goes_on_from_its_checkpoints_to_the_same_bytes(base: Path, ray_cluster: None) -> None:
+    """A disk that cannot be written ends the run when the short job is done; the long one has a checkpoint by then."""
+    once = CONFIG.model_copy(update={"max_failures": 0, "checkpoint_every_steps": 2})
+    whole, cut = base.parent / "whole", base.parent / "cut"
+    for root in (whole, cut):
+        jobs = [job(root, "long", ROWS, seed=1), job(root, "short", ROWS[:4], seed=3, epochs=5)]
+        if root == cut:
+            obstacle = Path(jobs[1].output)
+            obstacle.parent.mkdir(parents=True, exist_ok=True)
+            obstacle.write_text("a file where the adapter's directory should be")
+            with pytest.raises(TrainingFailedError, match="NotADirectoryError"):
+                train(base, jobs, root, once)
+            assert list(root.glob("gangs/*/gang-*.safetensors"))
+            obstacle.unlink(missing_ok=True)
+        train(base, jobs, root, once)
+        assert not list(root.glob("gangs/*")), "what only a resume needs is removed"
+    for name in ("long", "short"):
+        assert sha256_path(whole / name / "adapter") == sha256_path(cut / name / "adapter")
+    steps = [json.loads(line)["step"] for line in (cut / "long" / "work" / "train.jsonl").read_text().splitlines()]
+    assert len(steps) < 2 * 12 and steps[-1] == 12, "steps before the checkpoint are not done again"
 
 
-def test_workers_that_do_not_divide_the_parameters_give_the_same_adapter(trained: Path, base: Path) -> None:
+def test_a_gang_of_k_gathers_a_kth_of_the_bytes_per_adapter_and_step() -> None:
+    alone, *gangs = measure([1, 4, 8])
+    assert alone.num_bytes > NUM_STEPS * 1_000_000, "every step gathers the base, forward and backward"
+    for gang in gangs:
+        share = gang.bytes_per_adapter_step / alone.bytes_per_adapter_step
+        assert share == pytest.approx(1 / gang.num_adapters, rel=0.1)
+        assert gang.gathers_per_adapter_step == pytest.approx(
+            alone.gathers_per_adapter_step / gang.num_adapters, rel=0.1
+        )
+
+
+def test_three_workers_that_share_the_batches_give_the_same_adapter(trained: Path, base: Path) -> None:
     root = base.parent / "three"
     short = job(root, "one", ROWS, seed=1, epochs=1)
     train(base, [short], root, CONFIG.model_copy(update={"num_workers": 3}))
@@ -187,6 +211,7 @@ def test_workers_that_do_not_divide_the_parameters_give_the_same_adapter(trained
     [
         ("{", "not JSON"),
         ('{"zero_optimization": {"stage": 2}}', "stage must be 3"),
+        ('{"zero_optimization": {"stage": 3}, "gradient_clipping": 1.0}', "remove it; set distill.max_grad_norm"),
         (
             '{"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 3}}',
             '"auto" is resolved by HF Trainer only',

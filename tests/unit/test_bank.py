@@ -6,7 +6,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import make_adapter, make_base
-from translora.lora.bank import initial_weights, load_bank, new_bank
+from translora.engine.attention import PACKED, packed_inputs
+from translora.lora.bank import AdapterBank, Segment, SegmentLora, initial_weights, load_bank, new_bank
 from translora.lora.peft_io import read_lora, write_lora
 
 OPTIONS = {
@@ -87,28 +88,66 @@ def test_a_neighbour_that_is_not_a_number_poisons_nobody(base: Path, adapters: d
     torch.testing.assert_close(after[1:], before[1:], rtol=0, atol=0)
 
 
+def segments_of(names: list[str | None], bank: AdapterBank, length: int) -> list[Segment]:
+    return [Segment(bank.slot(name), i * length, (i + 1) * length) for i, name in enumerate(names)]
+
+
+def test_each_segment_of_a_packed_batch_equals_its_row_of_a_mixed_batch(base: Path, adapters: dict[str, Path]) -> None:
+    ids_BT = torch.randint(4, 300, (len(adapters) + 1, 9), generator=torch.Generator().manual_seed(0))
+    model = load(base)
+    bank = load_bank(model, {name: read_lora(path) for name, path in adapters.items()})
+    names: list[str | None] = [*adapters, None]
+    with torch.no_grad():
+        bank.route_rows(names, torch.device("cpu"))
+        mixed = model(ids_BT).logits
+        model.set_attn_implementation(PACKED)
+        bank.route_segments(segments_of(names, bank, 9))
+        packed = model(ids_BT.reshape(1, -1), **packed_inputs([9] * len(names), torch.device("cpu"))).logits
+    torch.testing.assert_close(packed[0], mixed.flatten(0, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_segments_equal_autograd() -> None:
+    generator = torch.Generator().manual_seed(0)
+    segments = [Segment(0, 0, 3), Segment(-1, 3, 5), Segment(1, 5, 9)]
+    out, x = (torch.randn(1, 9, size, generator=generator, dtype=torch.float64) for size in (4, 6))
+    nothing = torch.empty(0, dtype=torch.float64)
+    shapes = [(2, 6), (4, 2), None, None, (3, 6), (4, 3)]
+    factors = [torch.randn(s, generator=generator, dtype=torch.float64) if s else nothing for s in shapes]
+    inputs = [tensor.requires_grad_(tensor.numel() > 0) for tensor in (out, x, *factors)]
+
+    def lora(out: torch.Tensor, x: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+        return SegmentLora.apply(out, x, segments, [0.5, 0.0, 2.0], *factors)
+
+    assert torch.autograd.gradcheck(lora, inputs)
+    expected = out.clone()
+    expected[0, :3] += 0.5 * x[0, :3] @ factors[0].T @ factors[1].T
+    expected[0, 5:] += 2.0 * x[0, 5:] @ factors[4].T @ factors[5].T
+    torch.testing.assert_close(lora(*inputs), expected)
+
+
 def test_trainable_slots_start_as_the_base_and_export_to_peft(base: Path, tmp_path: Path) -> None:
     model = load(base)
-    bank = new_bank(model, ["student"], target_modules=["q_proj", "v_proj"], rank=4, alpha=8)
-    assert [p.requires_grad for p in model.parameters()].count(True) == len(bank.parameters()) > 0
-    shapes = {name: (module.base.out_features, module.base.in_features) for name, module in bank.modules.items()}
-    weights = initial_weights(shapes, 4, seed=3)
-    ids_BT = torch.randint(4, 300, (2, 7), generator=torch.Generator().manual_seed(2))
-    bank.route_rows(["student"] * 2, torch.device("cpu"))
+    model.set_attn_implementation(PACKED)
+    bank = new_bank(model, ["q_proj", "v_proj"])
+    assert not any(p.requires_grad for p in model.parameters()) and len(bank.modules) == 4
+    weights = initial_weights(bank.shapes, 4, seed=3)
+    ids_1T = torch.randint(4, 300, (1, 7), generator=torch.Generator().manual_seed(2))
+    inputs = packed_inputs([7], torch.device("cpu"))
+    bank.open_slot(5, weights, alpha=8)
+    bank.route_segments([Segment(5, 0, 7)])
     with torch.no_grad():
-        for name, module in bank.modules.items():
-            module.lora_A[0].copy_(weights[name][0])
-        torch.testing.assert_close(model(ids_BT).logits, load(base)(ids_BT).logits)
+        torch.testing.assert_close(model(ids_1T, **inputs).logits, load(base)(ids_1T).logits)
         generator = torch.Generator().manual_seed(4)
-        for module in bank.modules.values():
-            module.lora_B.copy_(torch.randn(module.lora_B.shape, generator=generator) * 0.2)
-        trained = model(ids_BT).logits
+        for _, lora_B in weights.values():
+            lora_B.copy_(torch.randn(lora_B.shape, generator=generator) * 0.2)
+        trained = model(ids_1T, **inputs).logits
     (tmp_path / "adapter").mkdir()
-    exported = {name: (module.lora_A[0], module.lora_B[0]) for name, module in bank.modules.items()}
-    write_lora(tmp_path / "adapter", exported, alpha=8, base_model="base")
+    write_lora(tmp_path / "adapter", weights, alpha=8, base_model="base")
     with torch.no_grad():
-        loaded = PeftModel.from_pretrained(load(base), tmp_path / "adapter").eval()(ids_BT).logits
-    torch.testing.assert_close(loaded, trained, rtol=1e-4, atol=1e-4)
+        loaded = PeftModel.from_pretrained(load(base), tmp_path / "adapter").eval()(ids_1T).logits
+        torch.testing.assert_close(loaded, trained, rtol=1e-4, atol=1e-4)
+        bank.close_slot(5)
+        torch.testing.assert_close(model(ids_1T, **inputs).logits, load(base)(ids_1T).logits)
 
 
 def test_initial_weights_depend_on_the_seed_alone() -> None:
@@ -133,4 +172,4 @@ def test_an_adapter_of_another_base_is_refused(base: Path, tmp_path: Path) -> No
 
 def test_an_unknown_target_module_is_refused_with_the_names_that_exist(base: Path) -> None:
     with pytest.raises(ValueError, match=r"no linear module 'qkv_proj' in the base; it has .*q_proj"):
-        new_bank(load(base), ["student"], target_modules=["qkv_proj"], rank=4, alpha=8)
+        new_bank(load(base), ["qkv_proj"])

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import make_adapter, make_base
 from translora.config import BaseModelConfig, SamplingConfig
-from translora.engine.transformers import Request, TransformersEngine, _SeededSampling
+from translora.engine.decode import Request, Row, choose_tokens
+from translora.engine.transformers import TransformersEngine
 
 PROMPTS = ["Route the message:", "The parcel is late. I was charged twice", "When does the shop open", "a"]
 
@@ -66,13 +67,32 @@ def test_neighbours_never_change_a_sample(engine: TransformersEngine) -> None:
 
 
 def test_seeded_sampling_draws_from_the_softmax() -> None:
-    scores = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).repeat(4000, 1)
-    processor = _SeededSampling(list(range(4000)), SamplingConfig(temperature=1.0, top_k=3))
-    drawn = Counter(processor(torch.zeros(4000, 1), scores).argmax(-1).tolist())  # type: ignore[arg-type]
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).repeat(4000, 1)
+    rows = [Row(Request("", None, 1, seed=seed), torch.Generator().manual_seed(seed)) for seed in range(4000)]
+    drawn = Counter(choose_tokens(logits, rows, SamplingConfig(temperature=1.0, top_k=3)))
     assert 3 not in drawn, "outside the top k"
     for token, probability in enumerate((0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95)):
         deviation = math.sqrt(probability * (1 - probability) / 4000)
         assert abs(drawn[token] / 4000 - probability) < 4 * deviation
+    greedy = Row(Request("", None, 1), None)
+    assert choose_tokens(logits[:2], [greedy, rows[0]], SamplingConfig(top_k=1)) == [0, 0]
+
+
+def test_rows_that_end_early_and_rows_that_begin_alike_change_nothing(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same prompt with several seeds, limits of all lengths: as if each row were generated alone."""
+    sampling = SamplingConfig(temperature=1.3, top_k=40)
+    limits = (3, 20, 7, 16, 2, 11)
+    requests = [Request(PROMPTS[i % 2], "a1", limit, seed=i) for i, limit in enumerate(limits)]
+    requests.append(Request(PROMPTS[0], "a0", 9, seed=5))
+    widths: list[int] = []
+    route = engine.bank.route_rows
+    monkeypatch.setattr(engine.bank, "route_rows", lambda rows, place: (widths.append(len(rows)), route(rows, place)))
+    together = engine.generate(requests, sampling)
+    assert widths[:2] == [3, 7], "three different prompts are computed, seven rows go on"
+    assert widths[2:] == sorted(widths[2:], reverse=True) and widths[-1] <= 2, "rows that ended leave"
+    assert together == [engine.generate([request], sampling)[0] for request in requests]
 
 
 def test_a_stop_pattern_ends_a_completion_and_a_limit_leaves_it_unfinished(engine: TransformersEngine) -> None:

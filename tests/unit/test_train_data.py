@@ -1,22 +1,13 @@
 import logging
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny import make_tokenizer
-from translora.distill.data import (
-    IGNORE,
-    Sample,
-    batch_indices,
-    collate,
-    derive_seed,
-    encode_samples,
-    micro_batches,
-    num_steps,
-)
+from translora.distill.data import batch_indices, encode_samples, num_steps
 from translora.engine.prompts import prompt_format
+from translora.run.files import derive_seed
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 5))
@@ -32,25 +23,6 @@ def test_order_depends_on_the_seed_and_the_epoch() -> None:
     assert first == batch_indices(50, 50, 0, seed=1)
     assert first != batch_indices(50, 50, 1, seed=1)
     assert first != batch_indices(50, 50, 0, seed=2)
-
-
-@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 4))
-def test_ranks_share_a_batch_with_equally_many_micro_batches(size: int, world_size: int, micro_batch_size: int) -> None:
-    batch = [Sample([index], [index]) for index in range(size)]
-    shares = [micro_batches(batch, rank, world_size, micro_batch_size) for rank in range(world_size)]
-    assert len({len(share) for share in shares}) == 1
-    counted = [sample.prompt_ids[0] for share in shares for samples, weight in share if weight for sample in samples]
-    assert sorted(counted) == list(range(size))
-    assert all(len(samples) <= micro_batch_size for share in shares for samples, _ in share)
-
-
-def test_collate_pads_on_the_left_and_labels_the_answers_only() -> None:
-    inputs, labels = collate([Sample([5, 6, 7], [8]), Sample([9], [1, 2])], pad_id=0)
-    assert inputs["input_ids"].tolist() == [[5, 6, 7, 8], [0, 9, 1, 2]]
-    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
-    assert inputs["position_ids"].tolist() == [[0, 1, 2, 3], [0, 0, 1, 2]]
-    assert labels.tolist() == [[IGNORE, 8], [1, 2]]
-    assert labels.dtype == torch.long
 
 
 def test_long_samples_are_dropped_with_a_warning_and_none_left_is_an_error(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,11 +1,10 @@
 """Training samples of one adapter: tokens, order and batches, all a function of the adapter's own seed.
 
-Shapes: B samples, T tokens. Samples are padded on the left, so that every answer ends at T.
+Shapes: T tokens of a packed batch, L of them predict a token of an answer.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Sequence
@@ -13,10 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
+from translora.engine.attention import packed_inputs
 from translora.engine.prompts import PromptFormat
+from translora.lora.bank import Segment
+from translora.run.files import derive_seed
 
 logger = logging.getLogger(__name__)
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,6 @@ class Sample:
 
     prompt_ids: list[int]
     answer_ids: list[int]
-
-
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on all `parts` and on nothing else."""
-    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def encode_samples(
@@ -71,37 +66,52 @@ def batch_indices(num_samples: int, batch_size: int, step: int, seed: int) -> li
     return order[position * batch_size : (position + 1) * batch_size]
 
 
-def micro_batches(
-    batch: Sequence[Sample], rank: int, world_size: int, micro_batch_size: int
-) -> list[tuple[list[Sample], float]]:
-    """This rank's share of a batch as (samples, weight); every rank gets the same number of micro-batches.
+@dataclass(frozen=True)
+class Packed:
+    """Samples of several adapters in one row without padding, adapter-major."""
 
-    A rank that runs short computes the batch's first sample with weight 0, so that collectives match.
+    inputs: dict[str, object]
+    """What the model is called with; input_ids is [1, T]."""
+    segments: tuple[Segment, ...]
+    """Which tokens belong to which slot."""
+    positions_L: torch.Tensor
+    """Places in 0..T-1 that predict an answer's token."""
+    labels_L: torch.Tensor
+    """The tokens they predict."""
+    weights_L: torch.Tensor
+    """Weight of each token's cross-entropy, float32."""
+    answers: dict[int, slice]
+    """Each slot's part of L."""
+
+
+def pack(shards: Sequence[tuple[int, Sequence[Sample], float]], place: torch.device) -> Packed:
+    """Pack (slot, samples, weight of an answer's token) one behind the other.
+
+    The last token of an answer predicts nothing and stays out.
     """
-    longest_share = math.ceil(len(batch) / world_size)
-    share = list(batch[rank::world_size])
-    shards = []
-    for start in range(0, longest_share, micro_batch_size):
-        samples = share[start : start + micro_batch_size]
-        shards.append((samples, 1.0) if samples else ([batch[0]], 0.0))
-    return shards
-
-
-def collate(samples: Sequence[Sample], pad_id: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Model inputs [B, T] padded on the left, and the labels [B, L] of the last L positions (L: longest answer)."""
-    length = max(len(sample.prompt_ids) + len(sample.answer_ids) for sample in samples)
-    longest_answer = max(len(sample.answer_ids) for sample in samples)
-    input_ids, mask, labels = [], [], []
-    for sample in samples:
-        ids = sample.prompt_ids + sample.answer_ids
-        padding = length - len(ids)
-        input_ids.append([pad_id] * padding + ids)
-        mask.append([0] * padding + [1] * len(ids))
-        labels.append([IGNORE] * (longest_answer - len(sample.answer_ids)) + sample.answer_ids)
-    mask_BT = torch.tensor(mask)
-    inputs = {
-        "input_ids": torch.tensor(input_ids),
-        "attention_mask": mask_BT,
-        "position_ids": (mask_BT.cumsum(-1) - 1).clamp(min=0),
-    }
-    return inputs, torch.tensor(labels)
+    ids: list[int] = []
+    lengths: list[int] = []
+    positions: list[int] = []
+    labels: list[int] = []
+    weights: list[float] = []
+    segments, answers = [], {}
+    for slot, samples, weight in shards:
+        start, first = len(ids), len(labels)
+        for sample in samples:
+            tokens = sample.prompt_ids + sample.answer_ids[:-1]
+            predicting = len(ids) + len(sample.prompt_ids) - 1
+            positions += range(predicting, predicting + len(sample.answer_ids))
+            labels += sample.answer_ids
+            weights += [weight] * len(sample.answer_ids)
+            ids += tokens
+            lengths.append(len(tokens))
+        segments.append(Segment(slot, start, len(ids)))
+        answers[slot] = slice(first, len(labels))
+    return Packed(
+        inputs={"input_ids": torch.tensor([ids], device=place), **packed_inputs(lengths, place)},
+        segments=tuple(segments),
+        positions_L=torch.tensor(positions, device=place),
+        labels_L=torch.tensor(labels, device=place),
+        weights_L=torch.tensor(weights, dtype=torch.float32, device=place),
+        answers=answers,
+    )

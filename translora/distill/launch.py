@@ -14,7 +14,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from translora.bundle.base import inspect_base
 from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
-from translora.distill.train import TrainJob, train_worker
+from translora.distill.job import TrainJob
+from translora.distill.train import train_worker
+from translora.run.files import digest, remove_directory
 
 logger = logging.getLogger(__name__)
 OnStep = Callable[[str, dict[str, float]], None]
@@ -65,7 +67,7 @@ def train_adapters(
     run_dir: Path,
     on_step: OnStep,
 ) -> None:
-    """Train every job whose output does not exist yet, on one worker group that loads the base once.
+    """Train every job whose output does not exist yet, in gangs on one worker group that loads the base once.
 
     Args:
         base: the frozen base of all jobs.
@@ -80,16 +82,19 @@ def train_adapters(
         ray.train.TrainingFailedError: a worker failed more than `config.max_failures` times.
     """
     fingerprint = inspect_base(base.model).fingerprint
-    todo = [job for job in jobs if not job.is_done(config, fingerprint)]
-    if not todo:
+    if all(job.is_done(config, fingerprint) for job in jobs):
         return
+    # All jobs, also those that are done: a resumed run must find the same gangs again.
+    directory = run_dir / "gangs" / digest([job.name for job in jobs])
+    directory.mkdir(parents=True, exist_ok=True)
     use_gpu = resources.gpus_per_actor > 0
     per_worker: dict[str, float] = {"GPU": 1.0} if use_gpu else {"CPU": 1.0}
     spec = {
         "base": base.model_dump(),
         "base_name": base_name,
         "train": config.model_dump(),
-        "jobs": [dataclasses.asdict(job) for job in todo],
+        "jobs": [dataclasses.asdict(job) for job in jobs],
+        "directory": str(directory),
         "num_threads": 0 if use_gpu else 1,
     }
     trainer = TorchTrainer(
@@ -106,5 +111,6 @@ def train_adapters(
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
         ),
     )
-    with Follower(todo, on_step):
+    with Follower(jobs, on_step):
         trainer.fit()
+    remove_directory(directory)

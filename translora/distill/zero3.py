@@ -1,71 +1,55 @@
-"""DeepSpeed ZeRO-3 around a frozen base and a trainable bank: loading, and setting the adapter in training.
+"""A frozen base that DeepSpeed ZeRO-3 partitions over the ranks: loading, forward, backward, memory.
 
-Everything here is collective: every rank calls it, in the same order.
+DeepSpeed gathers and releases the base's weights around every module. It never sees the adapters: those are plain
+tensors on the rank that trains them, so nothing of them is partitioned, gathered or reduced. Everything here is
+collective: every rank calls it, in the same order.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import psutil
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors import safe_open
 from torch import nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from translora.bundle.base import inspect_base
 from translora.config import BaseModelConfig, TrainConfig
-from translora.engine.loading import load_model, resolve_dtype
-from translora.lora.bank import AdapterBank, new_bank
-from translora.run.files import write_bytes
+from translora.distill.plan import activation_bytes_per_token
+from translora.engine.attention import PACKED
+from translora.engine.head import Head
+from translora.engine.loading import device, load_model, load_tokenizer, resolve_dtype
+from translora.lora.bank import new_bank
 
 logger = logging.getLogger(__name__)
-Pair = tuple[torch.Tensor, torch.Tensor]
-STUDENT = "student"
-"""The bank's one slot: students are trained one after the other."""
-MOMENTS = ("exp_avg", "exp_avg_sq")
 DS_CONFIGS = next(
     path / "ds_configs" for path in Path(__file__).resolve().parents[1:3] if (path / "ds_configs").is_dir()
 )
 """At the top of a checkout, or inside the installed package."""
+IN_TRAIN_CONFIG = {
+    "optimizer": "distill.learning_rate",
+    "scheduler": "distill.epochs",
+    "gradient_clipping": "distill.max_grad_norm",
+}
+"""What a DeepSpeed config may not hold, and the setting of the fleet file that stands for it."""
 _RESIDENT: list[HfDeepSpeedConfig] = []  # transformers holds its DeepSpeed config by weak reference only
-
-
-@dataclass
-class AdapterState:
-    """An adapter in training, in float32 on the CPU; pairs are (A [r, in], B [out, r])."""
-
-    step: int
-    weights: dict[str, Pair]
-    moments: dict[str, dict[str, Pair]]
-    """AdamW's exp_avg and exp_avg_sq."""
-    losses: list[float] = field(default_factory=list)
-
-
-def fresh_state(weights: dict[str, Pair]) -> AdapterState:
-    """Step 0: the given weights, zero moments."""
-    zeros = {name: (torch.zeros_like(lora_A), torch.zeros_like(lora_B)) for name, (lora_A, lora_B) in weights.items()}
-    return AdapterState(step=0, weights=weights, moments={key: dict(zeros) for key in MOMENTS})
 
 
 def read_ds_config(name: str, dtype: torch.dtype) -> dict[str, Any]:
     """A DeepSpeed config by path or by its name in ds_configs/, with bf16 set to the resolved dtype.
 
     Raises:
-        ValueError: no such file, not ZeRO stage 3, or an "auto" value (only HF Trainer resolves those).
+        ValueError: no such file, not ZeRO stage 3, an "auto" value (only HF Trainer resolves those), or a setting that
+            belongs into the fleet file.
     """
     path = next((path for path in (Path(name), DS_CONFIGS / name) if path.is_file()), None)
     if path is None:
@@ -81,31 +65,66 @@ def read_ds_config(name: str, dtype: torch.dtype) -> dict[str, Any]:
         raise ValueError(f'{path}: "auto" is resolved by HF Trainer only; write numbers')
     if config.get("zero_optimization", {}).get("stage") != 3:
         raise ValueError(f"{path}: zero_optimization.stage must be 3")
+    # DeepSpeed holds the base only. Its optimizer and its clipping would couple the adapters.
+    for key, instead in IN_TRAIN_CONFIG.items():
+        if config.get(key):
+            raise ValueError(f"{path}: {key} has no effect here, remove it; set {instead}")
     config["bf16"] = {"enabled": dtype == torch.bfloat16}
     return config
 
 
-def load_engine(base: BaseModelConfig, config: TrainConfig) -> tuple[Any, AdapterBank]:
-    """Load the base partitioned over the ranks, put a one-slot bank on it and start DeepSpeed."""
-    dtype = resolve_dtype(config.dtype)
-    ds_config = read_ds_config(config.ds_config, dtype)
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-    _RESIDENT[:] = [HfDeepSpeedConfig(ds_config)]
-    model = load_model(base, dtype, place=None)
-    for name, parameter in model.named_parameters():
-        assert hasattr(parameter, "ds_id"), f"{name} is not partitioned: the model was not loaded under ZeRO-3"
-    check_loaded(model, base.model)
-    lora = config.lora
-    bank = new_bank(model, [STUDENT], target_modules=lora.target_modules, rank=lora.rank, alpha=lora.alpha)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
-        model.train()  # transformers recomputes in training mode only; LoRA here has no dropout, bases none
-    optimizer = torch.optim.AdamW(bank.parameters(), lr=config.learning_rate, weight_decay=0.0)
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=bank.parameters(), optimizer=optimizer, config=ds_config, dist_init_required=False
-    )
-    return engine, bank
+class ShardedBase:
+    """The base under ZeRO-3 with a bank for students on it; resident as long as the worker lives."""
+
+    def __init__(self, base: BaseModelConfig, config: TrainConfig) -> None:
+        self.place, self.dtype = device(), resolve_dtype(config.dtype)
+        self.tokenizer, self.fingerprint = load_tokenizer(base.model), inspect_base(base.model).fingerprint
+        ds_config = read_ds_config(config.ds_config, self.dtype)
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        _RESIDENT[:] = [HfDeepSpeedConfig(ds_config)]
+        self.model = load_model(base, self.dtype, place=None)
+        for name, parameter in self.model.named_parameters():
+            assert hasattr(parameter, "ds_id"), f"{name} is not partitioned: the model was not loaded under ZeRO-3"
+        check_loaded(self.model, base.model)
+        if base.attn_implementation == "auto" and self.model.config._attn_implementation == "sdpa":
+            self.model.set_attn_implementation(PACKED)
+        self.bank = new_bank(self.model, config.lora.target_modules)
+        self.head = Head.of(self.model)
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.model.enable_input_require_grads()
+            self.model.train()  # transformers recomputes in training mode only; LoRA here has no dropout, bases none
+        # The trunk alone: the head is gathered by `gathered_head`, once a pass and not twice.
+        self.engine, *_ = deepspeed.initialize(model=self.model.base_model, config=ds_config, dist_init_required=False)
+
+    def __call__(self, inputs: dict[str, object]) -> torch.Tensor:
+        """Last hidden states [T, D] of a packed batch."""
+        # Not engine(...): that wants a DeepSpeed optimizer for its backward pass. ZeRO-3's hooks sit on the modules.
+        hidden_1TD = self.engine.module(**inputs, use_cache=False).last_hidden_state
+        assert isinstance(hidden_1TD, torch.Tensor)
+        return hidden_1TD[0]
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """The backward pass, and the release of weights whose module had no gradient to pass on."""
+        loss.backward()
+        self.engine.optimizer.release_backward_leftovers()
+
+    @contextlib.contextmanager
+    def gathered_head(self) -> Iterator[Head]:
+        """The head with its whole weight on every rank."""
+        with deepspeed.zero.GatheredParameters(self.head.parameters):
+            yield self.head
+
+    def memory(self, rank: int, *, recompute: bool) -> dict[str, int]:
+        """What the size of the gang is chosen from: bytes free on this rank, per token, and per student."""
+        if self.place.type == "cuda":
+            free = torch.cuda.mem_get_info(self.place)[0]
+        else:
+            free = psutil.virtual_memory().available // dist.get_world_size()
+        model = self.model.config.get_text_config()
+        per_token = activation_bytes_per_token(model, self.dtype.itemsize, recompute=recompute)
+        num_parameters = sum(rank * (num_out + num_in) for num_out, num_in in self.bank.shapes.values())
+        return {"free_bytes": free, "activation_bytes": per_token, "adapter_bytes": 16 * num_parameters}
 
 
 def check_loaded(model: nn.Module, base: str, max_tensors: int = 8) -> None:
@@ -139,87 +158,3 @@ def _stored_slice(directory: Path, name: str, rows: int = 4) -> torch.Tensor:
             if name in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
                 return handle.get_slice(name)[:rows]
     raise AssertionError(f"{name} is in the header of no file of {directory}")
-
-
-def set_adapter(engine: Any, bank: AdapterBank, state: AdapterState) -> None:
-    """Make `state` the adapter in training: parameters, AdamW moments and step count."""
-    optimizer = engine.optimizer
-    place = engine.device
-    for partition in optimizer.fp32_partitioned_groups_flat:
-        # DeepSpeed leaves AdamW's state to the first step; the moments below need it now.
-        inner = optimizer.optimizer.state[partition]
-        for key in MOMENTS:
-            inner.setdefault(key, torch.zeros_like(partition))
-        inner["step"] = torch.tensor(float(state.step))
-    for name, module in bank.modules.items():
-        for index, parameter in enumerate((module.lora_A, module.lora_B)):
-            safe_set_local_fp32_param(parameter, _own_part(parameter, state.weights[name][index]).to(place))
-            for key in MOMENTS:
-                part = _own_part(parameter, state.moments[key][name][index])
-                safe_set_local_optimizer_state(parameter, part.to(place), key)
-    # The setters above change the float32 partitions alone: copy them to the weights of the forward pass.
-    for group in range(len(optimizer.fp16_groups)):
-        optimizer._reassign_or_swap_out_partitioned_parameters(group)
-    if optimizer.persistent_parameters:
-        # They are resident, hence stale: release them, then gather the new values.
-        optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
-        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-    engine.zero_grad()
-
-
-def _own_part(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a full value; ZeRO-3 pads parameters that the number of ranks does not divide.
-
-    DeepSpeed's own setters of full values (0.19.8) read past the end there.
-    """
-    size: int = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-    padded = F.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
-    return padded.narrow(0, size * dist.get_rank(), size)
-
-
-def get_adapter(engine: Any, bank: AdapterBank, step: int, losses: list[float]) -> AdapterState:
-    """Gather the adapter in training to every rank's CPU."""
-    weights: dict[str, Pair] = {}
-    moments: dict[str, dict[str, Pair]] = {key: {} for key in MOMENTS}
-    for name, module in bank.modules.items():
-        pair = (module.lora_A, module.lora_B)
-        weights[name] = tuple(safe_get_full_fp32_param(p)[0].cpu().clone() for p in pair)
-        for key in MOMENTS:
-            values = (safe_get_full_optimizer_state(p, key)[0].cpu().clone() for p in pair)
-            moments[key][name] = tuple(values)
-    return AdapterState(step=step, weights=weights, moments=moments, losses=list(losses))
-
-
-def write_checkpoint(work_dir: Path, state: AdapterState, recipe: str) -> None:
-    """Rank 0 replaces the job's checkpoint: LoRA weights, moments and losses, never the base."""
-    if dist.get_rank() == 0:
-        tensors = {}
-        for kind, pairs in {"weights": state.weights, **state.moments}.items():
-            for name, (lora_A, lora_B) in pairs.items():
-                tensors[f"{kind}/{name}/A"], tensors[f"{kind}/{name}/B"] = lora_A, lora_B
-        metadata = {"step": str(state.step), "losses": json.dumps(state.losses), "recipe": recipe}
-        write_bytes(work_dir / "checkpoint.safetensors", save(tensors, metadata))
-    dist.barrier()
-
-
-def read_checkpoint(work_dir: Path, recipe: str) -> AdapterState | None:
-    """The job's last checkpoint, or None where there is none of the same recipe or it cannot be read."""
-    path = work_dir / "checkpoint.safetensors"
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as handle:
-            metadata = handle.metadata()
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        logger.warning("%s: cannot be read (%s); the training starts again", path, error)
-        return None
-    if metadata.get("recipe") != recipe:
-        return None
-    kinds: dict[str, dict[str, Pair]] = {kind: {} for kind in ("weights", *MOMENTS)}
-    for key in tensors:
-        kind, name, factor = key.split("/")
-        if factor == "A":
-            kinds[kind][name] = (tensors[key], tensors[f"{kind}/{name}/B"])
-    weights = kinds.pop("weights")
-    return AdapterState(int(metadata["step"]), weights, kinds, json.loads(metadata["losses"]))

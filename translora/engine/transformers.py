@@ -11,35 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
 
 from translora.config import BaseModelConfig, SamplingConfig
+from translora.engine.decode import Request, Row, decode
+from translora.engine.head import Head
 from translora.engine.loading import device, load_model, load_tokenizer, resolve_dtype
 from translora.engine.prompts import prompt_format
 from translora.lora.bank import load_bank
 from translora.lora.peft_io import read_lora
-
-
-@dataclass(frozen=True)
-class Request:
-    """One row of `generate`."""
-
-    prompt: str
-    """Rendered prompt, special tokens included."""
-    adapter: str | None
-    """Slot of the bank; None is the bare base."""
-    max_new_tokens: int
-    """Longest completion, in tokens."""
-    stop: str | None = None
-    """Regular expression; the completion ends before its first match."""
-    seed: int | None = None
-    """Sample with this seed; None decodes greedily."""
 
 
 @dataclass(frozen=True)
@@ -50,55 +29,6 @@ class Completion:
     """Completion up to the end token or the stop pattern."""
     finished: bool
     """False when `max_new_tokens` cut it off."""
-
-
-class _SeededSampling(LogitsProcessor):
-    """Turns greedy decoding into sampling with a generator per row, so that neighbours never change a sample.
-
-    Adding Gumbel noise to the scaled logits of the top k tokens and taking the maximum draws from their softmax.
-    """
-
-    def __init__(self, seeds: Sequence[int | None], sampling: SamplingConfig) -> None:
-        self.generators = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
-        self.sampling = sampling
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        top_k = min(self.sampling.top_k, scores.shape[-1])
-        values_BK, tokens_BK = scores.float().topk(top_k, dim=-1)
-        values_BK = torch.log_softmax(values_BK / self.sampling.temperature, dim=-1)
-        noise_BK = torch.zeros(values_BK.shape)
-        for row, generator in enumerate(self.generators):
-            if generator is None:
-                noise_BK[row, 0] = float("inf")
-            else:
-                uniform = torch.rand(top_k, generator=generator).clamp_(1e-20, 1 - 1e-7)
-                noise_BK[row] = -torch.log(-torch.log(uniform))
-        chosen_B1 = (values_BK + noise_BK.to(values_BK.device)).argmax(dim=-1, keepdim=True)
-        result = torch.full_like(scores, float("-inf"))
-        result.scatter_(1, tokens_BK.gather(1, chosen_B1), 0.0)
-        return result  # type: ignore[return-value]
-
-
-class _StopRows(StoppingCriteria):
-    """Ends a row at its stop pattern or at its own `max_new_tokens`."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], prompt_length: int) -> None:
-        self.tokenizer = tokenizer
-        self.requests = requests
-        self.prompt_length = prompt_length
-        self.done = [False] * len(requests)
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: object) -> torch.BoolTensor:
-        for row, request in enumerate(self.requests):
-            if self.done[row]:
-                continue
-            new_ids = input_ids[row, self.prompt_length :].tolist()
-            if len(new_ids) >= request.max_new_tokens:
-                self.done[row] = True
-            elif request.stop is not None:
-                text = self.tokenizer.decode(new_ids, skip_special_tokens=True)
-                self.done[row] = re.search(request.stop, text) is not None
-        return torch.tensor(self.done, device=input_ids.device)  # type: ignore[return-value]
 
 
 class TransformersEngine:
@@ -136,37 +66,22 @@ class TransformersEngine:
             requests: the rows; each is routed to its own adapter.
             sampling: settings of the rows that have a seed.
         """
-        inputs = self._encode([request.prompt for request in requests])
-        length = inputs["input_ids"].shape[1]
-        self.bank.route_rows([request.adapter for request in requests], self.device)
-        seeds = [request.seed for request in requests]
-        processors = LogitsProcessorList()
-        if any(seed is not None for seed in seeds):
-            processors.append(_SeededSampling(seeds, sampling or SamplingConfig()))
-        end_ids = self.end_ids()
-        stops = _StopRows(self.tokenizer, requests, length)
-        output = self.model.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=max(request.max_new_tokens for request in requests),
-            logits_processor=processors,
-            stopping_criteria=StoppingCriteriaList([stops]),
-            eos_token_id=end_ids,
-            pad_token_id=self.tokenizer.pad_token_id,
-            temperature=None,
-            top_p=None,
-            top_k=None,
+        rows = decode(
+            self.model,
+            self.tokenizer,
+            requests,
+            lambda adapters: self.bank.route_rows(adapters, self.device),
+            set(self.end_ids()),
+            sampling or SamplingConfig(),
         )
-        return [
-            self._completion(request, output[row, length:].tolist(), set(end_ids))
-            for row, request in enumerate(requests)
-        ]
+        return [self._completion(row) for row in rows]
 
-    def _completion(self, request: Request, ids: list[int], end_ids: set[int]) -> Completion:
-        ids = ids[: request.max_new_tokens]
-        end = next((index for index, token in enumerate(ids) if token in end_ids), None)
-        text = self.tokenizer.decode(ids if end is None else ids[:end], skip_special_tokens=True)
-        match = re.search(request.stop, text) if request.stop is not None else None
+    def _completion(self, row: Row) -> Completion:
+        end_ids = set(self.end_ids())
+        end = next((index for index, token in enumerate(row.ids) if token in end_ids), None)
+        text = self.tokenizer.decode(row.ids if end is None else row.ids[:end], skip_special_tokens=True)
+        stop = row.request.stop
+        match = re.search(stop, text) if stop is not None else None
         if match is not None:
             return Completion(text[: match.start()], True)
         return Completion(text, end is not None)
@@ -207,14 +122,6 @@ class TransformersEngine:
             self.model(**inputs, position_ids=positions, logits_to_keep=1, use_cache=False)
         finally:
             hook.remove()
-        yes, no = (self._answer_logits(head, seen[0], word).logsumexp(-1) for word in ("yes", "no"))
+        head_of_model = Head.of(self.model)
+        yes, no = (head_of_model.logits(seen[0], self._answer_ids[word]).logsumexp(-1) for word in ("yes", "no"))
         return [float(value) for value in yes - no]
-
-    def _answer_logits(self, head: torch.nn.Module, hidden_BD: torch.Tensor, word: str) -> torch.Tensor:
-        """Logits [B, number of variants] of an answer, in float32, from the head's input."""
-        ids = self._answer_ids[word]
-        weight, bias = head.get_parameter("weight"), getattr(head, "bias", None)
-        logits = torch.nn.functional.linear(hidden_BD, weight[ids].float(), None if bias is None else bias[ids].float())
-        logits = logits * getattr(self.model.config, "logit_scale", 1.0)
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -1,14 +1,17 @@
-"""The adapter bank: N LoRA adapters resident on one frozen base, each row of a batch routed to its own.
+"""The adapter bank: N LoRA adapters resident on one frozen base, each part of a batch routed to its own.
 
-Discriminators, teachers and students are all slots of a bank. Shapes:
-  B rows, T tokens, N slots, r rank (smaller ranks are padded with zeros, which changes nothing).
-  lora_A [N, r, in], lora_B [N, out, r], scaling [N].
+Discriminators, teachers and students are all slots of a bank. A batch is routed in one of two ways:
+  rows      [B, T, in], row i belongs to slot slots_B[i]: batched matmuls over the stacks A [N, r, in], B [N, out, r]
+            (smaller ranks are padded with zeros, which changes nothing). Inference.
+  segments  [1, T, in], adapter-major: tokens start..end belong to a slot. Each segment meets only its own A [r, in]
+            and B [out, r], in their own shapes, so that no neighbour changes a bit of its result. Training.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,36 +20,119 @@ from torch import nn
 from translora.lora.peft_io import LoraWeights
 
 BASE_SLOT = -1
-"""Rows routed here get the frozen base alone."""
+"""Rows and segments routed here get the frozen base alone."""
+
+
+class Segment(NamedTuple):
+    """Tokens start..end (exclusive) of a packed batch, and their slot."""
+
+    slot: int
+    start: int
+    end: int
+
+
+class Slot(NamedTuple):
+    """One adapter's factors for one module: A [r, in], B [out, r], both float32 in training."""
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    scaling: float
 
 
 class Route:
-    """The slots of the batch that is being computed, shared by every module of a bank."""
+    """Who owns what in the batch that is being computed; shared by every module of a bank."""
 
     def __init__(self) -> None:
         self.slots_B: torch.Tensor | None = None
         self.single: int | None = None
+        self.segments: tuple[Segment, ...] = ()
+
+
+class SegmentLora(torch.autograd.Function):
+    """out + scaling * B A x for each segment, with its own factors.
+
+    Written by hand because autograd of slices costs a zero-filled copy of the whole batch per segment. out [1, T, out]
+    and x [1, T, in] in the base's dtype; `factors` are A, B of segment 0, A, B of segment 1, ...
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        out_1TO: torch.Tensor,
+        x_1TI: torch.Tensor,
+        segments: Sequence[Segment],
+        scalings: Sequence[float],
+        *factors: torch.Tensor,
+    ) -> torch.Tensor:
+        """Each segment's addmm goes straight into the result."""
+        x_TI, out_TO = x_1TI[0], out_1TO[0]
+        result_TO = torch.empty_like(out_TO)
+        hidden = []
+        for index, (slot, start, end) in enumerate(segments):
+            if slot == BASE_SLOT:
+                result_TO[start:end] = out_TO[start:end]
+                continue
+            lora_A, lora_B = (factor.to(x_TI.dtype) for factor in factors[2 * index : 2 * index + 2])
+            hidden_SR = x_TI[start:end] @ lora_A.T
+            torch.addmm(out_TO[start:end], hidden_SR, lora_B.T, alpha=scalings[index], out=result_TO[start:end])
+            hidden.append(hidden_SR)
+        ctx.save_for_backward(x_TI, *hidden, *factors)
+        ctx.segments, ctx.scalings, ctx.num_hidden = segments, scalings, len(hidden)
+        return result_TO[None]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of the base's output (unchanged), of x, and of every factor in its own dtype."""
+        (grad_1TO,) = grads
+        x_TI, *saved = ctx.saved_tensors
+        hidden, factors = iter(saved[: ctx.num_hidden]), saved[ctx.num_hidden :]
+        grad_TO = grad_1TO[0]
+        grad_x_TI = torch.zeros_like(x_TI) if ctx.needs_input_grad[1] else None
+        grad_factors: list[torch.Tensor | None] = [None] * len(factors)
+        for index, (slot, start, end) in enumerate(ctx.segments):
+            if slot == BASE_SLOT:
+                continue
+            lora_A, lora_B = (factor.to(x_TI.dtype) for factor in factors[2 * index : 2 * index + 2])
+            grad_SO = grad_TO[start:end] * ctx.scalings[index]
+            grad_hidden_SR = grad_SO @ lora_B
+            grad_factors[2 * index] = (grad_hidden_SR.T @ x_TI[start:end]).to(factors[2 * index].dtype)
+            grad_factors[2 * index + 1] = (grad_SO.T @ next(hidden)).to(factors[2 * index + 1].dtype)
+            if grad_x_TI is not None:
+                torch.mm(grad_hidden_SR, lora_A, out=grad_x_TI[start:end])
+        return grad_1TO, None if grad_x_TI is None else grad_x_TI[None], None, None, *grad_factors
 
 
 class BankedLinear(nn.Module):
-    """A frozen linear module plus the bank's slots for it."""
+    """A frozen linear module plus the bank's slots for it.
 
-    scaling: torch.Tensor
+    The factors are plain tensors, not parameters: ZeRO-3 partitions and gathers the base and never sees them.
+    """
 
-    def __init__(self, base: nn.Linear, num_slots: int, rank: int, route: Route, dtype: torch.dtype) -> None:
+    def __init__(self, base: nn.Linear, route: Route) -> None:
         super().__init__()
         self.base = base
-        # A meta or ZeRO-partitioned weight has no usable shape or device of its own: take the declared sizes.
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.zeros(num_slots, rank, base.in_features, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(num_slots, base.out_features, rank, dtype=dtype, device=device))
-        self.register_buffer("scaling", torch.ones(num_slots, device=device), persistent=False)
         self.route = route
+        self.slots: dict[int, Slot] = {}
+        """Each slot's own factors; where there are stacks, views of them."""
+        self.lora_A = self.lora_B = self.scaling = torch.empty(0)
+
+    def stack(self, num_slots: int, rank: int) -> None:
+        """Allocate zero stacks for routing by rows: lora_A [N, r, in], lora_B [N, out, r], scaling [N]."""
+        kwargs: Any = {"dtype": self.base.weight.dtype, "device": self.base.weight.device}
+        self.lora_A = torch.zeros(num_slots, rank, self.base.in_features, **kwargs)
+        self.lora_B = torch.zeros(num_slots, self.base.out_features, rank, **kwargs)
+        self.scaling = torch.ones(num_slots, device=self.base.weight.device)
 
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
-        """W x + scaling * B A x, with A and B of each row's slot; x is [B, T, in]."""
+        """W x + scaling * B A x, with A and B of each row's or segment's slot; x is [B, T, in]."""
         out_BTO = self.base(x_BTI)
         route = self.route
+        if route.segments:
+            assert route.segments[-1].end == x_BTI.shape[1] and len(x_BTI) == 1, "route the batch before the pass"
+            if not any(segment.slot in self.slots for segment in route.segments):
+                return out_BTO
+            result: torch.Tensor = SegmentLora.apply(out_BTO, x_BTI, *self._factors(route.segments))
+            return result
         if route.single == BASE_SLOT:
             return out_BTO
         x = x_BTI.to(self.lora_A.dtype)
@@ -62,14 +148,22 @@ class BankedLinear(nn.Module):
         scaled_BTO = (delta_BTO * self.scaling[safe_B][:, None, None]).to(out_BTO.dtype)
         return out_BTO + torch.where((slots_B >= 0)[:, None, None], scaled_BTO, 0)
 
+    def _factors(self, segments: Sequence[Segment]) -> list[Any]:
+        """Arguments of SegmentLora; adapters that leave this module alone count as the base."""
+        nothing = self.lora_A.new_empty(0)
+        alone = Slot(nothing, nothing, 0.0)
+        slots = [self.slots.get(segment.slot, alone) for segment in segments]
+        owned = [s._replace(slot=BASE_SLOT) if o is alone else s for s, o in zip(segments, slots, strict=True)]
+        return [owned, [slot.scaling for slot in slots], *(factor for slot in slots for factor in slot[:2])]
+
 
 class AdapterBank:
-    """The banked modules of one model, and the routing of its rows."""
+    """The banked modules of one model, and the routing of its batches."""
 
-    def __init__(self, modules: dict[str, BankedLinear], route: Route, names: list[str]) -> None:
+    def __init__(self, modules: dict[str, BankedLinear], route: Route, names: Sequence[str] = ()) -> None:
         self.modules = modules
         self.route = route
-        self.names = names
+        self.names = list(names)
         self._slot = {name: slot for slot, name in enumerate(names)}
 
     def slot(self, name: str | None) -> int:
@@ -79,27 +173,39 @@ class AdapterBank:
     def route_rows(self, names: Sequence[str | None], device: torch.device) -> None:
         """Route row i of the next forward passes to adapter names[i] (None: the bare base)."""
         slots = [self.slot(name) for name in names]
+        self.route.segments = ()
         self.route.single = slots[0] if len(set(slots)) == 1 else None
         self.route.slots_B = torch.tensor(slots, dtype=torch.long, device=device)
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The slots' parameters, in the order of the modules."""
-        return [parameter for module in self.modules.values() for parameter in (module.lora_A, module.lora_B)]
+    def route_segments(self, segments: Sequence[Segment]) -> None:
+        """Route the tokens of the next packed batch [1, T]; the segments are adjacent and cover it."""
+        self.route.segments = tuple(segments)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) by module name."""
+        return {name: (module.base.out_features, module.base.in_features) for name, module in self.modules.items()}
+
+    def open_slot(self, slot: int, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], alpha: float) -> None:
+        """Put a trainable adapter into a slot: A [r, in] and B [out, r] by module name, updated by alpha / r."""
+        for name, (lora_A, lora_B) in factors.items():
+            self.modules[name].slots[slot] = Slot(lora_A, lora_B, alpha / lora_A.shape[0])
+
+    def close_slot(self, slot: int) -> None:
+        """Take an adapter out of its slot."""
+        for module in self.modules.values():
+            module.slots.pop(slot, None)
 
 
-def _attach(
-    model: nn.Module, targets: Sequence[str], names: Sequence[str], rank: int, dtype: torch.dtype | None
-) -> AdapterBank:
+def _attach(model: nn.Module, targets: Sequence[str], names: Sequence[str] = ()) -> AdapterBank:
     route = Route()
     banked: dict[str, BankedLinear] = {}
     for target in targets:
         parent_name, _, child_name = target.rpartition(".")
         parent = model.get_submodule(parent_name)
-        linear = getattr(parent, child_name)
-        module = BankedLinear(linear, len(names), rank, route, dtype or linear.weight.dtype)
-        setattr(parent, child_name, module)
-        banked[target] = module
-    return AdapterBank(banked, route, list(names))
+        banked[target] = BankedLinear(getattr(parent, child_name), route)
+        setattr(parent, child_name, banked[target])
+    return AdapterBank(banked, route, names)
 
 
 def load_bank(model: nn.Module, adapters: Mapping[str, LoraWeights]) -> AdapterBank:
@@ -112,7 +218,7 @@ def load_bank(model: nn.Module, adapters: Mapping[str, LoraWeights]) -> AdapterB
     Raises:
         ValueError: an adapter names a module that the model lacks, that is no nn.Linear, or of another shape.
     """
-    rank = max((weights.max_rank for weights in adapters.values()), default=1)
+    max_rank = max((weights.max_rank for weights in adapters.values()), default=1)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     targets = sorted({module for weights in adapters.values() for module in weights.modules})
     for adapter, weights in adapters.items():
@@ -127,26 +233,27 @@ def load_bank(model: nn.Module, adapters: Mapping[str, LoraWeights]) -> AdapterB
                     f"adapter {adapter}: {module} is {linear.in_features} -> {linear.out_features} in this base, but "
                     f"{lora_A.shape[1]} -> {lora_B.shape[0]} in the adapter; it belongs to another base"
                 )
-    bank = _attach(model, targets, list(adapters), rank, None)
-    with torch.no_grad():
-        for name, weights in adapters.items():
-            slot = bank.slot(name)
-            for module, (lora_A, lora_B) in weights.modules.items():
-                banked = bank.modules[module]
-                banked.lora_A[slot, : lora_A.shape[0]].copy_(lora_A)
-                banked.lora_B[slot, :, : lora_B.shape[1]].copy_(lora_B)
-                banked.scaling[slot] = weights.scaling[module]
-    for parameter in bank.parameters():
-        parameter.requires_grad_(False)
+    bank = _attach(model, targets, list(adapters))
+    for banked in bank.modules.values():
+        banked.stack(len(adapters), max_rank)
+    for name, weights in adapters.items():
+        slot = bank.slot(name)
+        for module, (lora_A, lora_B) in weights.modules.items():
+            banked = bank.modules[module]
+            own = Slot(
+                banked.lora_A[slot, : len(lora_A)], banked.lora_B[slot, :, : len(lora_A)], weights.scaling[module]
+            )
+            own.lora_A.copy_(lora_A)
+            own.lora_B.copy_(lora_B)
+            banked.scaling[slot] = own.scaling
+            banked.slots[slot] = own
     return bank
 
 
-def new_bank(
-    model: nn.Module, names: Sequence[str], *, target_modules: Sequence[str], rank: int, alpha: float
-) -> AdapterBank:
-    """Put trainable slots on every linear module whose last name is in `target_modules`; freezes the rest.
+def new_bank(model: nn.Module, target_modules: Sequence[str]) -> AdapterBank:
+    """Prepare every linear module whose last name is in `target_modules` for training; freezes the whole model.
 
-    The weights are zero until `initial_weights` are copied in.
+    The bank has no slots yet: `open_slot` fills one with `initial_weights`.
 
     Raises:
         ValueError: a target name matches no linear module of the model.
@@ -159,11 +266,7 @@ def new_bank(
             raise ValueError(
                 f"lora.target_modules: no linear module {target!r} in the base; it has {', '.join(present)}"
             )
-    targets = [name for name in linears if name.rsplit(".", 1)[-1] in target_modules]
-    bank = _attach(model, targets, names, rank, None)
-    for module in bank.modules.values():
-        module.scaling.fill_(alpha / rank)
-    return bank
+    return _attach(model, [name for name in linears if name.rsplit(".", 1)[-1] in target_modules])
 
 
 def initial_weights(

@@ -38,6 +38,12 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append one line of text."""
+    with open(path, "a", encoding="utf-8") as handle:
+        handle.write(f"{line}\n")
+
+
 @contextlib.contextmanager
 def replace_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory that becomes `path` when the block succeeds, and vanishes when it fails."""
@@ -77,6 +83,12 @@ def sha256_file(path: Path) -> str:
 def digest(*parts: Any) -> str:
     """Short content hash of plain values: names the directory of what was computed from them."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on all `parts` and on nothing else."""
+    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def sha256_path(path: Path) -> str:

@@ -17,7 +17,14 @@ from translora.run.files import remove_temporaries, write_json
 
 PACKAGES = ("translora", "torch", "transformers", "peft", "deepspeed", "ray", "datasets", "wandb", "safetensors")
 MAY_CHANGE = {"adapters", "tasks", "resources", "tracking", "run_dir", "output_dir"}
-EXECUTION_ONLY = {"micro_batch_size", "num_workers", "checkpoint_every_steps", "max_failures", "gradient_checkpointing"}
+EXECUTION_ONLY = {
+    "micro_batch_size",
+    "gang_size",
+    "num_workers",
+    "checkpoint_every_steps",
+    "max_failures",
+    "gradient_checkpointing",
+}
 """What a rerun may change, sections and settings: they do not change the result of an adapter, but for rounding."""
 
 

@@ -53,9 +53,9 @@ class EngineActor:
         return {"block": batch["block"], "rows": np.array([json.dumps(results)])}
 
 
-def cut_blocks(rows: Sequence[Row], batch_size: int, length: Callable[[Row], int]) -> list[list[Row]]:
+def cut_blocks(rows: Sequence[Row], batch_size: int, order: Callable[[Row], Any]) -> list[list[Row]]:
     """Rows of similar length together, so that little is padding; the cut depends on the rows alone."""
-    ordered = sorted(rows, key=length)
+    ordered = sorted(rows, key=order)
     return [list(ordered[start : start + batch_size]) for start in range(0, len(ordered), batch_size)]
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from typing import Any
+
+from translora.run.files import derive_seed
 
 LINE_END = r"(?<=\S)[^\S\n]*\n"
 """End of the first line that is not blank: a completion may begin with white space."""
@@ -17,6 +20,27 @@ def generation_prompt(seeds: Sequence[str], seed: int) -> str:
     random.Random(seed).shuffle(shuffled)
     lines = [f"{number}. {text}" for number, text in enumerate(shuffled, 1)]
     return "Here are 10 examples:\n" + "\n".join(lines) + f"\n{len(seeds) + 1}."
+
+
+def generation_row(
+    name: str, seeds: Sequence[str], sample_id: int, root_seed: int, num_orderings: int
+) -> dict[str, Any]:
+    """One request to the generator; it depends on the adapter's name and the sample's number, on no neighbour.
+
+    The seeds come in one of `num_orderings` orders, so that rows of the same order share the computing of their prompt.
+    """
+    return {
+        "adapter": name,
+        "sample_id": sample_id,
+        "prompt": generation_prompt(seeds, derive_seed(root_seed, name, "ordering", sample_id % num_orderings)),
+        "stop": generation_stop(seeds),
+        "seed": derive_seed(root_seed, name, sample_id),
+    }
+
+
+def generation_order(row: dict[str, Any]) -> tuple[int, str]:
+    """Key that brings requests of similar length together, and those with the same prompt next to each other."""
+    return len(row["prompt"]), row["prompt"]
 
 
 def generation_stop(seeds: Sequence[str]) -> str:

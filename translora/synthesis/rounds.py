@@ -14,12 +14,11 @@ from pathlib import Path
 
 from translora.bundle.bundle import Bundle
 from translora.config import BaseModelConfig, ResourceConfig, SynthesisConfig
-from translora.distill.data import derive_seed
 from translora.run.files import digest
 from translora.run.progress import Progress
 from translora.run.state import SynthesisStats
 from translora.synthesis.actors import Row, cut_blocks, run_blocks
-from translora.synthesis.prompts import generation_prompt, generation_stop, normalise
+from translora.synthesis.prompts import generation_order, generation_row, normalise
 from translora.synthesis.stages import generate_block, screen_and_label_block
 
 logger = logging.getLogger(__name__)
@@ -61,16 +60,7 @@ def plan_round(pools: Sequence[Pool], config: SynthesisConfig, seed: int) -> lis
     for pool in pools:
         count = pool.next_count(config.oversample)
         for sample_id in range(pool.stats.generated, pool.stats.generated + count):
-            row_seed = derive_seed(seed, pool.name, sample_id)
-            rows.append(
-                {
-                    "adapter": pool.name,
-                    "sample_id": sample_id,
-                    "prompt": generation_prompt(pool.bundle.seeds, row_seed),
-                    "stop": generation_stop(pool.bundle.seeds),
-                    "seed": row_seed,
-                }
-            )
+            rows.append(generation_row(pool.name, pool.bundle.seeds, sample_id, seed, config.num_orderings))
         if count > 0:
             pool.stats.rounds += 1
             pool.stats.generated += count
@@ -158,7 +148,7 @@ def synthesise(
         rows = plan_round(pools, config, seed)
         if not rows:
             break
-        blocks = cut_blocks(rows, config.batch_size, lambda row: len(row["prompt"]))
+        blocks = cut_blocks(rows, config.batch_size, generation_order)
         settings = {"sampling": config.sampling.model_dump()}
         key = digest("generate", blocks, settings, generator.model_dump(), fingerprints[0])
         with Progress(f"round {number + 1}: generate", len(rows)) as progress:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from translora.config import SamplingConfig
+from translora.engine.decode import Request
 from translora.engine.prompts import prompt_format, raw_prompt
-from translora.engine.transformers import Request, TransformersEngine
+from translora.engine.transformers import TransformersEngine
 from translora.synthesis.prompts import discriminator_question
 
 Row = dict[str, Any]

@@ -1,0 +1,243 @@
+"""The gang on a whole base in one process; tests/integration has the same loop on ZeRO-3."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.whole import WholeBase
+from tests.tiny import make_base
+from translora.config import BaseModelConfig, TrainConfig
+from translora.distill.checkpoint import read_checkpoints, write_checkpoint
+from translora.distill.data import Sample, pack
+from translora.distill.gang import Gang
+from translora.distill.job import FAILURE, TrainJob
+from translora.distill.plan import JobSize, Layout, activation_bytes_per_token, choose_gang_size, lay_out
+from translora.distill.train import train
+from translora.engine.head import cross_entropy
+from translora.engine.loading import load_model
+from translora.lora.bank import BASE_SLOT, Segment
+from translora.lora.peft_io import read_lora
+from translora.run.files import sha256_path, write_jsonl
+
+CPU = torch.device("cpu")
+TARGETS = ("q_proj", "v_proj", "down_proj")
+CONFIG = TrainConfig.model_validate(
+    {"lora": {"rank": 4, "alpha": 8}, "batch_size": 5, "micro_batch_size": 2, "max_length": 64, "epochs": 3}
+)
+ROWS = [
+    {"input": f"Please send order {index} " + "now " * (index % 4), "answer": f"order {index}"} for index in range(9)
+]
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def base_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("gang") / "base", request.param, std=0.1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def make_job(root: Path, name: str, rows: list[dict[str, str]] = ROWS, **changes: object) -> TrainJob:
+    data = root / f"{name}.jsonl"
+    write_jsonl(data, rows)
+    paths = {"data": str(data), "output": str(root / name / "adapter"), "work_dir": str(root / name / "work")}
+    job = TrainJob(name=name, **paths, seed=len(name), epochs=3, learning_rate=1e-2)
+    return replace(job, **changes)  # type: ignore[arg-type]
+
+
+def make_gang(base: WholeBase, queue: list[TrainJob], num_slots: int) -> Gang:
+    return Gang(base, queue, CONFIG, num_slots, base_name="base", group=None)
+
+
+def run(path: Path, queue: list[TrainJob], num_slots: int, dtype: torch.dtype, checkpoint: Path) -> None:
+    base = WholeBase(path, dtype, TARGETS)
+    train(base, make_gang(base, queue, num_slots), checkpoint, every_steps=2)
+
+
+def losses(job: TrainJob) -> list[float]:
+    return json.loads((Path(job.output) / "losses.json").read_text())
+
+
+def test_samples_of_a_packed_batch_do_not_see_each_other(base_path: Path) -> None:
+    base = WholeBase(base_path, torch.float32, TARGETS)
+    samples = [Sample([5, 6, 7, 8, 9, 10, 11], [12, 13]), Sample([9], [10, 11, 12]), Sample([30] * 20, [5])]
+    base.bank.route_segments([Segment(BASE_SLOT, 0, 31)])
+    with torch.no_grad():
+        batch = pack([(0, samples[:2], 0.5), (1, samples[2:], 1.0)], CPU)
+        packed = base(batch.inputs)
+        alone = []
+        for sample in samples:
+            inputs = pack([(0, [sample], 1.0)], CPU).inputs
+            base.bank.route_segments([Segment(BASE_SLOT, 0, sum(inputs["packed_lengths"]))])
+            alone.append(base(inputs))
+        padded = load_model(BaseModelConfig(model=str(base_path)), torch.float32, CPU).base_model
+        usual = [padded(torch.tensor([s.prompt_ids + s.answer_ids[:-1]])).last_hidden_state[0] for s in samples]
+    torch.testing.assert_close(packed, torch.cat(alone))
+    torch.testing.assert_close(packed, torch.cat(usual), rtol=1e-4, atol=1e-5)
+    assert batch.positions_L.tolist() == [6, 7, 8, 9, 10, 30]
+    assert batch.labels_L.tolist() == [12, 13, 10, 11, 12, 5]
+    assert batch.weights_L.tolist() == [0.5] * 5 + [1.0]
+    assert [tuple(segment) for segment in batch.segments] == [(0, 0, 11), (1, 11, 31)]
+    assert batch.answers == {0: slice(0, 5), 1: slice(5, 6)}
+
+
+ODD = {"short": {"rows": ROWS[:2]}, "long": {"epochs": 9.0}, "mad": {}, "unusable": {}}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_adapter_ends_the_same_whoever_its_neighbours_are(
+    base_path: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Neighbours that are shorter, longer, not a number, of another rank, without a usable sample; and none at all."""
+    company, alone = tmp_path / "company", tmp_path / "alone"
+    company.mkdir(), alone.mkdir()
+    odd = [make_job(company, name, **changes) for name, changes in ODD.items()]
+    write_jsonl(Path(odd[-1].data), [{"input": "far too long " * 40, "answer": "x"}])
+    queue = [odd[0], make_job(company, "one"), *odd[1:], make_job(company, "late")]
+    base = WholeBase(base_path, dtype, TARGETS)
+    gang = make_gang(base, queue, num_slots=4)
+    gang.fill()
+    other_rank = CONFIG.model_copy(update={"lora": CONFIG.lora.model_copy(update={"rank": 7})})
+    gang.close(0)
+    gang.config = other_rank
+    gang.open(0, queue[0])
+    gang.config = CONFIG
+    gang.students[3].parameters[0].data.fill_(float("nan"))
+    train(base, gang, tmp_path / "company.safetensors", every_steps=100)
+    for name in ("one", "late"):
+        job = make_job(alone, name)
+        run(base_path, [job], 1, dtype, tmp_path / "alone.safetensors")
+        with_others = make_job(company, name)
+        if dtype == torch.bfloat16:
+            assert losses(job) == losses(with_others)
+            one, other = (Path(j.output) / "adapter_model.safetensors" for j in (job, with_others))
+            assert one.read_bytes() == other.read_bytes()
+        torch.testing.assert_close(losses(job), losses(with_others), rtol=1e-5, atol=1e-5)
+        for module, pair in read_lora(job.output).modules.items():
+            for mine, theirs in zip(pair, read_lora(with_others.output).modules[module], strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+        assert losses(job)[-1] < losses(job)[0] - 0.1, "it was trained"
+    assert len(losses(make_job(company, "short"))) == 3 and len(losses(make_job(company, "long"))) == 18
+    assert read_lora(company / "short" / "adapter").max_rank == 7
+    assert "lower the learning rate" in (company / "mad" / "work" / FAILURE).read_text()
+    assert "raise max_length" in (company / "unusable" / "work" / FAILURE).read_text()
+    assert not (company / "mad" / "adapter").exists()
+
+
+def test_a_gang_goes_on_from_its_checkpoint_to_the_same_bytes(base_path: Path, tmp_path: Path) -> None:
+    roots = [tmp_path / name for name in ("whole", "cut", "other_slots")]
+    for root in roots:
+        root.mkdir()
+    queues = [[make_job(root, "a"), make_job(root, "bb", ROWS[:3]), make_job(root, "ccc", epochs=5)] for root in roots]
+    run(base_path, queues[0], 2, torch.bfloat16, roots[0] / "gang.safetensors")
+
+    # The same, killed after the fourth step: bb has left, ccc has begun.
+    base = WholeBase(base_path, torch.bfloat16, TARGETS)
+    gang = make_gang(base, queues[1], 2)
+    for _ in range(4):
+        gang.fill()
+        for shards in gang.shards():
+            batch = pack(shards, CPU)
+            base.bank.route_segments(batch.segments)
+            hidden_TD = base(batch.inputs)
+            losses_L = cross_entropy(hidden_TD[batch.positions_L], base.head, batch.labels_L, batch.weights_L)
+            losses_L.sum().backward()
+            gang.note(batch, losses_L.detach())
+        gang.update()
+    assert {student.job.name for student in gang.students.values()} == {"a", "ccc"}
+    write_checkpoint(roots[1] / "gang-0000.safetensors", gang)
+    (roots[2] / "gang-0000.safetensors").write_bytes((roots[1] / "gang-0000.safetensors").read_bytes())
+
+    for root, queue, num_slots in ((roots[1], queues[1], 2), (roots[2], queues[2], 3)):
+        base = WholeBase(base_path, torch.bfloat16, TARGETS)
+        gang = make_gang(base, queue, num_slots)
+        read_checkpoints(root, "gang-0000.safetensors", gang)
+        # Recipes depend on the data, not on where it lies: another layout goes on from each student's own state.
+        assert len(gang.students) == (2 if num_slots == 2 else 0)
+        assert len(gang.saved) == (0 if num_slots == 2 else 2)
+        train(base, gang, root / "gang-0000.safetensors", every_steps=100)
+        for job, whole in zip(queue, queues[0], strict=True):
+            assert sha256_path(Path(job.output)) == sha256_path(Path(whole.output)), job.name
+    steps = [json.loads(line)["step"] for line in (roots[1] / "a" / "work" / "train.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 7)), "no step is done twice"
+
+
+def test_a_checkpoint_that_cannot_be_read_costs_no_more_than_its_steps(base_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "gang-0000.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
+    base = WholeBase(base_path, torch.float32, TARGETS)
+    gang = make_gang(base, [make_job(tmp_path, "a")], 1)
+    read_checkpoints(tmp_path, "gang-0000.safetensors", gang)
+    gang.fill()
+    assert gang.students[0].step == 0
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 4))
+def test_passes_hold_every_sample_of_a_step_once(size: int, num_ranks: int, micro_batch_size: int) -> None:
+    batch = [Sample([index], [index]) for index in range(size)]
+    seen = []
+    for rank in range(num_ranks):
+        share = Gang.__new__(Gang)
+        share.rank, share.num_ranks = rank, num_ranks
+        share.config = CONFIG.model_copy(update={"micro_batch_size": micro_batch_size})
+        share.students = {3: type("Stand-in", (), {"batch": lambda self: batch})()}  # type: ignore[dict-item]
+        for shards in share.shards():
+            for slot, samples, weight in shards:
+                assert slot == 3 and weight == 1 / size and len(samples) <= micro_batch_size
+                seen += [sample.prompt_ids[0] for sample in samples]
+    assert sorted(seen) == list(range(size))
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 8))
+def test_every_job_has_one_group_and_no_group_waits_long(steps: list[int], num_workers: int) -> None:
+    layout = lay_out([JobSize(count, 10.0, 20) for count in steps], num_workers)
+    assert sorted(index for queue in layout.queues for index in queue) == list(range(len(steps)))
+    assert layout.ranks_per_group * len(layout.queues) == num_workers
+    if len(steps) >= num_workers:
+        assert layout.ranks_per_group == 1
+        loads = [sum(steps[index] for index in queue) for queue in layout.queues]
+        assert max(loads) <= 4 / 3 * max(sum(steps) / num_workers, max(steps)) + max(steps) / 3
+    assert all(steps[a] >= steps[b] for queue in layout.queues for a, b in pairwise(queue))
+
+
+def test_ranks_share_an_adapter_only_where_there_are_fewer_adapters_than_ranks() -> None:
+    size = JobSize(10, 50.0, 60)
+    assert lay_out([size], 8).ranks_per_group == 8
+    assert lay_out([size] * 3, 8).ranks_per_group == 2
+    assert lay_out([size] * 5, 8).ranks_per_group == 1
+    assert lay_out([size], 3).ranks_per_group == 3
+
+
+def test_the_gang_fills_a_pass_unless_memory_or_the_queue_ends_before() -> None:
+    sizes, layout = [JobSize(10, 32.0, 64)] * 40, Layout(1, (tuple(range(40)),))
+    config = TrainConfig(batch_size=8, micro_batch_size=8)
+    room = {"free_bytes": 10**12, "activation_bytes": 10**6, "adapter_bytes": 10**6}
+
+    def chosen(config: TrainConfig = config, layout: Layout = layout, **changes: int) -> int:
+        return choose_gang_size(sizes, layout, config, device="cpu", **(room | changes))
+
+    assert chosen() == 8  # 2048 tokens at 8 samples of 32
+    assert choose_gang_size(sizes, layout, config, device="cuda", **room) == 40  # 64 would fill it, 40 are there
+    assert chosen(free_bytes=2 * 10**9) == 2  # 0.6 * 2 GB / (8 samples of 64 tokens at 1 MB)
+    assert chosen(free_bytes=10**6) == 1
+    assert chosen(layout=Layout(1, ((0, 1, 2),))) == 3
+    assert chosen(config.model_copy(update={"gang_size": 5})) == 5
+    assert chosen(config.model_copy(update={"gang_size": 99})) == 40
+
+
+def test_recomputation_keeps_little_of_a_token(base_path: Path) -> None:
+    model = load_model(BaseModelConfig(model=str(base_path)), torch.float32, CPU).config
+    full, little = (activation_bytes_per_token(model, 2, recompute=recompute) for recompute in (False, True))
+    assert little < full

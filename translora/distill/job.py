@@ -1,0 +1,65 @@
+"""What is to be trained: one adapter's data, seed and length, and where its files go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from translora.config import TrainConfig
+from translora.distill.data import Sample, encode_samples, num_steps
+from translora.engine.prompts import prompt_format
+from translora.run.files import digest, read_jsonl, sha256_file
+from translora.run.rundir import EXECUTION_ONLY
+
+RECIPE = "recipe.txt"
+"""In a job's output: the hash of what it was made from."""
+FAILURE = "failure.json"
+"""In a job's work_dir: why it was given up."""
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One adapter to train."""
+
+    name: str
+    data: str
+    """JSONL with `input` and `answer`."""
+    output: str
+    """The PEFT directory to write; a job whose output was made by the same recipe is skipped."""
+    work_dir: str
+    """train.jsonl (one line a step) and failure.json of this job."""
+    seed: int
+    epochs: float
+    learning_rate: float
+    template: str = "auto"
+    """Prompt template, see translora.engine.prompts."""
+    with_end: bool = True
+    """Train the end of the answer too; False for a discriminator, whose answer is one word."""
+
+    def recipe(self, config: TrainConfig, fingerprint: str) -> str:
+        """Hash of all that decides the result: data, seed, settings, base. A finished output bears it."""
+        settings = config.model_dump(exclude=EXECUTION_ONLY)
+        own = (self.seed, self.epochs, self.learning_rate, self.template, self.with_end)
+        return digest(own, sha256_file(Path(self.data)), settings, fingerprint)
+
+    def is_done(self, config: TrainConfig, fingerprint: str) -> bool:
+        """Whether the output was made by exactly this job."""
+        path = Path(self.output) / RECIPE
+        return path.is_file() and path.read_text(encoding="utf-8") == self.recipe(config, fingerprint)
+
+    def samples(self, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> list[Sample]:
+        """The job's data as tokens.
+
+        Raises:
+            ValueError: the data cannot be read, or no row of it is short enough.
+        """
+        rows = read_jsonl(self.data, required=("input", "answer"))
+        prompts = prompt_format(tokenizer, self.template)
+        return encode_samples(rows, prompts, config.max_length, self.name, with_end=self.with_end)
+
+    def expected_steps(self, batch_size: int) -> int:
+        """Optimizer steps if no sample is too long; for progress only."""
+        num_samples = Path(self.data).read_bytes().count(b"\n")
+        return num_steps(num_samples, self.epochs, batch_size)

@@ -1,0 +1,74 @@
+"""Attention over packed batches: samples of all lengths in one row, none of which sees another.
+
+flash-attention takes packed batches by itself. Elsewhere `packed_sdpa` calls torch's SDPA sample by sample, in each
+sample's own shape: no padding, no [T, T] mask over the whole batch, and no neighbour in the arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv
+
+PACKED = "translora_packed"
+
+
+def packed_inputs(lengths: Sequence[int], place: torch.device) -> dict[str, object]:
+    """The model's arguments that mark where samples begin and end, for every attention implementation.
+
+    Args:
+        lengths: tokens of each sample, in order.
+    """
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(device=place, dtype=torch.int32)
+    return {
+        "position_ids": positions[None].to(place),
+        "packed_lengths": tuple(lengths),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+def packed_sdpa(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    packed_lengths: tuple[int, ...] = (),
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each sample; the signature is that of transformers' attention functions.
+
+    Args:
+        query: [1, H, T, D]; key and value are [1, G, T, D] with G heads that groups of queries share.
+        packed_lengths: tokens of each sample; they add up to T.
+
+    Returns:
+        [1, T, H, D], and None in the place of the attention weights.
+    """
+    if softcap is not None:
+        raise ValueError("this base caps its attention scores: set attn_implementation to eager or flash_attention_2")
+    groups = query.shape[1] // key.shape[1]
+    parts = (x.split(packed_lengths, dim=2) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
+    outputs = []
+    for q, k, v in zip(*parts, strict=True):
+        mask = None
+        if sliding_window is not None and q.shape[2] > sliding_window:
+            place = torch.arange(q.shape[2], device=q.device)
+            distance = place[:, None] - place[None, :]
+            mask = (distance >= 0) & (distance < sliding_window)
+        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, is_causal=mask is None))
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(PACKED, packed_sdpa)

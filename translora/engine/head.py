@@ -1,0 +1,103 @@
+"""The head of a causal LM: how its last hidden states become logits, in pieces that fit.
+
+Shapes: L positions, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CHUNK_ELEMENTS = 1 << 26
+"""Most logits at a time: 256 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = cap(scale * (W h + b)), where cap(x) is c * tanh(x / c) or nothing."""
+
+    weight: nn.Parameter
+    """[V, D]; under ZeRO-3 it must be gathered by the caller."""
+    bias: nn.Parameter | None
+    scale: float
+    softcap: float | None
+
+    @staticmethod
+    def of(model: Any) -> Head:
+        """The output head of a transformers model, with what its config says of the logits."""
+        module, config = model.get_output_embeddings(), model.config.get_text_config()
+        scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+        softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        return Head(module.weight, getattr(module, "bias", None), scale, softcap)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What ZeRO-3 must gather."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def logits(self, hidden_LD: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [L, V] in float32, or of some tokens only, which are computed in float32 from the start."""
+        weight: torch.Tensor = self.weight
+        bias: torch.Tensor | None = self.bias
+        if tokens is not None:
+            weight, bias = weight[tokens].float(), None if bias is None else bias[tokens].float()
+            hidden_LD = hidden_LD.float()
+        logits_LV = F.linear(hidden_LD, weight, bias).float()
+        if self.scale != 1.0:
+            logits_LV = logits_LV * self.scale
+        return logits_LV if self.softcap is None else self.softcap * torch.tanh(logits_LV / self.softcap)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The head is frozen, so the gradient of the hidden states is made chunk by chunk along with the loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_LD: torch.Tensor, head: Head, labels_L: torch.Tensor, weights_L: torch.Tensor
+    ) -> torch.Tensor:
+        chunk = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+        losses_L, grad_LD = torch.empty_like(weights_L), torch.empty_like(hidden_LD)
+        for start in range(0, len(labels_L), chunk):
+            part = slice(start, start + chunk)
+            logits_CV, labels_C1 = head.logits(hidden_LD[part]), labels_L[part, None]
+            total_C1 = logits_CV.logsumexp(-1, keepdim=True)
+            losses_L[part] = (total_C1 - logits_CV.gather(1, labels_C1))[:, 0] * weights_L[part]
+            slope = head.scale if head.softcap is None else head.scale * (1 - (logits_CV / head.softcap) ** 2)
+            grad_CV = logits_CV.sub_(total_C1).exp_()
+            grad_CV.scatter_add_(1, labels_C1, torch.full_like(labels_C1, -1, dtype=grad_CV.dtype))
+            grad_CV.mul_(weights_L[part, None])
+            if head.softcap is not None or head.scale != 1.0:
+                grad_CV.mul_(slope)
+            grad_LD[part] = grad_CV.to(hidden_LD.dtype) @ head.weight
+        ctx.save_for_backward(grad_LD)
+        return losses_L
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad_L,) = grads
+        (grad_LD,) = ctx.saved_tensors
+        return grad_LD * grad_L[:, None].to(grad_LD.dtype), None, None, None
+
+
+def cross_entropy(hidden_LD: torch.Tensor, head: Head, labels_L: torch.Tensor, weights_L: torch.Tensor) -> torch.Tensor:
+    """weights * -log p(label) for each position, without ever holding the logits of all of them.
+
+    torch's own `linear_cross_entropy` (2.13) has no weights by row, and on the CPU it copies the head to float32 at
+    every call. Here at most CHUNK_ELEMENTS logits exist at once, and the head is needed in the forward pass only.
+
+    Args:
+        hidden_LD: last hidden states at the positions that predict a label.
+        head: frozen.
+        labels_L: token ids.
+        weights_L: float32; a position of weight 0 has no gradient.
+
+    Returns:
+        [L] float32.
+    """
+    losses_L: torch.Tensor = _ChunkedCrossEntropy.apply(hidden_LD, head, labels_L, weights_L)
+    return losses_L
