@@ -32,8 +32,9 @@ from benchmarks.whole import WholeBase
 from tests.tiny import make_tokenizer
 from translora.config import TrainConfig
 from translora.distill.data import Sample, pack
-from translora.distill.gang import Gang, Student
+from translora.distill.gang import Gang
 from translora.distill.job import TrainJob
+from translora.distill.student import Student
 from translora.engine.attention import PACKED
 from translora.engine.head import Head, cross_entropy
 from translora.lora.bank import initial_weights
@@ -124,9 +125,9 @@ class GangArm:
         for slot, samples in enumerate(shards):
             job = TrainJob(str(slot), "", "", "", seed=slot, epochs=1e6, learning_rate=1e-4)
             weights = initial_weights(self.base.bank.shapes, RANK, slot)
-            factors = {name: self.gang._leaf(*pair) for name, pair in weights.items()}
-            self.gang.students[slot] = Student(job, "", samples, factors, config)
-            self.base.bank.open_slot(slot, factors, 2 * RANK)
+            student = Student(job, "", samples, weights, config, self.base.place)
+            self.gang.students[slot] = student
+            self.base.bank.open_slot(slot, student.factors, 2 * RANK)
 
     def step(self) -> None:
         """One step of every student: the body of translora.distill.train.train."""

@@ -115,7 +115,7 @@ def test_an_adapter_ends_the_same_whoever_its_neighbours_are(
     gang.config = other_rank
     gang.open(0, queue[0])
     gang.config = CONFIG
-    gang.students[3].parameters[0].data.fill_(float("nan"))
+    gang.students[3].flat.data.fill_(float("nan"))
     train(base, gang, tmp_path / "company.safetensors", every_steps=100)
     for name in ("one", "late"):
         job = make_job(alone, name)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,116 +17,19 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from translora.config import TrainConfig
-from translora.distill.data import Packed, Sample, batch_indices, num_steps
-from translora.distill.job import FAILURE, RECIPE, TrainJob
+from translora.distill.data import Packed, Sample
+from translora.distill.job import FAILURE, TrainJob
+from translora.distill.student import Student
 from translora.engine.head import Head
 from translora.lora.bank import AdapterBank, initial_weights
-from translora.lora.peft_io import write_lora
-from translora.run.files import append_line, replace_directory, write_json
+from translora.run.files import append_line, write_json
 
 logger = logging.getLogger(__name__)
-Pair = tuple[torch.Tensor, torch.Tensor]
-MOMENTS = ("exp_avg", "exp_avg_sq")
 Shard = tuple[int, Sequence[Sample], float]
 """Slot, samples of one pass, weight of an answer's token."""
-
-
-class Student:
-    """One adapter in training: its samples, its weights A [r, in] and B [out, r] by module, its optimizer."""
-
-    def __init__(
-        self, job: TrainJob, recipe: str, samples: list[Sample], factors: dict[str, Pair], config: TrainConfig
-    ) -> None:
-        self.job, self.recipe, self.samples, self.factors = job, recipe, samples, factors
-        self.config = config
-        self.num_steps = num_steps(len(samples), job.epochs, config.batch_size)
-        self.parameters = [factor.requires_grad_() for pair in factors.values() for factor in pair]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=job.learning_rate, weight_decay=0.0)
-        self.losses: list[float] = []
-        self.loss = torch.zeros(())
-        self.start = time.monotonic()
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done."""
-        return len(self.losses)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether all steps are done."""
-        return self.step == self.num_steps
-
-    def batch(self) -> list[Sample]:
-        """The samples of the next step."""
-        order = batch_indices(len(self.samples), self.config.batch_size, self.step, self.job.seed)
-        return [self.samples[index] for index in order]
-
-    def update(self, group: dist.ProcessGroup | None) -> None:
-        """One AdamW step on the gradients of its passes.
-
-        Raises:
-            FloatingPointError: loss or gradient is not finite.
-        """
-        if group is not None:  # its batch was shared by several ranks
-            own = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-            flat = torch.cat([grad.flatten() for grad in own] + [self.loss[None]])
-            dist.all_reduce(flat, group=group)
-            *grads, self.loss = flat.split([p.numel() for p in self.parameters] + [1])
-            self.loss = self.loss[0]
-            for parameter, grad in zip(self.parameters, grads, strict=True):
-                parameter.grad = grad.view_as(parameter)
-        loss = float(self.loss)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(
-                f"{self.job.name}: loss {loss}, gradient norm {norm} at step {self.step}; lower the learning rate"
-            )
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = self.job.learning_rate * (1 - self.step / self.num_steps)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.losses.append(loss)
-        self.loss = torch.zeros_like(self.loss)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Weights and AdamW's moments, to go on from later; keys are kind/module/A and kind/module/B."""
-        tensors = {}
-        for name, pair in self.factors.items():
-            for letter, factor in zip("AB", pair, strict=True):
-                tensors[f"weights/{name}/{letter}"] = factor.detach()
-                for moment in MOMENTS if self.step else ():
-                    tensors[f"{moment}/{name}/{letter}"] = self.optimizer.state[factor][moment]
-        return tensors
-
-    def restore(self, tensors: dict[str, torch.Tensor], losses: list[float]) -> None:
-        """Go on from a `state` and its losses."""
-        self.losses = list(losses)
-        for name, pair in self.factors.items():
-            for letter, factor in zip("AB", pair, strict=True):
-                factor.data.copy_(tensors[f"weights/{name}/{letter}"])
-                if self.step:
-                    moments = {key: tensors[f"{key}/{name}/{letter}"].to(factor.device) for key in MOMENTS}
-                    self.optimizer.state[factor] = {"step": torch.tensor(float(self.step)), **moments}
-
-    def write(self, base_model: str) -> None:
-        """Write the trained adapter in PEFT's format.
-
-        Raises:
-            FloatingPointError: a weight is not finite.
-        """
-        weights = {name: (A.detach().cpu(), B.detach().cpu()) for name, (A, B) in self.factors.items()}
-        if not all(factor.isfinite().all() for pair in weights.values() for factor in pair):
-            raise FloatingPointError(
-                f"{self.job.name}: weights are not finite after the last step; lower the learning rate"
-            )
-        with replace_directory(Path(self.job.output)) as directory:
-            write_lora(directory, weights, alpha=self.config.lora.alpha, base_model=base_model)
-            (directory / "losses.json").write_text(json.dumps(self.losses))
-            (directory / RECIPE).write_text(self.recipe)
 
 
 class ResidentBase(Protocol):
@@ -179,11 +81,9 @@ class Gang:
         self.next = 0
         self.saved: dict[str, tuple[dict[str, torch.Tensor], list[float]]] = {}
         """States of an earlier start, by recipe."""
-        ballast = {name: self._leaf(torch.zeros(1, i), torch.zeros(o, 1)) for name, (o, i) in self.bank.shapes.items()}
+        empty = {name: (torch.zeros(1, i), torch.zeros(o, 1)) for name, (o, i) in self.bank.shapes.items()}
+        ballast = {name: (A.to(self.place).requires_grad_(), B.to(self.place)) for name, (A, B) in empty.items()}
         self.bank.open_slot(num_slots, ballast, 1.0)
-
-    def _leaf(self, lora_A: torch.Tensor, lora_B: torch.Tensor) -> Pair:
-        return lora_A.to(self.place).requires_grad_(), lora_B.to(self.place).requires_grad_()
 
     def fill(self) -> None:
         """Open the next jobs of the queue in the free slots; done ones are skipped, unusable ones given up."""
@@ -204,12 +104,11 @@ class Gang:
             return
         recipe = job.recipe(self.config, self.fingerprint)
         weights = initial_weights(self.bank.shapes, self.config.lora.rank, job.seed)
-        factors = {name: self._leaf(*pair) for name, pair in weights.items()}
-        student = Student(job, recipe, samples, factors, self.config)
+        student = Student(job, recipe, samples, weights, self.config, self.place)
         if recipe in self.saved:
             student.restore(*self.saved.pop(recipe))
         self.students[slot] = student
-        self.bank.open_slot(slot, factors, self.config.lora.alpha)
+        self.bank.open_slot(slot, student.factors, self.config.lora.alpha)
 
     def close(self, slot: int) -> None:
         """Free a slot."""
@@ -245,7 +144,7 @@ class Gang:
         """Add a pass's losses to those of the students."""
         for slot, part in batch.answers.items():
             if slot in self.students:
-                self.students[slot].loss = self.students[slot].loss.to(self.place) + losses_L[part].sum()
+                self.students[slot].loss += losses_L[part].sum()
 
     def update(self) -> bool:
         """Step every student; those that are done or broken leave. Returns whether one left."""

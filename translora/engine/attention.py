@@ -1,20 +1,23 @@
 """Attention over packed batches: samples of all lengths in one row, none of which sees another.
 
-flash-attention takes packed batches by itself. Elsewhere `packed_sdpa` calls torch's SDPA sample by sample, in each
-sample's own shape: no padding, no [T, T] mask over the whole batch, and no neighbour in the arithmetic.
+flash-attention takes packed batches by itself. Elsewhere `packed_sdpa` calls torch's SDPA on all samples of one length
+together, in their own shape: no padding, no [T, T] mask over the whole batch, and no neighbour in the arithmetic.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 
 PACKED = "translora_packed"
+SHORT = 128
 
 
 def packed_inputs(lengths: Sequence[int], place: torch.device) -> dict[str, object]:
@@ -33,6 +36,11 @@ def packed_inputs(lengths: Sequence[int], place: torch.device) -> dict[str, obje
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
     }
+
+
+def short_on_cpu(query: torch.Tensor) -> bool:
+    """Whether plain matrix products beat torch's flash kernel (2.13: its CPU backward is twice as slow up to here)."""
+    return query.device.type == "cpu" and query.shape[2] <= SHORT
 
 
 def packed_sdpa(
@@ -59,15 +67,22 @@ def packed_sdpa(
     if softcap is not None:
         raise ValueError("this base caps its attention scores: set attn_implementation to eager or flash_attention_2")
     groups = query.shape[1] // key.shape[1]
-    parts = (x.split(packed_lengths, dim=2) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
-    outputs = []
-    for q, k, v in zip(*parts, strict=True):
+    parts = [x.split(packed_lengths, dim=2) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups))]
+    by_length: dict[int, list[int]] = {}
+    for index, length in enumerate(packed_lengths):
+        by_length.setdefault(length, []).append(index)
+    outputs: list[torch.Tensor] = [query] * len(packed_lengths)
+    for length, indices in by_length.items():
         mask = None
-        if sliding_window is not None and q.shape[2] > sliding_window:
-            place = torch.arange(q.shape[2], device=q.device)
+        if sliding_window is not None and length > sliding_window:
+            place = torch.arange(length, device=query.device)
             distance = place[:, None] - place[None, :]
             mask = (distance >= 0) & (distance < sliding_window)
-        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, is_causal=mask is None))
+        q, k, v = (torch.cat([part[index] for index in indices]) for part in parts)
+        with sdpa_kernel(SDPBackend.MATH) if short_on_cpu(q) else contextlib.nullcontext():
+            together = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, is_causal=mask is None)
+        for index, output in zip(indices, together.split(1), strict=True):
+            outputs[index] = output
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 

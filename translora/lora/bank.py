@@ -87,16 +87,18 @@ class SegmentLora(torch.autograd.Function):
         x_TI, *saved = ctx.saved_tensors
         hidden, factors = iter(saved[: ctx.num_hidden]), saved[ctx.num_hidden :]
         grad_TO = grad_1TO[0]
-        grad_x_TI = torch.zeros_like(x_TI) if ctx.needs_input_grad[1] else None
+        grad_x_TI = torch.empty_like(x_TI) if ctx.needs_input_grad[1] else None
         grad_factors: list[torch.Tensor | None] = [None] * len(factors)
-        for index, (slot, start, end) in enumerate(ctx.segments):
+        for index, ((slot, start, end), scaling) in enumerate(zip(ctx.segments, ctx.scalings, strict=True)):
             if slot == BASE_SLOT:
+                if grad_x_TI is not None:
+                    grad_x_TI[start:end] = 0
                 continue
             lora_A, lora_B = (factor.to(x_TI.dtype) for factor in factors[2 * index : 2 * index + 2])
-            grad_SO = grad_TO[start:end] * ctx.scalings[index]
-            grad_hidden_SR = grad_SO @ lora_B
+            grad_SO = grad_TO[start:end]
+            grad_hidden_SR = (grad_SO @ lora_B).mul_(scaling)
             grad_factors[2 * index] = (grad_hidden_SR.T @ x_TI[start:end]).to(factors[2 * index].dtype)
-            grad_factors[2 * index + 1] = (grad_SO.T @ next(hidden)).to(factors[2 * index + 1].dtype)
+            grad_factors[2 * index + 1] = (grad_SO.T @ (next(hidden) * scaling)).to(factors[2 * index + 1].dtype)
             if grad_x_TI is not None:
                 torch.mm(grad_hidden_SR, lora_A, out=grad_x_TI[start:end])
         return grad_1TO, None if grad_x_TI is None else grad_x_TI[None], None, None, *grad_factors

@@ -1,0 +1,130 @@
+"""One adapter in training, with everything that is its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from translora.config import TrainConfig
+from translora.distill.data import Sample, batch_indices, num_steps
+from translora.distill.job import RECIPE, TrainJob
+from translora.lora.peft_io import write_lora
+from translora.run.files import replace_directory
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Student:
+    """One adapter in training: its samples, its weights and its AdamW.
+
+    All weights lie in one flat float32 parameter, their gradients in its gradient: one norm to clip, one optimizer
+    step. `factors` are views of it, A [r, in] and B [out, r] by module, whose gradients are views too.
+    """
+
+    def __init__(
+        self,
+        job: TrainJob,
+        recipe: str,
+        samples: list[Sample],
+        weights: Mapping[str, Pair],
+        config: TrainConfig,
+        place: torch.device,
+    ) -> None:
+        self.job, self.recipe, self.samples, self.config = job, recipe, samples, config
+        self.num_steps = num_steps(len(samples), job.epochs, config.batch_size)
+        tensors = [factor for pair in weights.values() for factor in pair]
+        self.flat = nn.Parameter(torch.cat([factor.flatten() for factor in tensors]).float().to(place))
+        self.flat.grad = torch.zeros_like(self.flat)
+        sizes = [factor.numel() for factor in tensors]
+        views = zip(self.flat.detach().split(sizes), self.flat.grad.split(sizes), tensors, strict=True)
+        leaves = iter([self._leaf(value.view_as(shape), grad.view_as(shape)) for value, grad, shape in views])
+        self.factors: dict[str, Pair] = {name: (next(leaves), next(leaves)) for name in weights}
+        self.optimizer = torch.optim.AdamW([self.flat], lr=job.learning_rate, weight_decay=0.0, fused=True)
+        self.losses: list[float] = []
+        self.loss = torch.zeros((), device=place)
+        self.start = time.monotonic()
+
+    @staticmethod
+    def _leaf(value: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        leaf = value.requires_grad_()
+        leaf.grad = grad
+        return leaf
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return len(self.losses)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all steps are done."""
+        return self.step == self.num_steps
+
+    def batch(self) -> list[Sample]:
+        """The samples of the next step."""
+        order = batch_indices(len(self.samples), self.config.batch_size, self.step, self.job.seed)
+        return [self.samples[index] for index in order]
+
+    def update(self, group: dist.ProcessGroup | None) -> None:
+        """One AdamW step on the gradients of its passes.
+
+        Args:
+            group: the ranks that shared its batch, if several did.
+
+        Raises:
+            FloatingPointError: loss or gradient is not finite.
+        """
+        assert self.flat.grad is not None
+        if group is not None:
+            dist.all_reduce(self.flat.grad, group=group)
+            dist.all_reduce(self.loss, group=group)
+        loss = float(self.loss)
+        norm = float(nn.utils.clip_grad_norm_([self.flat], self.config.max_grad_norm))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(
+                f"{self.job.name}: loss {loss}, gradient norm {norm} at step {self.step}; lower the learning rate"
+            )
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = self.job.learning_rate * (1 - self.step / self.num_steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        self.losses.append(loss)
+        self.loss.zero_()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Flat weights, and AdamW's moments after the first step, to go on from later."""
+        moments = {key: self.optimizer.state[self.flat][key] for key in MOMENTS} if self.step else {}
+        return {"weights": self.flat.detach(), **moments}
+
+    def restore(self, state: Mapping[str, torch.Tensor], losses: list[float]) -> None:
+        """Go on from a `state` and its losses."""
+        self.losses = list(losses)
+        self.flat.data.copy_(state["weights"])
+        if self.step:
+            moments = {key: state[key].to(self.flat.device) for key in MOMENTS}
+            self.optimizer.state[self.flat] = {
+                "step": torch.tensor(float(self.step), device=self.flat.device),
+                **moments,
+            }
+
+    def write(self, base_model: str) -> None:
+        """Write the trained adapter in PEFT's format.
+
+        Raises:
+            FloatingPointError: a weight is not finite.
+        """
+        if not self.flat.isfinite().all():
+            raise FloatingPointError(f"{self.job.name}: weights are not finite at the end; lower the learning rate")
+        weights = {name: (A.detach().cpu(), B.detach().cpu()) for name, (A, B) in self.factors.items()}
+        with replace_directory(Path(self.job.output)) as directory:
+            write_lora(directory, weights, alpha=self.config.lora.alpha, base_model=base_model)
+            (directory / "losses.json").write_text(json.dumps(self.losses))
+            (directory / RECIPE).write_text(self.recipe)
