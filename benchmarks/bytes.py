@@ -2,13 +2,17 @@
 
     python -m benchmarks.bytes
 
-Two CPU workers train on a small random base; DeepSpeed's own communication log counts what they gather.
+Two CPU workers train on a small random base; DeepSpeed's own communication log counts what they gather. A second table
+compares two layouts of the same gang: whole adapters per rank (translora's), and every adapter's batch shared by all
+ranks, whose LoRA gradients must then be reduced. (The third, micro-batches in turn under one gather, is an arm of
+benchmarks.gang: its bytes are the gang's, its matrix products are one adapter's.)
 """
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import tempfile
 import time
 from dataclasses import dataclass
@@ -20,6 +24,7 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gang import ratio
 from tests.tiny import make_base
 from translora.config import TrainConfig
 from translora.run.files import write_jsonl
@@ -36,6 +41,8 @@ class Traffic:
     num_adapters: int
     num_gathers: int
     num_bytes: int
+    reduced_bytes: int
+    """LoRA gradients that a worker gave to an all-reduce."""
     seconds: float
 
     @property
@@ -63,8 +70,10 @@ def ds_config(directory: Path) -> Path:
     return path
 
 
-def worker(rank: int, base: str, directory: str, gang_sizes: list[int], answers: mp.SimpleQueue) -> None:
-    """Train one gang of each size on one resident base; rank 0 answers with the traffic of each."""
+def worker(
+    rank: int, base: str, directory: str, gangs: list[tuple[int, bool]], rows: int, answers: mp.SimpleQueue
+) -> None:
+    """Train one gang of each (size, shared) on one resident base; rank 0 answers with the traffic of each."""
     os.environ |= {"MASTER_ADDR": "localhost", "RANK": str(rank), "WORLD_SIZE": str(NUM_WORKERS)}
     os.environ |= {"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
@@ -74,16 +83,19 @@ def worker(rank: int, base: str, directory: str, gang_sizes: list[int], answers:
     from translora.config import BaseModelConfig
     from translora.distill import zero3
     from translora.distill.job import TrainJob
+    from translora.distill.plan import Layout
     from translora.distill.train import train_on
 
     store = dist.FileStore(f"{directory}/store", NUM_WORKERS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_WORKERS)
     root = Path(directory)
-    settings = {"batch_size": len(ROWS), "micro_batch_size": len(ROWS), "dtype": "bfloat16"}
+    settings = {"batch_size": rows, "micro_batch_size": rows, "dtype": "bfloat16"}
     config = TrainConfig.model_validate({**settings, "ds_config": f"{directory}/zero3.json"})
     resident = zero3.ShardedBase(BaseModelConfig(model=base), config)
-    for number, size in enumerate((1, *gang_sizes)):  # the first is not counted: ZeRO-3 learns the order of the modules
-        own = config.model_copy(update={"gang_size": max(1, size // NUM_WORKERS)})
+    # The first gang is not counted: ZeRO-3 learns the order of the modules.
+    for number, (size, shared) in enumerate([(1, True), *gangs]):
+        own = config.model_copy(update={"gang_size": size if shared else max(1, size // NUM_WORKERS)})
+        layout = Layout(NUM_WORKERS, (tuple(range(size)),)) if shared else None
         here = root / str(number)
         jobs = [
             TrainJob(
@@ -99,34 +111,38 @@ def worker(rank: int, base: str, directory: str, gang_sizes: list[int], answers:
         ]
         ds_comm.comms_logger.comms_dict.clear()
         start = time.monotonic()
-        train_on(resident, jobs, own, here / "gangs", base_name="base")
+        train_on(resident, jobs, own, here / "gangs", "base", layout)
         seconds = time.monotonic() - start
         if rank == 0 and number > 0:
             gathers = [sizes for name, sizes in ds_comm.comms_logger.comms_dict.items() if "all_gather" in name]
             counts = [(num_bytes, record[0]) for sizes in gathers for num_bytes, record in sizes.items()]
             total = sum(num_bytes * count for num_bytes, count in counts)
-            answers.put((size, sum(count for _, count in counts), total, seconds))
+            num_parameters = sum(8 * (out + inner) for out, inner in resident.bank.shapes.values())
+            reduced = 4 * num_parameters * size * NUM_STEPS if shared else 0
+            answers.put((size, sum(count for _, count in counts), total, reduced, seconds))
     dist.barrier()
 
 
-def measure(gang_sizes: list[int], hidden_size: int = 128, num_layers: int = 4) -> list[Traffic]:
-    """Traffic of a worker for gangs of these sizes, one behind the other on the same base."""
+def measure(
+    gangs: list[tuple[int, bool]], hidden_size: int = 128, num_layers: int = 4, num_rows: int = 8
+) -> list[Traffic]:
+    """Traffic of a worker for gangs of these (sizes, shared batches?), one behind the other on the same base."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         base = make_base(directory / "base", hidden_size=hidden_size, num_layers=num_layers)
-        write_jsonl(directory / "rows.jsonl", ROWS)
+        write_jsonl(directory / "rows.jsonl", ROWS[:num_rows])
         ds_config(directory)
         answers = mp.get_context("spawn").SimpleQueue()
-        mp.spawn(worker, args=(str(base), str(directory), gang_sizes, answers), nprocs=NUM_WORKERS)
-        return [Traffic(*answers.get()) for _ in gang_sizes]
+        mp.spawn(worker, args=(str(base), str(directory), gangs, num_rows, answers), nprocs=NUM_WORKERS)
+        return [Traffic(*answers.get()) for _ in gangs]
 
 
-def main() -> None:
-    """Print the table."""
+def sequence_table() -> Table:
+    """Gangs of growing size against one adapter at a time."""
     table = Table(title="gathered by one of two workers, real ZeRO-3")
-    for column in ("K", "bytes per adapter-step", "of K = 1", "gathers per adapter-step", "seconds"):
+    for column in ("K", "bytes per adapter-step", "of K = 1", "gathers per adapter-step"):
         table.add_column(column, justify="right")
-    alone, *gangs = measure([1, 2, 4, 8])
+    alone, *gangs = measure([(1, True), (2, False), (4, False), (8, False)])
     for traffic in (alone, *gangs):
         share = traffic.bytes_per_adapter_step / alone.bytes_per_adapter_step
         table.add_row(
@@ -134,9 +150,35 @@ def main() -> None:
             f"{traffic.bytes_per_adapter_step / 1e6:.2f} MB",
             f"{share:.3f}",
             f"{traffic.gathers_per_adapter_step:.1f}",
-            f"{traffic.seconds:.1f}",
         )
-    Console().print(table)
+    return table
+
+
+def layout_table(rounds: int = 5) -> Table:
+    """Eight adapters, two layouts in turn."""
+    arms = {"whole adapters per rank": False, "batches shared by the ranks": True}
+    traffic = measure([(8, shared) for _ in range(rounds) for shared in arms.values()], 256, 6)
+    table = Table(title=f"8 adapters on two workers, {NUM_STEPS} steps, {rounds} rounds in turn")
+    for column in ("layout", "gathered", "reduced", "seconds, median", "against the first (quartiles)"):
+        table.add_column(column, justify="right")
+    first = [entry.seconds for entry in traffic[:: len(arms)]]
+    for number, label in enumerate(arms):
+        own = traffic[number :: len(arms)]
+        low, middle, high = ratio([entry.seconds for entry in own], first)
+        table.add_row(
+            label,
+            f"{own[0].num_bytes / 1e6:.1f} MB",
+            f"{own[0].reduced_bytes / 1e6:.1f} MB",
+            f"{statistics.median(entry.seconds for entry in own):.2f}",
+            f"{middle:.2f} [{low:.2f}–{high:.2f}]",
+        )
+    return table
+
+
+def main() -> None:
+    """Print both tables."""
+    Console(width=120).print(sequence_table())
+    Console(width=120).print(layout_table())
 
 
 if __name__ == "__main__":

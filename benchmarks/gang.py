@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    table = Table(title=f"{arguments.shape}, bfloat16, {arguments.tokens} tokens an adapter, median [quartiles]")
+    table = Table(title=f"{arguments.shape}, bfloat16, {arguments.tokens} tokens an adapter, median (quartiles)")
     for column in ("K", "sequential", "serial", "gang", "ceiling", "sequential / gang", "ceiling / gang"):
         table.add_column(column, justify="right")
     with tempfile.TemporaryDirectory() as directory:

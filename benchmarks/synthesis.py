@@ -91,7 +91,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     table = Table(title=f"{arguments.rows} rows, {arguments.shape}, bfloat16, {NEW_TOKENS} new tokens")
-    for column in ("adapters", "one at a time", "mixed", "ratio [quartiles]"):
+    for column in ("adapters", "one at a time", "mixed", "ratio (quartiles)"):
         table.add_column(column, justify="right")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

@@ -1,7 +1,7 @@
 """The command line: translora migrate | prepare | status | report.
 
 Exit codes: 0 all adapters migrated, 1 some failed the gate or were quarantined, 2 the input cannot be used,
-3 a worker or the cluster failed (the same command continues).
+3 a worker or the cluster failed, 130 Ctrl-C, 143 SIGTERM (after these three the same command continues).
 """
 
 from __future__ import annotations
@@ -10,14 +10,23 @@ import argparse
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from translora import __version__
-from translora.config import FleetConfig, PrepareConfig, load_config
+from translora.config import FleetConfig, PrepareConfig, ResourceConfig, load_config
+from translora.run.rundir import check_free
+from translora.run.signals import INTERRUPTED, exit_code, unwind_on_sigterm
+
+if TYPE_CHECKING:
+    from translora.run.state import AdapterState
 
 logger = logging.getLogger(__name__)
 MIGRATED, FAILED, UNUSABLE, BROKEN = 0, 1, 2, 3
+EXIT_CODES = """\
+exit codes: 0 every adapter migrated, 1 some failed the gate or were quarantined, 2 the input cannot be used,
+3 a worker or the cluster failed, 130 Ctrl-C, 143 SIGTERM; after the last three the same command continues"""
 
 
 class RunFailedError(RuntimeError):
@@ -41,7 +50,10 @@ def cluster_faults() -> Iterator[None]:
 def build_parser() -> argparse.ArgumentParser:
     """The argument parser; importing it loads neither torch nor ray."""
     parser = argparse.ArgumentParser(
-        prog="translora", description="Move fleets of LoRA adapters to a new base model, nearly without data."
+        prog="translora",
+        description="Move fleets of LoRA adapters to a new base model, nearly without data.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"translora {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -75,8 +87,18 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"translora: {error}\n")
         return UNUSABLE
     except KeyboardInterrupt:
-        sys.stderr.write("translora: interrupted; the same command continues\n")
-        return 130
+        code = exit_code()
+        what = "interrupted" if code == INTERRUPTED else "terminated"
+        sys.stderr.write(f"translora: {what}; what is finished is kept, the same command continues\n")
+        return code
+
+
+def start_cluster(resources: ResourceConfig, num_workers: int, verbose: bool) -> None:
+    """Start or join Ray and refuse what it could never give."""
+    from translora.run.cluster import check_resources, start_ray
+
+    start_ray(address=resources.ray_address, on_gpu=resources.gpus_per_actor > 0, verbose=verbose)
+    check_resources(resources, num_workers)
 
 
 def run_migrate(arguments: argparse.Namespace) -> int:
@@ -84,16 +106,14 @@ def run_migrate(arguments: argparse.Namespace) -> int:
     from translora.run.log import setup_logging
 
     setup_logging(arguments.verbose)
+    unwind_on_sigterm()
     config = load_config(arguments.config, FleetConfig)
+    check_free(config.run_dir)
     from translora.fleet import migrate
-    from translora.run.cluster import check_resources, start_ray
 
     with cluster_faults():
-        on_gpu = config.resources.gpus_per_actor > 0
-        start_ray(address=config.resources.ray_address, on_gpu=on_gpu, verbose=arguments.verbose)
-        check_resources(config.resources, config.distill.num_workers)
-        states = migrate(config)
-    print_report(config.run_dir)
+        states = migrate(config, lambda: start_cluster(config.resources, config.distill.num_workers, arguments.verbose))
+    print_report(config.run_dir, states)
     return MIGRATED if all(state.status == "migrated" for state in states) else FAILED
 
 
@@ -102,14 +122,13 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     from translora.run.log import setup_logging
 
     setup_logging(arguments.verbose)
+    unwind_on_sigterm()
     config = load_config(arguments.config, PrepareConfig)
+    check_free(config.run_dir)
     from translora.prepare import prepare
-    from translora.run.cluster import check_resources, start_ray
 
     with cluster_faults():
-        on_gpu = config.resources.gpus_per_actor > 0
-        start_ray(address=config.resources.ray_address, on_gpu=on_gpu, verbose=arguments.verbose)
-        check_resources(config.resources, config.train.num_workers)
+        start_cluster(config.resources, config.train.num_workers, arguments.verbose)
         bundles = prepare(config)
     for bundle in bundles:
         sys.stdout.write(f"{bundle.path}\n")
@@ -126,21 +145,28 @@ def run_status(arguments: argparse.Namespace) -> int:
 
 def run_report(arguments: argparse.Namespace) -> int:
     """`translora report RUN`."""
-    print_report(arguments.run)
+    from translora.run.state import load_states
+
+    print_report(arguments.run, load_states(arguments.run))
     return MIGRATED
 
 
-def print_report(run_dir: Path) -> None:
-    """Write RUN/report.html, print the fleet's table and list what did not migrate."""
+def print_report(run_dir: Path, states: Sequence[AdapterState]) -> None:
+    """Print the table of these adapters, list what did not migrate, and write RUN/report.html."""
     from rich.console import Console
 
-    from translora.report.html import write_report
+    from translora.report.html import REPORT_FILE, write_report
     from translora.report.table import notes, render_table
-    from translora.run.state import load_states
+    from translora.run.state import state_names
 
-    states = load_states(run_dir)
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(render_table(states))
-    for line in notes(states):
-        console.print(line, markup=False, highlight=False)
-    console.print(f"report: {write_report(run_dir)}", highlight=False, soft_wrap=True)
+    lines = notes(states)
+    if earlier := set(state_names(run_dir)) - {state.name for state in states}:
+        lines.append(f"earlier adapters of this run that are no longer in the fleet file: {len(earlier)}")
+    try:
+        lines.append(f"report: {write_report(run_dir)}")
+    except (OSError, ValueError) as error:
+        lines.append(f"report: {run_dir / REPORT_FILE} cannot be written ({getattr(error, 'strerror', None) or error})")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

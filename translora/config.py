@@ -7,7 +7,9 @@ touched; unknown keys are refused.
 from __future__ import annotations
 
 import difflib
+import glob
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
@@ -23,7 +25,7 @@ Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 class Strict(BaseModel):
     """A config object: unknown keys are errors, the docstring under a field describes it."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
 
 
 class BaseModelConfig(Strict):
@@ -70,7 +72,7 @@ class SynthesisConfig(Strict):
     """Rows in one forward pass; rows of different adapters share it."""
     max_answer_tokens: int = Field(default=64, ge=1)
     """Longest answer of the teacher, in tokens of the source base; longer answers are dropped as malformed."""
-    num_orderings: int = Field(default=8, ge=1)
+    num_orderings: int = Field(default=10, ge=1)
     """Orders of the seeds in an adapter's few-shot prompts; rows of the same order share the prompt's computing."""
     oversample: float = Field(default=1.15, ge=1)
     """A round generates (missing / expected acceptance) times this."""
@@ -120,7 +122,7 @@ class TrainConfig(Strict):
     dtype: DType = "auto"
     """Dtype of base and LoRA in forward and backward (AdamW's weights are float32); `auto` as for a base."""
     ds_config: str = "zero3.json"
-    """DeepSpeed config: a path, or the name of a file in ds_configs/."""
+    """DeepSpeed config: a path (relative to the file that names it), or the name of a file in ds_configs/."""
     checkpoint_every_steps: int = Field(default=50, ge=1)
     """Steps between two resumable checkpoints of the adapter in training."""
     gradient_checkpointing: bool = False
@@ -252,10 +254,30 @@ class PrepareConfig(Strict):
         return self
 
 
-def expand(path: str, relative_to: Path) -> str:
-    """Expand `~` and `$VARS`; a relative path is taken relative to the config file's directory."""
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)  # what os.path.expandvars looks for
+_PLACED = (".", "~", "/", "$")
+"""How a value starts that is a path, and no name of a model or of a DeepSpeed config."""
+
+
+def expand(path: str, relative_to: Path, is_pattern: bool = False) -> str:
+    """Expand `~` and `$VARS`; a relative path is taken relative to the config file's directory.
+
+    `is_pattern`: a glob pattern, unless it names a directory; the config file's directory is then taken literally.
+
+    Raises:
+        ValueError: an environment variable is not set.
+    """
+    for match in _VARIABLE.finditer(path):
+        name = match[1] or match[2]
+        if name not in os.environ:
+            raise ValueError(f"{path}: the environment variable {name} is not set; set it, or write the path out")
     expanded = os.path.expandvars(os.path.expanduser(path))
-    return expanded if os.path.isabs(expanded) else os.path.normpath(os.path.join(relative_to, expanded))
+    if os.path.isabs(expanded):
+        return expanded
+    joined = os.path.normpath(os.path.join(relative_to, expanded))
+    if is_pattern and glob.has_magic(expanded) and not os.path.isdir(joined):
+        return os.path.normpath(os.path.join(glob.escape(str(relative_to)), expanded))
+    return joined
 
 
 def _resolve_model(raw: dict[str, Any], relative_to: Path) -> None:
@@ -263,8 +285,42 @@ def _resolve_model(raw: dict[str, Any], relative_to: Path) -> None:
     if not isinstance(model, str):
         return
     candidate = expand(model, relative_to)
-    if model.startswith((".", "~", "/", "$")) or os.path.isdir(candidate):
+    if model.startswith(_PLACED) or os.path.isdir(candidate):
         raw["model"] = candidate
+
+
+def _resolve_ds_config(raw: Any, relative_to: Path) -> None:
+    name = raw.get("ds_config") if isinstance(raw, dict) else None
+    if not isinstance(name, str):
+        return
+    candidate = expand(name, relative_to)
+    if name.startswith(_PLACED) or os.path.isfile(candidate):
+        raw["ds_config"] = candidate
+
+
+def _resolve_paths(raw: dict[str, Any], here: Path) -> None:
+    """Expand every path of a fleet or prepare file in place, whatever its values are: they are checked afterwards.
+
+    Raises:
+        ValueError: an environment variable is not set.
+    """
+    for key in ("run_dir", "output_dir"):
+        if isinstance(raw.get(key), str):
+            raw[key] = expand(raw[key], here)
+    synthesis = raw.get("synthesis")
+    generator = synthesis.get("generator") if isinstance(synthesis, dict) else None
+    for model in (raw.get("source"), raw.get("target"), generator):
+        if isinstance(model, dict):
+            _resolve_model(model, here)
+    for section in ("distill", "train"):
+        _resolve_ds_config(raw.get(section), here)
+    entries = raw.get("adapters") or raw.get("tasks") or []
+    for index, entry in enumerate(entries if isinstance(entries, list) else []):
+        if isinstance(entry, str) and "adapters" in raw:
+            entries[index] = entry = {"bundle": entry}
+        for key in ("bundle", "eval_data", "data", "adapter", "seeds"):
+            if isinstance(entry, dict) and isinstance(entry.get(key), str):
+                entry[key] = expand(entry[key], here, is_pattern=key == "bundle")
 
 
 ConfigT = TypeVar("ConfigT", FleetConfig, PrepareConfig)
@@ -285,22 +341,17 @@ def load_config(path: str | Path, kind: type[ConfigT]) -> ConfigT:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
-    here = path.resolve().parent
-    for key in ("run_dir", "output_dir"):
-        if isinstance(raw.get(key), str):
-            raw[key] = expand(raw[key], here)
-    synthesis = raw.get("synthesis")
-    generator = synthesis.get("generator") if isinstance(synthesis, dict) else None
-    for model in (raw.get("source"), raw.get("target"), generator):
-        if isinstance(model, dict):
-            _resolve_model(model, here)
-    entries = raw.get("adapters") or raw.get("tasks") or []
-    for index, entry in enumerate(entries if isinstance(entries, list) else []):
-        if isinstance(entry, str) and "adapters" in raw:
-            entries[index] = entry = {"bundle": entry}
-        for key in ("bundle", "eval_data", "data", "adapter", "seeds"):
-            if isinstance(entry, dict) and isinstance(entry.get(key), str):
-                entry[key] = expand(entry[key], here)
+    own, others, what, command = (
+        ("adapters", "tasks", "prepare", "prepare")
+        if kind is FleetConfig
+        else ("tasks", "adapters", "fleet", "migrate")
+    )
+    if others in raw and own not in raw:
+        raise ValueError(f"{path}: this is a {what} file; use `translora {command}`")
+    try:
+        _resolve_paths(raw, path.resolve().parent)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     try:
         return kind.model_validate(raw)
     except ValidationError as error:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from translora.bundle import BaseInfo, Bundle, BundleError, inspect_base, read_bundle, verify_bundle, write_bundle
+from translora.bundle.base import linear_modules
 from translora.config import AdapterEntry, FleetConfig
 from translora.distill.job import FAILURE, TrainJob
 from translora.distill.launch import train_adapters
@@ -48,8 +49,12 @@ logger = logging.getLogger(__name__)
 SAVE_EVERY_SECONDS = 2.0
 
 
-def migrate(config: FleetConfig) -> list[AdapterState]:
+def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: None) -> list[AdapterState]:
     """Migrate a fleet; returns every adapter's state. A rerun continues where a killed run stopped.
+
+    Args:
+        config: the fleet file.
+        start_cluster: called when everything has been checked, and only if there is work: starts Ray.
 
     Raises:
         ValueError: the config or a base cannot be used. A fault of one bundle quarantines that adapter alone.
@@ -72,7 +77,10 @@ def migrate(config: FleetConfig) -> list[AdapterState]:
             generator_tokenizer=load_tokenizer(generator.model),
         )
         check_training(config, target)
-        members = [member for name, entry in entries.items() if (member := verify(run, name, entry)) is not None]
+        verified = {name: verify(run, name, entry) for name, entry in entries.items()}
+        members = [member for member in verified.values() if isinstance(member, Member)]
+        if any(member.state.status == "pending" for member in members):
+            start_cluster()
         for phase, work in PHASE_WORK.items():
             while todo := [member for member in members if member.waits_for(phase)]:
                 group = cohort(config.run_dir, phase, todo, members)
@@ -84,17 +92,17 @@ def migrate(config: FleetConfig) -> list[AdapterState]:
                     member.state.seconds[phase] = round(member.state.seconds.get(phase, 0.0) + seconds, 1)
                     run.save(member.state)
                 end_cohort(config.run_dir, phase)
-        return [load_state(config.run_dir, name) for name in entries]
+        return [found.state if isinstance(found, Member) else found for found in verified.values()]
 
 
 def check_training(config: FleetConfig, target: BaseInfo) -> None:
     """Check what the distillation will need before the synthesis is paid for.
 
     Raises:
-        ValueError: the DeepSpeed config cannot be used, or a target module is not in the target base.
+        ValueError: the DeepSpeed config cannot be used, or a target module is no linear module of the target base.
     """
     read_ds_config(config.distill.ds_config, resolve_dtype(config.distill.dtype))
-    linears = {name.split(".")[-2] for name, shape in target.shapes.items() if len(shape) == 2 and "." in name}
+    linears = {name.rpartition(".")[2] for name in linear_modules(target)}
     missing = [name for name in config.distill.lora.target_modules if name not in linears]
     if missing:
         raise ValueError(
@@ -103,19 +111,25 @@ def check_training(config: FleetConfig, target: BaseInfo) -> None:
         )
 
 
-def verify(run: Run, name: str, entry: AdapterEntry) -> Member | None:
-    """Read and check one bundle, and what an earlier run left of it; None when it is quarantined."""
+def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
+    """Read and check one bundle, and what an earlier run left of it; only its state when it is quarantined."""
     config = run.config
+    state = AdapterState(name=name, bundle=entry.bundle)
+    try:
+        if state_path(config.run_dir, name).is_file():
+            state = load_state(config.run_dir, name)
+    except ValueError as error:
+        # Not written over: it may be of a newer version, and the work of that version with it.
+        logger.error("%s: quarantined: %s", name, error)
+        return state.model_copy(update={"status": "quarantined", "reason": str(error)})
     try:
         bundle = read_bundle(entry.bundle)
         verify_bundle(bundle, run.source)
         check_prompts(run, bundle)
         eval_rows = read_jsonl(entry.eval_data, required=("input", "target")) if entry.eval_data else []
     except (BundleError, ValueError) as error:
-        known = state_path(config.run_dir, name).is_file()
-        state = load_state(config.run_dir, name) if known else AdapterState(name=name, bundle=entry.bundle)
         run.quarantine(state, str(error))
-        return None
+        return state
     num_samples = entry.num_samples or bundle.manifest.num_samples
     fresh = AdapterState(
         name=name,
@@ -125,7 +139,14 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | None:
         phase="synthesis",
         num_samples=num_samples,
     )
-    state = continue_state(config.run_dir, fresh)
+    state = continue_state(config.run_dir, fresh, run.target)
+    if eval_rows and state.phase == "done" and state.accuracy is None:
+        logger.warning(
+            "%s: eval_data %s is not measured: the adapter was finished before it was named%s",
+            name,
+            entry.eval_data,
+            f"; delete {config.run_dir / state.output} to repeat its gate" if state.output else "",
+        )
     run.save(state)
     num_heldout = max(config.gate.min_holdout, math.ceil(config.gate.holdout_fraction * num_samples))
     return Member(bundle, state, config.run_dir / "adapters" / name, num_samples, num_heldout, eval_rows)
@@ -139,7 +160,7 @@ def check_prompts(run: Run, bundle: Bundle) -> None:
     """
     synthesis = run.config.synthesis
     prompt_format(run.source_tokenizer, bundle.manifest.prompt_template)
-    prompt = generation_prompt(bundle.seeds, 0)
+    prompt = generation_prompt(bundle.seeds, 0, 0)
     num_tokens = len(run.generator_tokenizer(prompt)["input_ids"]) + synthesis.sampling.max_new_tokens
     context = inspect_base((synthesis.generator or run.config.target).model).config.get("max_position_embeddings")
     if context is not None and num_tokens > context:

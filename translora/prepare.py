@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from translora.bundle import Bundle, BundleError, inspect_base, read_bundle, write_bundle
+from translora.bundle import Bundle, BundleError, inspect_base, read_bundle, verify_bundle, write_bundle
 from translora.bundle.adapter import check_adapter, check_recorded_base
 from translora.bundle.base import BaseInfo
+from translora.bundle.bundle import MIN_SEEDS
+from translora.bundle.manifest import MANIFEST, SEEDS
 from translora.config import PrepareConfig, PrepareEntry
 from translora.distill.job import FAILURE, TrainJob
 from translora.distill.launch import train_adapters
@@ -23,7 +25,7 @@ from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
 from translora.run.files import derive_seed, digest, read_jsonl, sha256_file, sha256_path, write_jsonl
 from translora.run.progress import Progress
-from translora.run.rundir import open_run
+from translora.run.rundir import EXECUTION_ONLY, open_run
 from translora.run.tracker import Tracker
 from translora.synthesis.actors import Row, cut_blocks, run_blocks
 from translora.synthesis.discriminator import discriminator_rows
@@ -31,6 +33,9 @@ from translora.synthesis.prompts import generation_order, generation_row, normal
 from translora.synthesis.stages import generate_block
 
 logger = logging.getLogger(__name__)
+MADE_FROM = ("data_sha256", "adapter_sha256", "seeds_sha256", "recipe")
+"""Entries of a bundle's provenance that say what it was made from."""
+MIN_ROWS = 2
 
 
 @dataclass(frozen=True)
@@ -44,14 +49,14 @@ class Task:
 
 
 def prepare(config: PrepareConfig) -> list[Bundle]:
-    """Make the bundles; those whose directory is already a bundle made from the same data are skipped.
+    """Make the bundles; those whose directory is already a sound bundle of the same data and settings are skipped.
 
     Raises:
         ValueError: the config, the base or the data of a task cannot be used.
     """
+    tasks = [read_task(config, entry) for entry in config.tasks]
     base = inspect_base(config.source.model)
     template = prompt_format(load_tokenizer(config.source.model), config.prompt_template).template
-    tasks = [read_task(config, entry) for entry in config.tasks]
     for task in tasks:
         if task.entry.adapter is not None:
             check_recorded_base(Path(task.entry.adapter), base.name, "give an adapter of this base")
@@ -60,8 +65,9 @@ def prepare(config: PrepareConfig) -> list[Bundle]:
         open_run(config.run_dir, config),
         Tracker(config.run_dir, config.tracking, config.model_dump(mode="json"), config.run_dir.name) as tracker,
     ):
-        todo = [task for task in tasks if not is_made(task, base)]
+        todo = [task for task in tasks if not is_made(config, task, base)]
         if todo:
+            warn_of_shipped_rows(todo)
             negatives = invent_negatives(config, tasks, base)  # all tasks: a rerun finds the same batches again
             train(config, todo, negatives, base, template, tracker)
             for task in todo:
@@ -70,15 +76,33 @@ def prepare(config: PrepareConfig) -> list[Bundle]:
 
 
 def read_task(config: PrepareConfig, entry: PrepareEntry) -> Task:
-    """Read a task's data and choose its seeds."""
+    """Read a task's data and choose its seeds.
+
+    Raises:
+        ValueError: data or seeds are too few, or the bundle's directory holds something else.
+    """
+    output = config.output_dir / entry.name
+    if output.exists() and not (output / MANIFEST).exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(
+            f"{output}: exists and is not a bundle, so it is not replaced; move it away, or change output_dir"
+        )
     rows = read_jsonl(entry.data, required=("input", "target"))
+    if len(rows) < MIN_ROWS:
+        raise ValueError(f"{entry.data}: {len(rows)} row; give {MIN_ROWS} or more")
     if entry.seeds is not None:
         seeds = [row["input"] for row in read_jsonl(entry.seeds, required=("input",))]
+        if len(set(seeds)) < MIN_SEEDS:
+            raise ValueError(
+                f"{entry.seeds}: {len(set(seeds))} different seed(s); give {MIN_SEEDS} or more (five is usual)"
+            )
     else:
         seeds = choose_seeds(rows, config.num_seeds, derive_seed(config.seed, entry.name, "seeds"))
         if len(seeds) < config.num_seeds:
-            raise ValueError(f"{entry.data}: {len(seeds)} different inputs, but num_seeds is {config.num_seeds}")
-    return Task(entry, rows, seeds, config.output_dir / entry.name)
+            raise ValueError(
+                f"{entry.data}: {len(seeds)} different inputs, but num_seeds is {config.num_seeds}; "
+                "lower num_seeds or give `seeds`"
+            )
+    return Task(entry, rows, seeds, output)
 
 
 def choose_seeds(rows: list[dict[str, Any]], num_seeds: int, seed: int) -> list[str]:
@@ -96,21 +120,63 @@ def choose_seeds(rows: list[dict[str, Any]], num_seeds: int, seed: int) -> list[
     return [text for text in turns if text is not None][:num_seeds]
 
 
-def is_made(task: Task, base: BaseInfo) -> bool:
-    """Whether the task's bundle exists, of this base and this data."""
-    try:
-        manifest = read_bundle(task.output).manifest
-    except BundleError:
+def warn_of_shipped_rows(tasks: list[Task]) -> None:
+    """Tell the owner which rows of the data leave with the bundles."""
+    for task in tasks:
+        if task.entry.seeds is None:
+            logger.warning(
+                "%s: %s of the bundle will hold %d inputs of %s word for word, and they leave with it; "
+                "set `seeds` to ship cleaned ones",
+                task.entry.name,
+                SEEDS,
+                len(task.seeds),
+                task.entry.data,
+            )
+
+
+def is_made(config: PrepareConfig, task: Task, base: BaseInfo) -> bool:
+    """Whether the task's bundle exists, is sound, and is of this base, this data and these settings.
+
+    A bundle of an older version tells nothing of its settings: it is kept when the data is the same.
+    """
+    if not (task.output / MANIFEST).exists():
         return False
-    return manifest.base_fingerprint == base.fingerprint and all(
-        manifest.provenance.get(key) == value for key, value in provenance(task).items()
+    try:
+        bundle = read_bundle(task.output)
+        verify_bundle(bundle, base)
+    except BundleError as error:
+        logger.warning("%s: made anew: %s", task.entry.name, error)
+        return False
+    now, then = provenance(config, task), bundle.manifest.provenance
+    changed = {key for key in MADE_FROM if then.get(key) != now.get(key)}
+    if "recipe" not in then:
+        changed.discard("recipe")
+        if not changed:
+            logger.info("%s: %s does not tell its settings: kept", task.entry.name, task.output)
+    if changed:
+        what = "settings" if changed == {"recipe"} else "data"
+        logger.warning("%s: %s was made with other %s: made anew", task.entry.name, task.output, what)
+    return not changed
+
+
+def recipe(config: PrepareConfig) -> str:
+    """Hash of the settings that decide what a bundle is, given its base and its data; the same on every machine."""
+    ds_config = Path(config.train.ds_config).name
+    return digest(
+        config.train.model_dump(exclude=EXECUTION_ONLY) | {"ds_config": ds_config},
+        config.discriminator.model_dump(),
+        config.synthesis.sampling.model_dump(),
+        config.synthesis.num_orderings,
+        config.num_seeds,
+        config.seed,
+        config.prompt_template,
     )
 
 
-def provenance(task: Task) -> dict[str, str]:
+def provenance(config: PrepareConfig, task: Task) -> dict[str, str]:
     """Hashes of what a bundle is made from."""
     entry = task.entry
-    made_from = {"data_sha256": sha256_file(Path(entry.data))}
+    made_from = {"data_sha256": sha256_file(Path(entry.data)), "recipe": recipe(config)}
     if entry.adapter is not None:
         made_from["adapter_sha256"] = sha256_path(Path(entry.adapter))
     if entry.seeds is not None:
@@ -150,6 +216,47 @@ def invent_negatives(config: PrepareConfig, tasks: list[Task], base: BaseInfo) -
     return negatives
 
 
+def train_jobs(config: PrepareConfig, task: Task, negatives: list[str], template: str) -> list[TrainJob]:
+    """What is to be trained for one bundle: a discriminator, and the adapter where there is none.
+
+    Raises:
+        ValueError: there is no negative to train the discriminator on.
+    """
+    name = task.entry.name
+    seed = derive_seed(config.seed, name, "discriminator")
+    inputs = [row["input"] for row in task.rows]
+    questions = discriminator_rows(inputs, negatives, name, config.discriminator.max_samples, seed)
+    if all(row["answer"] == "yes" for row in questions):
+        raise ValueError(
+            f"{name}: no negatives for its discriminator, which would accept every input: the base invented none, and "
+            f"inputs of one word cannot be shuffled; give longer inputs in {task.entry.data}, or raise "
+            "synthesis.sampling.temperature"
+        )
+    parts = [("discriminator", questions, config.discriminator.epochs, config.discriminator.learning_rate)]
+    if task.entry.adapter is None:
+        answers = [{"input": row["input"], "answer": row["target"].strip()} for row in task.rows]
+        parts.insert(0, ("adapter", answers, config.train.epochs, config.train.learning_rate))
+    jobs = []
+    for kind, rows, epochs, learning_rate in parts:
+        work_dir = config.run_dir / "tasks" / f"{name}-{digest(rows)}" / kind
+        write_jsonl(work_dir / "data.jsonl", rows)
+        (work_dir / FAILURE).unlink(missing_ok=True)
+        jobs.append(
+            TrainJob(
+                name=f"{name}/{kind}",
+                data=str(work_dir / "data.jsonl"),
+                output=str(config.run_dir / "adapters" / name / kind),
+                work_dir=str(work_dir),
+                seed=derive_seed(config.seed, name, kind),
+                epochs=epochs,
+                learning_rate=learning_rate,
+                template=template,
+                with_end=kind == "adapter",
+            )
+        )
+    return jobs
+
+
 def train(
     config: PrepareConfig,
     tasks: list[Task],
@@ -163,33 +270,7 @@ def train(
     Raises:
         ValueError: the data of a task cannot be trained on.
     """
-    jobs = []
-    for task in tasks:
-        name = task.entry.name
-        seed = derive_seed(config.seed, name, "discriminator")
-        inputs = [row["input"] for row in task.rows]
-        questions = discriminator_rows(inputs, negatives[name], name, config.discriminator.max_samples, seed)
-        parts = [("discriminator", questions, config.discriminator.epochs, config.discriminator.learning_rate)]
-        if task.entry.adapter is None:
-            answers = [{"input": row["input"], "answer": row["target"].strip()} for row in task.rows]
-            parts.insert(0, ("adapter", answers, config.train.epochs, config.train.learning_rate))
-        for kind, rows, epochs, learning_rate in parts:
-            work_dir = config.run_dir / "tasks" / f"{name}-{digest(rows)}" / kind
-            write_jsonl(work_dir / "data.jsonl", rows)
-            (work_dir / FAILURE).unlink(missing_ok=True)
-            jobs.append(
-                TrainJob(
-                    name=f"{name}/{kind}",
-                    data=str(work_dir / "data.jsonl"),
-                    output=str(config.run_dir / "adapters" / name / kind),
-                    work_dir=str(work_dir),
-                    seed=derive_seed(config.seed, name, kind),
-                    epochs=epochs,
-                    learning_rate=learning_rate,
-                    template=template,
-                    with_end=kind == "adapter",
-                )
-            )
+    jobs = [job for task in tasks for job in train_jobs(config, task, negatives[task.entry.name], template)]
     total_steps = sum(job.expected_steps(config.train.batch_size) for job in jobs)
     steps: dict[str, int] = {}
 
@@ -219,6 +300,6 @@ def make_bundle(config: PrepareConfig, task: Task, base: BaseInfo, template: str
         base=base,
         num_samples=len(task.rows),
         prompt_template=template,
-        provenance={**provenance(task), "seed": config.seed},
+        provenance={**provenance(config, task), "seed": config.seed},
     )
     logger.info("%s: bundle written to %s", task.entry.name, task.output)

@@ -13,6 +13,8 @@ from huggingface_hub import constants
 from tests.bad_inputs.workshop import Bench, Case, change_json
 from tests.tiny import SEEDS
 from translora.bundle import inspect_base, write_bundle
+from translora.bundle.base import linear_modules
+from translora.engine.loading import load_tokenizer
 
 INDEX = "model.safetensors.index.json"
 
@@ -26,6 +28,24 @@ def spoiled(spoil: Callable[[Path], object], kind: str = "old-base") -> Callable
         inspect_base(str(base))
 
     return act
+
+
+def tokenizer(spoil: Callable[[Path], object], kind: str = "old-base") -> Callable[[Bench], object]:
+    """Copy a base, spoil it, load its tokenizer."""
+
+    def act(bench: Bench) -> None:
+        base = bench.base(kind)
+        spoil(base)
+        load_tokenizer(str(base))
+
+    return act
+
+
+def without_architecture(bench: Bench) -> None:
+    """A base that only its own code could build."""
+    base = bench.base()
+    change_json(base / "config.json", model_type="our-own-model")
+    linear_modules(inspect_base(str(base)))
 
 
 def unreachable(bench: Bench) -> None:
@@ -80,6 +100,12 @@ CASES = [
     Case("config.json not JSON", spoiled(lambda b: cut_in_half(b / "config.json")), "config.json: not JSON"),
     Case("an adapter instead of a base", lambda bench: inspect_base(str(bench.bundle())), "an adapter, not a base"),
     Case("no tokenizer", spoiled(lambda b: (b / "tokenizer.json").unlink()), "has no tokenizer"),
+    Case("a truncated tokenizer", tokenizer(lambda b: cut_in_half(b / "tokenizer.json")), "tokenizer cannot be loaded"),
+    Case("a tokenizer without its config", tokenizer(
+        lambda b: (b / "tokenizer_config.json").unlink(), "new-base"), "tokenizer cannot be loaded"),
+    Case("a tokenizer without special tokens", tokenizer(
+        lambda b: (b / "tokenizer_config.json").unlink()), "neither a padding nor an end-of-text token"),
+    Case("an architecture that transformers lacks", without_architecture, "makes no causal language model"),
     Case("no weights", spoiled(lambda b: (b / "model.safetensors").unlink()), "model.safetensors: missing"),
     Case("pickled weights only", spoiled(
         lambda b: (b / "model.safetensors").rename(b / "pytorch_model.bin")), "only pickled weights"),
@@ -100,9 +126,11 @@ WRITE_CASES = [
     Case("writing over something that is not a bundle", over_something_else, "exists and is not a bundle"),
     Case("a task name with a space", written(task_name="my orders"), "task_name: String should match"),
     Case("a prompt template without {input}", written(prompt_template="Answer:"), "contains {input}"),
+    Case("a prompt template with {input} twice", written(prompt_template="{input}{input}"), "contains {input} 2 times"),
     Case("no seeds to ship", written(seeds=[]), "no seeds"),
     Case("one seed to ship", written(seeds=["one"]), "1 different seed(s)"),
-    Case("an adapter of another base to ship", written(adapter="other"), "base_model_name_or_path is 'new-base'"),
+    Case("an adapter of another base to ship", written(adapter="other"), "if both are one model, write 'old-base'"),
     Case("an adapter of a deeper base to ship", written(adapter="deeper"), "does not have"),
+    Case("a PiSSA adapter to ship", written(adapter="pissa"), "path_initial_model_for_weight_conversion"),
     Case("an adapter that is not there", written(adapter="none"), "adapter_config.json: missing"),
 ]

@@ -22,6 +22,7 @@ from tests.bad_inputs.workshop import (
     change_tensors,
     rehash,
 )
+from translora.bundle import inspect_base, read_bundle, verify_bundle
 
 HUGE = json.dumps({"t": {"dtype": "F32", "shape": [1 << 50], "data_offsets": [0, 4]}}).encode()
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -87,6 +88,21 @@ def widen_rank(loaded: dict[str, torch.Tensor]) -> None:
     loaded[f"{Q_PROJ}.lora_A.weight"] = torch.zeros(2000, 32)
 
 
+def adapt(module: str, num_out: int, num_in: int) -> Callable[[dict[str, torch.Tensor]], object]:
+    """Add a pair of rank 4 for one more module."""
+    name = f"base_model.model.{module}"
+    pair = {f"{name}.lora_A.weight": torch.ones(4, num_in), f"{name}.lora_B.weight": torch.ones(num_out, 4)}
+    return lambda loaded: loaded.update(pair)
+
+
+def adapt_head(bench: Bench) -> None:
+    """LoRA on the head of a base whose head is not tied to the embedding."""
+    bundle = bench.bundle("untied")
+    change_tensors(bundle / WEIGHTS, adapt("lm_head", 320, 32))
+    rehash(bundle)
+    verify_bundle(read_bundle(bundle), inspect_base(str(bench.materials.root / "untied" / "old-base")))
+
+
 CASES = [
     Case("no such bundle", lambda bench: bench.verify(bench.directory / "orders"), "no such directory"),
     Case("a file instead of a bundle", lambda bench: bench.verify(bench.file("orders.zip", "")), "not a directory"),
@@ -101,8 +117,10 @@ CASES = [
     Case("|D| as text", manifest(num_samples="250"), "num_samples: Input should be a valid integer"),
     Case("task name with a slash", manifest(task_name="../orders"), "task_name: String should match"),
     Case("prompt template without {input}", manifest(prompt_template="Route: {text}"), "contains {input}"),
+    Case("prompt template with {input} twice", manifest(
+        prompt_template="{input}{input}"), "contains {input} 2 times"),
     Case("manifest path that leaves the bundle", manifest(files={"../secret": "0" * 64}), "not a path inside"),
-    Case("a symbolic link", spoiled(lambda b: replace_by_link(b / SEEDS)), "a symbolic link"),
+    Case("a symbolic link", spoiled(lambda b: replace_by_link(b / SEEDS)), "ask the owner for a bundle of plain files"),
     Case("a pickle beside the weights", spoiled(lambda b: (b / "training_args.bin").write_bytes(b"")), "a pickle"),
     Case("pickled weights only", spoiled(lambda b: (b / WEIGHTS).rename(b / "adapter_model.bin")), "adapter_model.bin"),
     Case("a pickle in the discriminator", spoiled(lambda b: (b / JUDGE / "opt.pt").write_bytes(b"")), "opt.pt"),
@@ -130,12 +148,16 @@ CASES = [
     Case("an adapter of other weights of that name", spoiled(lambda b: None, "retrained"), "made for other weights"),
     Case("adapter_config.json names another base", config(base_model_name_or_path="hub/else"), "is 'hub/else', but"),
     Case("a module that the base lacks", lambda bench: foreign("deeper", bench), "which 'old-base' does not have"),
+    Case("LoRA on the embedding", tensors(adapt("model.embed_tokens", 320, 32)), "is no linear module of 'old-base'"),
+    Case("LoRA on the output head", adapt_head, "LoRA on the output head is not supported"),
+    Case("LoRA on an output head tied to the embedding", tensors(adapt("lm_head", 320, 32)), "the output head of"),
     Case("a module of another shape", lambda bench: foreign("wider", bench), "matrix, in 'old-base' it is [32, 32]"),
     Case("a rank that does not fit", config(r=8), "but the config says rank 8"),
     Case("a rank over the limit", tensors(widen_rank), "the limit is 1024"),
     Case("a rank that is no number", config(r="8"), "r is '8'"),
     Case("an alpha that is not finite", config(lora_alpha=float("nan")), "lora_alpha is nan"),
     Case("a rank pattern that never ends", config(rank_pattern={"(a+)+b": 4}), "use plain module names"),
+    Case("a rank pattern of many options", config(rank_pattern={"a?" * 20 + "a" * 20: 4}), "use plain module names"),
     Case("NaN in the weights", tensors(fill_nan), "holds NaN or infinity"),
     Case("A without B", tensors(lambda t: t.pop(f"{Q_PROJ}.lora_B.weight")), "has only lora_A"),
     Case("no tensors at all", tensors(lambda t: t.clear()), "holds no tensors"),
@@ -144,6 +166,8 @@ CASES = [
     Case("integer weights", tensors(lambda t: t.update(
         {name: tensor.to(torch.int8) for name, tensor in t.items()})), "floating-point dtype"),
     Case("DoRA", config(use_dora=True), "DoRA is not supported"),
+    Case("PiSSA, not converted", config(init_lora_weights="pissa"), "path_initial_model_for_weight_conversion"),
+    Case("LoftQ", config(init_lora_weights="loftq"), "train the adapter again with init_lora_weights: true"),
     Case("prompt tuning", config(peft_type="PROMPT_TUNING"), "only LORA adapters"),
     Case("trained biases", config(bias="lora_only"), "only bias='none'"),
     Case("adapter_config.json not JSON", made_wrong(lambda b: cut(b / CONFIG, 30)), "adapter_config.json: not JSON"),

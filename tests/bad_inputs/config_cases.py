@@ -71,6 +71,18 @@ CASES = [
     Case("a missing key", fleet(FLEET.replace("target: {model: ./new-base}\n", "")), "target: Field required"),
     Case("a wrong type", fleet(FLEET + "distill: {epochs: many}\n"), "distill.epochs: Input should be a valid number"),
     Case("a value out of range", fleet(FLEET + "distill: {epochs: 0}\n"), "distill.epochs: Input should be greater"),
+    Case(
+        "a number without end",
+        fleet(FLEET + "synthesis: {max_generated_factor: .inf}\n"),
+        "synthesis.max_generated_factor: Input should be a finite number",
+    ),
+    Case(
+        "a variable that is not set",
+        fleet(FLEET.replace("run_dir: run", "run_dir: $TRANSLORA_UNSET/run")),
+        "the environment variable TRANSLORA_UNSET is not set",
+    ),
+    Case("a prepare file for migrate", fleet(PREPARE), "this is a prepare file; use `translora prepare`"),
+    Case("a fleet file for prepare", prepare(FLEET), "this is a fleet file; use `translora migrate`"),
     Case("a section that is text", fleet(FLEET + "synthesis: fast\n"), "synthesis: Input should be"),
     Case("a base that is text", fleet(FLEET.replace("{model: ./old-base}", "./old-base")), "source: Input should be"),
     Case("no adapters", fleet(FLEET.replace("[bundles/orders]", "[]")), "adapters: List should have at least 1 item"),

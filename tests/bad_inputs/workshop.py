@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from tests.tiny import make_base, make_bundle
+from tests.tiny import make_adapter, make_base, make_bundle
 from translora.bundle import BaseInfo, inspect_base, read_bundle, verify_bundle
 from translora.run.files import sha256_file
 
@@ -22,6 +23,16 @@ CONFIG = "adapter_config.json"
 MANIFEST = "translora/manifest.json"
 SEEDS = "translora/seeds.jsonl"
 JUDGE = "translora/discriminator"
+
+
+def make_untied(directory: Path, base: Path) -> Path:
+    """A copy of a base whose output head has weights of its own."""
+    shutil.copytree(base, directory)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
+    model.save_pretrained(directory)
+    return directory
 
 
 @dataclass(frozen=True)
@@ -33,18 +44,21 @@ class Materials:
 
     @classmethod
     def make(cls, root: Path) -> Materials:
-        """Write two bases of one shape, a deeper and a wider one, and a bundle of each."""
+        """Write two bases of one shape, a deeper, a wider and one with a head of its own, and a bundle of each."""
         base = make_base(root / "old-base", seed=0)
+        untied = make_untied(root / "untied" / "old-base", base)
         bases = {
             "good": base,
             "other": make_base(root / "new-base", "gemma3", seed=1),
             "retrained": make_base(root / "retrained" / "old-base", seed=2),
             "deeper": make_base(root / "deeper" / "old-base", seed=3, num_layers=3),
+            "untied": untied,
             "wider": make_base(root / "wider" / "old-base", seed=4, hidden_size=64),
         }
         make_base(root / "sharded-base", seed=0, max_shard_size="40KB")
         for name, path in bases.items():
             make_bundle(root / "bundles" / name, path, seed=5)
+        make_adapter(root / "bundles" / "pissa", base, init_lora_weights="pissa")
         return cls(root, inspect_base(str(base)))
 
 

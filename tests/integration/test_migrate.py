@@ -192,4 +192,3 @@ def test_what_the_distillation_needs_is_checked_before_anything_is_generated(wor
         assert done.returncode == 2 and message in done.stderr
         assert "Traceback" not in done.stderr
         assert not (world.root / "runs" / "early" / "rounds").exists()
-        shutil.rmtree(world.root / "runs" / "early")

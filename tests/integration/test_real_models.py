@@ -57,7 +57,9 @@ def test_the_target_base_invents_new_inputs_of_the_task(gemma3: str) -> None:
     engine = TransformersEngine(BaseModelConfig(model=gemma3), {}, num_threads=2)
     seeds = read_bundle(BUNDLES / "name-badge").seeds
     requests = [
-        Request(raw_prompt(engine.tokenizer, generation_prompt(seeds, seed)), None, 48, generation_stop(seeds), seed)
+        Request(
+            raw_prompt(engine.tokenizer, generation_prompt(seeds, seed, seed)), None, 48, generation_stop(seeds), seed
+        )
         for seed in random.Random(0).sample(range(1000), 6)
     ]
     texts = [

@@ -185,7 +185,7 @@ def test_a_gang_that_failed_goes_on_from_its_checkpoints_to_the_same_bytes(base:
 
 
 def test_a_gang_of_k_gathers_a_kth_of_the_bytes_per_adapter_and_step() -> None:
-    alone, *gangs = measure([1, 4, 8])
+    alone, *gangs = measure([(1, True), (4, False), (8, False)])
     assert alone.num_bytes > NUM_STEPS * 1_000_000, "every step gathers the base, forward and backward"
     for gang in gangs:
         share = gang.bytes_per_adapter_step / alone.bytes_per_adapter_step

@@ -1,10 +1,14 @@
+import errno
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from translora.cli import build_parser, main
+from translora.cli import build_parser, main, print_report
+from translora.report import html
+from translora.run.state import AdapterState, save_state
 
 
 def test_help_and_configs_load_neither_torch_nor_ray() -> None:
@@ -17,15 +21,107 @@ def test_help_and_configs_load_neither_torch_nor_ray() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("command", ["migrate", "prepare", "status", "report"])
-def test_every_command_has_a_help_text(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("command", "argument", "text"),
+    [
+        ("migrate", "fleet.yaml", "migrate a fleet of bundles; a rerun continues where it stopped"),
+        ("prepare", "prepare.yaml", "the owner's side: make bundles from task data"),
+        ("status", "run directory", "show where a run stands, also while it goes on"),
+        ("report", "run directory", "write the HTML report of a run again and print its table"),
+    ],
+)
+def test_every_command_has_a_help_text(
+    command: str, argument: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"{command} {text}" in " ".join(build_parser().format_help().split())
     with pytest.raises(SystemExit) as stop:
         build_parser().parse_args([command, "--help"])
     assert stop.value.code == 0
-    assert command in capsys.readouterr().out
+    assert argument in capsys.readouterr().out
 
 
 def test_bad_input_gives_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "not a run directory" in error
+
+
+def run_of(root: Path, *names: str) -> list[AdapterState]:
+    (root / "config.json").write_text("{}")
+    states = [AdapterState(name=name, bundle=name, status="quarantined", reason="why " * 60) for name in names]
+    for state in states:
+        save_state(root, state)
+    return states
+
+
+def test_only_the_adapters_of_the_fleet_file_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    states = run_of(tmp_path, "removed", "stays")
+    print_report(tmp_path, states[1:])
+    lines = capsys.readouterr().out.splitlines()
+    assert not any("removed:" in line for line in lines)
+    assert "earlier adapters of this run that are no longer in the fleet file: 1" in lines
+    assert f"stays: quarantined: {'why ' * 60}".rstrip() in [line.rstrip() for line in lines], "cut in two"
+    print_report(tmp_path, states)
+    assert "earlier adapters" not in capsys.readouterr().out
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_of(tmp_path, "a")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "report.html")
+
+    monkeypatch.setattr(html, "write_bytes", refuse)
+    assert main(["report", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "0 of 1 migrated, 1 quarantined" in out
+    assert out.endswith(f"report: {tmp_path / 'report.html'} cannot be written (Read-only file system)\n")
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_a_prepare_run_and_a_broken_state_are_named(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_of(tmp_path, "a")
+    (tmp_path / "adapters/a/state.json").write_text("")
+    assert main([command, str(tmp_path)]) == 2
+    assert f"translora: {tmp_path}/adapters/a/state.json: truncated" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(json.dumps({"tasks": [], "output_dir": "/out"}))
+    assert main([command, str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"translora: {tmp_path}: the run of a `translora prepare`, which has no states; "
+        "its bundles are written to /out\n"
+    )
+
+
+@pytest.mark.parametrize(("signal", "code", "what"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_a_signal_ends_a_run_with_one_line_and_its_own_exit_code(signal: str, code: int, what: str) -> None:
+    script = (
+        "import os, signal, sys, translora.cli as cli\n"
+        "def work(arguments):\n"
+        "    cli.unwind_on_sigterm()\n"
+        f"    os.kill(os.getpid(), signal.{signal})\n"
+        "cli.run_status = work\n"
+        "sys.exit(cli.main(['status', 'run']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stderr == f"translora: {what}; what is finished is kept, the same command continues\n"
+
+
+def test_a_second_start_is_refused_before_the_libraries_are_loaded(tmp_path: Path) -> None:
+    fleet = {"run_dir": "run", "source": {"model": "a"}, "target": {"model": "b"}, "adapters": ["x"]}
+    (tmp_path / "fleet.yaml").write_text(json.dumps(fleet))
+    (tmp_path / "run").mkdir()
+    script = (
+        "import fcntl, sys, translora.cli\n"
+        f"lock = open({str(tmp_path / 'run/lock')!r}, 'w')\n"
+        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
+        f"code = translora.cli.main(['migrate', {str(tmp_path / 'fleet.yaml')!r}])\n"
+        "assert not {'torch', 'ray'} & sys.modules.keys()\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2 and "another process works on this run" in done.stderr

@@ -1,5 +1,40 @@
-from translora.config import GateConfig
-from translora.gate.agreement import judge, share_equal
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from translora.config import BaseModelConfig, GateConfig, ResourceConfig
+from translora.gate import agreement
+from translora.gate.agreement import GateMember, _judge_member, judge, run_gate, share_equal
+from translora.run.state import Accuracy, GateResult
+
+COLOURS = ["red", "blue", "green", "black"]
+RIGHT = {"source_base": 0, "source_adapter": 4, "target_base": 1, "migrated": 3}
+"""Of four real items, how many each arm answers as their target: all different, so that no two can be swapped."""
+
+
+def member(name: str = "paint") -> GateMember:
+    return GateMember(
+        name=name,
+        student_dir=Path("student"),
+        teacher_dir=Path("teacher"),
+        teacher_template="chat",
+        heldout=[{"input": f"held out {colour}", "answer": colour} for colour in COLOURS],
+        eval_rows=[{"input": f"real {colour}", "target": colour} for colour in COLOURS],
+    )
+
+
+def right(count: int) -> list[str | None]:
+    """The first `count` answers right, then one that did not end, then wrong ones."""
+    wrong: list[str | None] = [None, "pink", "pink", "pink"]
+    return [*COLOURS[:count], *wrong[: len(COLOURS) - count]]
+
+
+def answers(student: int, base: int) -> dict[tuple[str, str], list[str | None]]:
+    counts = {"gate_student": student, "gate_base": base} | RIGHT
+    return {("paint", arm): right(count) for arm, count in counts.items()}
 
 
 def test_agreement_is_exact_match_after_normalising() -> None:
@@ -13,3 +48,61 @@ def test_the_gate_names_each_limit_that_was_missed() -> None:
     assert not low.passed and low.reason == "agreement 0.50 < gate.min_agreement 0.60"
     no_gain = judge(0.8, 0.75, 20, config)
     assert not no_gain.passed and no_gain.reason == "gain over the target base +0.05 < gate.min_gain +0.10"
+
+
+def test_a_member_is_judged_by_its_student_and_measured_by_every_arm() -> None:
+    gate, accuracy = _judge_member(member(), answers(student=3, base=0), GateConfig())
+    assert gate == GateResult(num_heldout=4, agreement_student=0.75, agreement_base=0.0, passed=True)
+    assert accuracy == Accuracy(num_items=4, source_base=0.0, source_adapter=1.0, target_base=0.25, migrated=0.75)
+
+
+def test_a_student_worse_than_the_bare_base_fails() -> None:
+    gate, _ = _judge_member(member(), answers(student=1, base=3), GateConfig())
+    assert (gate.agreement_student, gate.agreement_base, gate.passed) == (0.25, 0.75, False)
+    assert gate.reason == (
+        "agreement 0.25 < gate.min_agreement 0.60; gain over the target base -0.50 < gate.min_gain +0.00"
+    )
+
+
+def test_without_real_data_there_is_no_accuracy() -> None:
+    bare = GateMember("paint", Path("student"), Path("teacher"), "chat", member().heldout, [])
+    gate, accuracy = _judge_member(bare, answers(student=4, base=0), GateConfig())
+    assert gate.passed and accuracy is None
+
+
+def test_each_arm_is_answered_by_its_own_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Four models, known by base and slot, that answer different numbers of items right."""
+    models = {
+        ("source", None): RIGHT["source_base"],
+        ("source", "teacher/paint"): RIGHT["source_adapter"],
+        ("target", None): RIGHT["target_base"],
+        ("target", "student/paint"): RIGHT["migrated"],
+    }
+
+    def run_blocks(
+        blocks: list[list[dict[str, Any]]], function: object, *, base: BaseModelConfig, **rest: Any
+    ) -> list[dict[str, Any]]:
+        assert set(rest["adapters"].values()) == {"student" if base.model == "target" else "teacher"}
+        rows = [row for block in reversed(blocks) for row in block]
+        found = []
+        for row in rows:
+            assert row["template"] == ("chat" if base.model == "source" else "auto")
+            answer = right(models[base.model, row["slot"]])[row["index"]]
+            found.append({**row, "answer": answer or "cut off", "finished": answer is not None})
+        return found
+
+    monkeypatch.setattr(agreement, "run_blocks", run_blocks)
+    results = run_gate(
+        [member()],
+        source=BaseModelConfig(model="source"),
+        target=BaseModelConfig(model="target"),
+        config=GateConfig(),
+        batch_size=3,
+        max_answer_tokens=8,
+        resources=ResourceConfig(),
+        run_dir=tmp_path,
+        digests={},
+    )
+    gate, accuracy = results["paint"]
+    assert (gate.agreement_student, gate.agreement_base) == (0.75, 0.25)
+    assert accuracy == Accuracy(num_items=4, source_base=0.0, source_adapter=1.0, target_base=0.25, migrated=0.75)

@@ -134,3 +134,58 @@ def test_a_ray_data_run_says_nothing_and_its_errors_are_seen() -> None:
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "28", "")
     failing = run_python(code.replace("LIMIT", "4"))
     assert failing.returncode != 0 and "row out of range" in failing.stderr
+
+
+@pytest.mark.timeout(300)
+def test_under_ray_ctrl_c_and_sigterm_unwind(tmp_path: Path) -> None:
+    code = f"""
+import os, signal, sys, threading, time
+import translora.cli as cli
+from translora.config import ResourceConfig
+from translora.run.log import setup_logging
+from translora.run.signals import interruptible_fit
+
+setup_logging()
+cli.start_cluster(ResourceConfig(), 1, False)
+import ray, ray.train
+from ray.train.torch import TorchTrainer
+
+def train(path):
+    open(path, "w").close()
+    time.sleep(100)
+
+def kill_when(path, number):
+    def wait():
+        while not os.path.exists(path):
+            time.sleep(0.1)
+        time.sleep(0.5)
+        os.kill(os.getpid(), number)
+    threading.Thread(target=wait, daemon=True).start()
+
+trainer = TorchTrainer(
+    train,
+    train_loop_config="{tmp_path}/fit",
+    scaling_config=ray.train.ScalingConfig(num_workers=1),
+    run_config=ray.train.RunConfig(
+        name="t", storage_path="{tmp_path}", logging_config=ray.train.LoggingConfig(log_level="WARNING")
+    ),
+)
+kill_when("{tmp_path}/fit", signal.SIGINT)
+try:
+    with interruptible_fit():
+        trainer.fit()
+except KeyboardInterrupt:
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    sys.stdout.write("interrupted")
+
+def work(arguments):
+    kill_when("{tmp_path}/task", signal.SIGTERM)
+    ray.get(ray.remote(train).remote("{tmp_path}/task"))
+
+cli.run_status = work
+sys.exit(cli.main(["status", "run"]))
+"""
+    done = run_python(code)
+    assert done.stdout == "interrupted"
+    assert done.returncode == 143, done.stderr
+    assert done.stderr == "translora: terminated; what is finished is kept, the same command continues\n"

@@ -3,7 +3,13 @@ import pytest
 from tests.tiny import make_tokenizer
 from translora.engine.prompts import PLAIN_TEMPLATE, prompt_format, raw_prompt
 from translora.synthesis.discriminator import discriminator_rows
-from translora.synthesis.prompts import discriminator_question, generation_prompt, generation_stop, normalise
+from translora.synthesis.prompts import (
+    discriminator_question,
+    generation_prompt,
+    generation_row,
+    generation_stop,
+    normalise,
+)
 
 
 def test_chat_format_uses_the_tokenizers_own_template() -> None:
@@ -40,13 +46,22 @@ def test_templates_that_cannot_work_are_refused() -> None:
 
 def test_generation_prompt_numbers_all_seeds_and_leaves_the_next_number_open() -> None:
     seeds = ["one", "two", "three", "four", "five"]
-    prompt = generation_prompt(seeds, seed=1)
+    prompt = generation_prompt(seeds, ordering=0, seed=1)
     lines = prompt.split("\n")
     assert lines[0] == "Here are 10 examples:"
     assert lines[-1] == "6."
     assert sorted(line.split(". ")[1] for line in lines[1:-1]) == sorted(seeds)
-    assert prompt == generation_prompt(seeds, seed=1)
-    assert len({generation_prompt(seeds, seed=seed) for seed in range(20)}) > 10, "orders differ"
+    assert prompt == generation_prompt(seeds, ordering=0, seed=1)
+    assert len({generation_prompt(seeds, ordering=0, seed=seed) for seed in range(20)}) > 10, "orders differ"
+
+
+def test_the_seeds_take_turns_as_the_last_example() -> None:
+    seeds = ["one", "two", "three", "four", "five"]
+    rows = [generation_row("task", seeds, sample_id, 0, num_orderings=10) for sample_id in range(40)]
+    last = [row["prompt"].split("\n")[-2].removeprefix("5. ") for row in rows]
+    assert last == seeds * 8
+    assert len({row["prompt"] for row in rows}) == 10, "rows of one order share their prompt"
+    assert len({row["seed"] for row in rows}) == 40, "and nothing else"
 
 
 def test_generation_stops_at_the_line_end_or_at_the_next_number() -> None:
@@ -73,6 +88,19 @@ def test_discriminator_rows_are_balanced_and_topped_up_by_shuffled_words() -> No
     assert {discriminator_question(text, "boxes") for text in ("bad one", "bad two")} <= questions
     assert not questions & {discriminator_question(text, "boxes") for text in positives}
     assert rows == discriminator_rows(positives, ["bad one", "bad two"], "boxes", max_samples=12, seed=0)
+
+
+def test_few_negatives_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    words = ["red", "blue", "green", "black"]
+    rows = discriminator_rows(words, [], "colours", max_samples=12, seed=0)
+    assert [row["answer"] for row in rows] == ["yes"] * 4
+    assert "colours: 4 inputs, but only 0 negatives for its discriminator, which then accepts every" in caplog.text
+    caplog.clear()
+    discriminator_rows(words, ["cup"], "colours", max_samples=12, seed=0)
+    assert "only 1 negatives" in caplog.text and "nearly every" in caplog.text
+    caplog.clear()
+    discriminator_rows(words, ["cup", "box"], "colours", max_samples=12, seed=0)
+    assert not caplog.records
 
 
 def test_normalise_ignores_case_and_white_space() -> None:

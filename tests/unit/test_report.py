@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -111,10 +112,12 @@ def test_the_table_says_the_figures_of_each_adapter() -> None:
     text = printed(states())
     line = next(line for line in text.splitlines() if "routing" in line)
     assert line.split() == (
-        "routing migrated 120 144/200 (72%) 12% → 88% (+76) 10% → 90% 20% → 84%".split()  # noqa: SIM905
+        "routing migrated 120 144/200 (72%) 12% → 88% (+76, n=24) 10% → 90% 20% → 84%".split()  # noqa: SIM905
     )
     assert "1 of 4 migrated, 1 failed gate, 1 quarantined, 1 pending" in text
     assert "in synthesis" in text
+    assert max(map(len, text.splitlines())) <= 110
+    assert "12% → 88% (+76, n=24)" in to_markdown(states())
     assert notes(states())[0] == "tone: failed gate: agreement 0.40 is below 0.60"
 
 
@@ -151,8 +154,11 @@ def test_the_page_is_whole_escaped_and_loads_nothing(tmp_path: Path) -> None:
         "2.000 → 0.050",
         "agreement 0.40 is below 0.60",
         "cats",
+        "(+76, n=24)",
     ):
         assert text in page
+    for reason, count in migrated().synthesis.dropped.items():
+        assert re.search(rf'<div class="bar"><span>{reason}</span>.*<span>{count}</span></div>', page), "why it dropped"
     assert page.count('<tr><td class="plain">') == 4 + 1  # four kept samples, and the refused one
     assert page.count("<details") == len(states()) + 1
 

@@ -1,10 +1,20 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 
 from translora.bundle.bundle import Bundle
 from translora.bundle.manifest import Manifest
-from translora.config import SynthesisConfig
-from translora.synthesis.actors import cut_blocks
-from translora.synthesis.rounds import Pool, admit, clean, plan_round
+from translora.config import BaseModelConfig, ResourceConfig, SynthesisConfig
+from translora.synthesis import rounds
+from translora.synthesis.actors import Row, cut_blocks, read_block
+from translora.synthesis.rounds import Pool, admit, clean, plan_round, synthesise
 
 SEEDS = ["send a red box", "ship a blue bag", "pack a green cup", "lend a black hat", "sell a red pen"]
 
@@ -101,3 +111,91 @@ def test_blocks_hold_rows_of_similar_length_and_depend_on_the_rows_alone() -> No
     rows = [{"text": "x" * length} for length in (5, 1, 4, 2, 3)]
     blocks = cut_blocks(rows, 2, lambda row: len(row["text"]))
     assert [[len(row["text"]) for row in block] for block in blocks] == [[1, 2], [3, 4], [5]]
+
+
+def fleet_run(
+    monkeypatch: pytest.MonkeyPatch, run_dir: Path, *pools: Pool, on_round: Callable[[], None] = lambda: None
+) -> list[list[str]]:
+    """Synthesise with a stand-in for the actors that accepts every input; returns the adapters of each call."""
+    calls = []
+
+    def run_blocks(blocks: list[list[Row]], function: object, **rest: Any) -> list[Row]:
+        rows = [row for block in blocks for row in block]
+        calls.append(sorted({row["adapter"] for row in rows}))
+        if rows and "prompt" in rows[0]:
+            return [{**row, "text": f"{row['adapter']} {row['sample_id']}", "finished": True} for row in rows]
+        return [{**row, "score": 1.0, "answer": "red", "finished": True} for row in rows]
+
+    monkeypatch.setattr(rounds, "run_blocks", run_blocks)
+    synthesise(
+        pools,
+        generator=BaseModelConfig(model="new"),
+        source=BaseModelConfig(model="old"),
+        fingerprints=("1", "2"),
+        config=SynthesisConfig(max_rounds=2),
+        resources=ResourceConfig(),
+        seed=0,
+        run_dir=run_dir,
+        on_round=on_round,
+    )
+    return calls
+
+
+def test_a_starved_adapter_is_not_computed_again_without_its_neighbours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    full, starved = pool("full"), pool("starved", needed=30, budget=12)
+    assert fleet_run(monkeypatch, tmp_path, full, starved)[0] == ["full", "starved"]
+    assert len(full.accepted) == 10 and not full.stats.shortfall
+    assert starved.stats.shortfall.startswith("12 of 30 samples")
+    again = pool("starved", needed=30, budget=12)
+    assert fleet_run(monkeypatch, tmp_path, again) == []
+    assert (again.stats, again.accepted, again.refused) == (starved.stats, starved.accepted, starved.refused)
+    beside = pool("starved", needed=30, budget=12), pool("new")
+    assert fleet_run(monkeypatch, tmp_path, *beside)[0] == ["new"]
+    assert beside[0].stats == starved.stats and len(beside[1].accepted) == 10
+
+
+def test_another_size_or_bundle_is_computed_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fleet_run(monkeypatch, tmp_path, pool("a"))
+    assert fleet_run(monkeypatch, tmp_path, pool("a", needed=11)) != []
+    other = pool("a")
+    other.bundle = dataclasses.replace(other.bundle, digest="1" * 64)
+    assert fleet_run(monkeypatch, tmp_path, other) != []
+    assert fleet_run(monkeypatch, tmp_path, pool("a")) == []
+
+
+def test_a_synthesis_that_was_killed_keeps_nothing_but_its_blocks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fleet_run(monkeypatch, tmp_path, pool("a"), pool("b"), on_round=killed)
+    assert fleet_run(monkeypatch, tmp_path, pool("a"), pool("b"))[0] == ["a", "b"]
+
+
+def test_a_damaged_outcome_is_computed_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet_run(monkeypatch, tmp_path, pool("a"))
+    (path,) = (tmp_path / "rounds").glob("outcome-*.json")
+    path.write_bytes(path.read_bytes()[:-20])
+    assert fleet_run(monkeypatch, tmp_path, pool("a")) != []
+    assert f"{path}: cannot be read" in caplog.text
+
+
+def test_a_damaged_block_is_as_good_as_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"adapter": "a", "text": f"text {index}"} for index in range(3)]
+    path = tmp_path / "000001.parquet"
+    assert read_block(path, 3) is None and not caplog.records, "nothing to warn of where there was nothing"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    assert read_block(path, 3) == rows
+    assert read_block(path, 4) is None and "has 3 rows, not 4: computed again" in caplog.text
+    whole = path.read_bytes()
+    for damaged in (whole[:-30], whole[: len(whole) // 2], b"", whole[:-8] + b"\0" * 8):
+        caplog.clear()
+        path.write_bytes(damaged)
+        assert read_block(path, 3) is None
+        assert f"{path}: cannot be read" in caplog.text and "computed again" in caplog.text

@@ -1,14 +1,23 @@
+import errno
+import fcntl
 import json
 import multiprocessing
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from translora.config import AdapterEntry, FleetConfig
+from tests.tiny import make_base, make_bundle
+from translora.bundle import BaseInfo, Bundle, inspect_base
+from translora.config import AdapterEntry, FleetConfig, load_config
+from translora.engine.loading import load_tokenizer
+from translora.fleet import check_training, verify
 from translora.run.files import read_jsonl, replace_directory, sha256_path, write_json
-from translora.run.member import continue_state, expand_entries
-from translora.run.rundir import open_run
+from translora.run.member import Member, Run, continue_state, expand_entries
+from translora.run.rundir import check_free, open_run
 from translora.run.state import AdapterState, load_state, save_state
+from translora.run.tracker import Tracker
 
 
 def config(run_dir: Path, **changes: object) -> FleetConfig:
@@ -33,6 +42,8 @@ def test_a_second_driver_is_refused_while_the_first_lives(tmp_path: Path) -> Non
         open_run(tmp_path / "run", config(tmp_path)),
     ):
         pass
+    with pytest.raises(ValueError, match="another process works on this run"):
+        check_free(tmp_path / "run")
     first.kill()
     first.join()
     with open_run(tmp_path / "run", config(tmp_path / "run")):
@@ -41,7 +52,7 @@ def test_a_second_driver_is_refused_while_the_first_lives(tmp_path: Path) -> Non
 
 def test_a_rerun_may_add_adapters_but_not_change_what_decides_a_result(tmp_path: Path) -> None:
     with open_run(tmp_path, config(tmp_path)):
-        pass
+        (tmp_path / "rounds").mkdir()
     with open_run(tmp_path, config(tmp_path, adapters=[{"bundle": "y"}], resources={"num_actors": 2})):
         pass
     changed = config(tmp_path, distill={"epochs": 3})
@@ -52,7 +63,49 @@ def test_a_rerun_may_add_adapters_but_not_change_what_decides_a_result(tmp_path:
         pass
 
 
+def test_before_anything_is_made_every_setting_may_be_corrected(tmp_path: Path) -> None:
+    with open_run(tmp_path, config(tmp_path, distill={"lora": {"target_modules": ["qproj"]}})):
+        save_state(tmp_path, AdapterState(name="a", bundle="x", status="quarantined"))
+    with open_run(tmp_path, config(tmp_path)):
+        (tmp_path / "adapters/a/synthetic.parquet").write_text("made")
+    with pytest.raises(ValueError, match="other settings"), open_run(tmp_path, config(tmp_path, seed=1)):
+        pass
+
+
+@pytest.mark.parametrize("foreign", ["notes.txt", "other-run/adapters/.tmp-x"])
+def test_a_directory_of_somebody_else_is_refused_and_left_alone(tmp_path: Path, foreign: str) -> None:
+    path = tmp_path / foreign
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    before = sha256_path(tmp_path)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="is not empty and no run directory"), open_run(tmp_path, config(tmp_path)):
+            pass
+        assert sha256_path(tmp_path) == before
+        (tmp_path / "config.json").unlink(missing_ok=True)
+        before = sha256_path(tmp_path)
+
+
+def test_a_run_killed_at_its_very_start_is_continued(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text("kept")
+    (tmp_path / ".tmp-config.json-1234").write_text("{")
+    with open_run(tmp_path, config(tmp_path)):
+        assert (tmp_path / "lock").read_text() == "kept" and not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_file_system_without_locks_is_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(ValueError, match="its file system does not lock"), open_run(tmp_path, config(tmp_path)):
+        pass
+
+
 def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
+    with open_run(tmp_path, config(tmp_path)):
+        pass
     (tmp_path / "adapters").mkdir()
     (tmp_path / "adapters" / ".tmp-x").write_text("half")
     with open_run(tmp_path, config(tmp_path)):
@@ -63,20 +116,32 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists() and not list(tmp_path.rglob(".tmp-*"))
 
 
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    root = tmp_path_factory.mktemp("published")
+    return make_bundle(root / "bundle", make_base(root / "base"))
+
+
+@pytest.fixture(scope="module")
+def target(bundle: Bundle) -> BaseInfo:
+    return inspect_base(str(bundle.path.parent / "base"))
+
+
 @pytest.fixture
-def finished(tmp_path: Path) -> AdapterState:
+def finished(tmp_path: Path, bundle: Bundle) -> AdapterState:
     state = AdapterState(name="a", bundle="x", bundle_digest="d", num_samples=4, phase="done", status="migrated")
     paths = {
         "adapters/a/synthetic.parquet": None,
         "adapters/a/student": "w",
         "adapters/a/discriminator": "w",
-        "bundles/a": "w",
     }
     for relative, child in paths.items():
         path = tmp_path / relative / child if child else tmp_path / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(relative)
         state.artifacts[relative] = sha256_path(tmp_path / relative)
+    shutil.copytree(bundle.path, tmp_path / "bundles/a")
+    state.artifacts["bundles/a"] = bundle.digest
     (tmp_path / "adapters/a/train").mkdir()
     save_state(tmp_path, state)
     return state
@@ -88,43 +153,105 @@ def fresh(**changes: object) -> AdapterState:
     )
 
 
-def test_a_finished_adapter_is_skipped(tmp_path: Path, finished: AdapterState) -> None:
-    assert continue_state(tmp_path, fresh()) == finished
+def test_a_finished_adapter_is_skipped(tmp_path: Path, finished: AdapterState, target: BaseInfo) -> None:
+    assert continue_state(tmp_path, fresh(), target) == finished
+
+
+def test_a_model_card_in_a_published_bundle_is_kept(tmp_path: Path, finished: AdapterState, target: BaseInfo) -> None:
+    (tmp_path / "bundles/a/README.md").write_text("# What it is good for")
+    assert continue_state(tmp_path, fresh(), target) == finished
+    assert (tmp_path / "bundles/a/README.md").is_file()
 
 
 @pytest.mark.parametrize(
     ("damaged", "phase", "left"),
     [
-        ("bundles/a/w", "gate", {"adapters/a/synthetic.parquet", "adapters/a/student", "adapters/a/discriminator"}),
+        (
+            "bundles/a/adapter_model.safetensors",
+            "gate",
+            {"adapters/a/synthetic.parquet", "adapters/a/student", "adapters/a/discriminator"},
+        ),
         ("adapters/a/student/w", "distill", {"adapters/a/synthetic.parquet"}),
         ("adapters/a/synthetic.parquet", "synthesis", set()),
     ],
 )
 def test_a_changed_file_sends_the_adapter_back_to_the_phase_that_makes_it(
-    tmp_path: Path, finished: AdapterState, damaged: str, phase: str, left: set[str]
+    tmp_path: Path, finished: AdapterState, target: BaseInfo, damaged: str, phase: str, left: set[str]
 ) -> None:
     (tmp_path / damaged).write_text("changed")
-    state = continue_state(tmp_path, fresh())
+    state = continue_state(tmp_path, fresh(), target)
     assert (state.phase, state.status, set(state.artifacts)) == (phase, "pending", left)
     assert all((tmp_path / relative).exists() == (relative in left) for relative in finished.artifacts)
     assert state.gate is None and not state.output
 
 
-def test_a_changed_bundle_starts_from_the_beginning(tmp_path: Path, finished: AdapterState) -> None:
-    state = continue_state(tmp_path, fresh(bundle_digest="other"))
+def test_a_changed_bundle_starts_from_the_beginning(tmp_path: Path, finished: AdapterState, target: BaseInfo) -> None:
+    state = continue_state(tmp_path, fresh(bundle_digest="other"), target)
     assert (state.phase, state.status) == ("synthesis", "pending")
     assert not (tmp_path / "adapters/a/student").exists()
     assert not (tmp_path / "bundles/a").exists(), "what was shipped of the old bundle must not pass for the new one"
 
 
-def test_a_quarantined_adapter_is_tried_again_and_a_failed_gate_is_not(tmp_path: Path, finished: AdapterState) -> None:
+def test_a_quarantined_adapter_is_tried_again_and_a_failed_gate_is_not(
+    tmp_path: Path, finished: AdapterState, target: BaseInfo
+) -> None:
     save_state(tmp_path, finished.model_copy(update={"status": "quarantined", "phase": "distill", "reason": "r"}))
-    assert continue_state(tmp_path, fresh()).status == "pending"
+    assert continue_state(tmp_path, fresh(), target).status == "pending"
     save_state(tmp_path, finished.model_copy(update={"status": "quarantined", "reason": "broken for a while"}))
-    assert continue_state(tmp_path, fresh()) == finished
+    assert continue_state(tmp_path, fresh(), target) == finished
     save_state(tmp_path, finished.model_copy(update={"status": "failed_gate", "reason": "r"}))
-    assert continue_state(tmp_path, fresh()).status == "failed_gate"
+    assert continue_state(tmp_path, fresh(), target).status == "failed_gate"
     assert load_state(tmp_path, "a").reason == "r"
+
+
+@pytest.fixture
+def run(tmp_path: Path, target: BaseInfo) -> Iterator[Run]:
+    """A run whose two bases are the same tiny one; only bundles and states are looked at."""
+    tokenizer = load_tokenizer(str(target.path))
+    settings = config(tmp_path, source={"model": str(target.path)}, target={"model": str(target.path)})
+    with Tracker(tmp_path, settings.tracking, {}, "test") as tracker:
+        yield Run(settings, target, target, tracker, tokenizer, tokenizer)
+
+
+@pytest.mark.parametrize("content", ["", '{"name": "a", "bun', '{"name": "a", "bundle": "x", "of_the_future": 1}'])
+def test_a_state_that_cannot_be_read_quarantines_its_adapter_and_is_kept(
+    tmp_path: Path, run: Run, bundle: Bundle, content: str
+) -> None:
+    path = tmp_path / "adapters/a/state.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.raises(
+        ValueError, match=r"a/state\.json: truncated.*; delete it: the adapter is migrated anew"
+    ) as fault:
+        load_state(tmp_path, "a")
+    assert "pydantic" not in str(fault.value) and "\n" not in str(fault.value)
+    state = verify(run, "a", AdapterEntry(bundle=str(bundle.path)))
+    assert isinstance(state, AdapterState) and state.status == "quarantined" and "state.json" in state.reason
+    assert path.read_text() == content, "it may be of a newer version"
+    path.unlink()
+    member = verify(run, "a", AdapterEntry(bundle=str(bundle.path)))
+    assert isinstance(member, Member) and member.waits_for("synthesis")
+
+
+def test_eval_data_that_comes_too_late_is_warned_of(
+    tmp_path: Path, run: Run, bundle: Bundle, finished: AdapterState, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = {"bundle_digest": bundle.digest, "num_samples": 16, "output": "bundles/a"}
+    save_state(tmp_path, finished.model_copy(update=done))
+    (tmp_path / "test.jsonl").write_text('{"input": "a", "target": "b"}\n')
+    verify(run, "a", AdapterEntry(bundle=str(bundle.path)))
+    assert not caplog.records
+    verify(run, "a", AdapterEntry(bundle=str(bundle.path), eval_data=str(tmp_path / "test.jsonl")))
+    assert f"test.jsonl is not measured: the adapter was finished before it was named; delete {tmp_path}" in caplog.text
+
+
+def test_target_modules_are_linear_modules_of_the_target_base(run: Run) -> None:
+    for names in (["embed_tokens"], ["lm_head"], ["q_proj", "qproj"]):
+        settings = config(Path("run"), distill={"lora": {"target_modules": names}})
+        with pytest.raises(ValueError, match=f"target_modules: {names[-1]} not in base; it has ") as fault:
+            check_training(settings, run.target)
+        assert "embed_tokens" not in str(fault.value).partition("it has")[2]
+    check_training(config(Path("run"), distill={"lora": {"target_modules": ["q_proj", "down_proj"]}}), run.target)
 
 
 def test_globs_are_expanded_and_twice_the_same_name_is_refused(tmp_path: Path) -> None:
@@ -144,6 +271,25 @@ def test_globs_are_expanded_and_twice_the_same_name_is_refused(tmp_path: Path) -
         expand_entries([AdapterEntry(bundle=f"{tmp_path}/*/a")])
     with pytest.raises(ValueError, match="matches no directory"):
         expand_entries([AdapterEntry(bundle=f"{tmp_path}/none/*")])
+
+
+def test_a_fleet_file_may_lie_in_a_directory_with_brackets(tmp_path: Path) -> None:
+    here = tmp_path / "br[1]"
+    (here / "bundles/a").mkdir(parents=True)
+    for entry in ("bundles/*", "bundles/a"):
+        raw = {"run_dir": "run", "source": {"model": "a"}, "target": {"model": "b"}, "adapters": [entry]}
+        write_json(here / "fleet.yaml", raw)
+        found = expand_entries(load_config(here / "fleet.yaml", FleetConfig).adapters)
+        assert {name: found[name].bundle for name in found} == {"a": str(here / "bundles/a")}
+
+
+def test_a_ds_config_is_found_beside_the_file_that_names_it(tmp_path: Path) -> None:
+    raw = {"run_dir": "run", "source": {"model": "a"}, "target": {"model": "b"}, "adapters": ["x"]}
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my/zero3.json").write_text("{}")
+    for given, found in (("my/zero3.json", str(tmp_path / "my/zero3.json")), ("zero3.json", "zero3.json")):
+        write_json(tmp_path / "fleet.yaml", raw | {"distill": {"ds_config": given}})
+        assert load_config(tmp_path / "fleet.yaml", FleetConfig).distill.ds_config == found
 
 
 def test_jsonl_faults_name_file_and_line(tmp_path: Path) -> None:

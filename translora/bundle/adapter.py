@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from translora.bundle.base import BaseInfo, name_of_path
+from translora.bundle.base import BaseInfo, linear_modules, name_of_path, output_head
 from translora.bundle.reading import FLOATS, read_header, read_json_object
 
 logger = logging.getLogger(__name__)
@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 MAX_CONFIG_BYTES = 1_000_000
+_ELSEWHERE = "the adapter belongs to another base, use it with that one"
 
 
 def same_name(one: str, other: str) -> bool:
@@ -31,57 +32,76 @@ def recorded_base(directory: Path) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
-def check_recorded_base(directory: Path, expected: str, remedy: str) -> None:
-    """Refuse an adapter whose config names another base than `expected`.
+def check_recorded_base(directory: Path, expected: str, remedy: str, *, editable: bool = True) -> None:
+    """Refuse an adapter whose config names another base than `expected`; `editable` unless a hash covers the config.
 
     Raises:
-        ValueError: names both and `remedy`.
+        ValueError: names both, `remedy`, and what to do when both are one model.
     """
     recorded = recorded_base(directory)
     if recorded is None or same_name(recorded, expected):
         return
+    if editable:
+        remedy = f"{remedy}, or, if both are one model, write {expected!r} there"
     raise ValueError(
         f"{directory / CONFIG}: base_model_name_or_path is {recorded!r}, but the base is {expected!r}; {remedy}"
     )
 
 
-def _check_headers(path: Path) -> None:
-    """Bound what is loaded: no pickle instead of the weights, a sound file, floating-point pairs, no giant rank."""
-    from translora.lora.peft_io import MAX_RANK
+def _check_headers(path: Path, base: BaseInfo) -> None:
+    """Bound what is loaded: no pickle instead of the weights, a sound file, floating-point pairs, no giant rank.
+
+    The names are compared with the base here, before the config's patterns are matched against them.
+    """
+    from translora.lora.peft_io import LORA_TENSOR, MAX_RANK
 
     pickled = path.with_name("adapter_model.bin")
     if not path.exists() and pickled.exists():
         raise ValueError(f"{pickled}: pickled weights are never loaded; save the adapter as {WEIGHTS}")
-    for name, tensor in read_header(path, "copy the adapter again, or save it with PEFT's save_pretrained").items():
+    tensors = read_header(path, "copy the adapter again, or save it with PEFT's save_pretrained")
+    for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{path}: {name} is {tensor.dtype}; save the adapter in a floating-point dtype")
         if name.endswith(".lora_A.weight") and tensor.shape and tensor.shape[0] > MAX_RANK:
             raise ValueError(f"{path}: {name} has rank {tensor.shape[0]}, the limit is {MAX_RANK}; use a smaller rank")
+    linears = linear_modules(base)
+    for name in tensors:
+        match = LORA_TENSOR.fullmatch(name)
+        if match is not None and match[1] not in linears:
+            raise ValueError(f"{path}: adapts {match[1]}, {_misfit(match[1], base)}")
+
+
+def _misfit(module: str, base: BaseInfo) -> str:
+    """Why no LoRA can be put on a module, and the remedy."""
+    if module == output_head(base):
+        fault = f"the output head of {base.name!r}; LoRA on the output head is not supported"
+    elif f"{module}.weight" in base.shapes:
+        fault = f"which is no linear module of {base.name!r}; only LoRA on linear modules is supported"
+    else:
+        return f"which {base.name!r} does not have; {_ELSEWHERE}"
+    return f"{fault}, train the adapter again without it"
 
 
 def check_adapter(directory: Path, base: BaseInfo) -> None:
-    """Check that a PEFT LoRA directory is sound and that each of its modules fits `base`.
+    """Check that a PEFT LoRA directory is sound and that each of its modules is a linear module of `base`.
 
     Raises:
-        ValueError: a file is missing or truncated, a module is missing from the base or has another shape, a
-            number is not finite; names the file and the remedy.
+        ValueError: a file is missing or truncated, a module is none of the base's linear modules, is its output
+            head or has another shape, a number is not finite; names the file and the remedy.
     """
     path = directory / WEIGHTS
-    _check_headers(path)
+    _check_headers(path, base)
     import torch
 
     from translora.lora.peft_io import read_lora
 
     lora = read_lora(directory)
-    elsewhere = "the adapter belongs to another base, use it with that one"
+    linears = linear_modules(base)
     for module, (lora_A, lora_B) in lora.modules.items():
-        shape = base.shapes.get(f"{module}.weight")
-        if shape is None:
-            raise ValueError(f"{path}: adapts {module}, which {base.name!r} does not have; {elsewhere}")
-        if shape != (lora_B.shape[0], lora_A.shape[1]):
+        if linears[module] != (lora_B.shape[0], lora_A.shape[1]):
             raise ValueError(
                 f"{path}: {module} adapts a [{lora_B.shape[0]}, {lora_A.shape[1]}] matrix, in {base.name!r} it is "
-                f"{list(shape)}; {elsewhere}"
+                f"{list(linears[module])}; {_ELSEWHERE}"
             )
         if not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
             raise ValueError(f"{path}: {module} holds NaN or infinity; the training diverged, train the adapter again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -174,3 +175,45 @@ def inspect_base(model: str) -> BaseInfo:
         return _inspect(name, directory)
     except OSError as error:
         raise ValueError(f"{error.filename or directory}: cannot be read ({error.strerror}); {_COPY_AGAIN}") from error
+
+
+@functools.lru_cache(maxsize=16)
+def _linears_and_head(path: Path, fingerprint: str) -> tuple[dict[str, tuple[int, int]], str | None]:
+    """(out, in) of every nn.Linear and the name of the output head, from the model on the meta device.
+
+    A fault boundary: what a model class raises for an odd config is its own affair.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{path / 'config.json'}: transformers makes no causal language model of it ({reason}); {_COPY_AGAIN}, or "
+            "use a base whose architecture this version of transformers has"
+        ) from error
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    head = model.get_output_embeddings()
+    head_name = next((name for name, module in modules.items() if module is head), None)
+    return {name: (module.out_features, module.in_features) for name, module in modules.items()}, head_name
+
+
+def linear_modules(base: BaseInfo) -> dict[str, tuple[int, int]]:
+    """(out, in) of the linear modules that a LoRA may adapt, by name: all but the output head.
+
+    Built once a process and base, without weights. Not under ZeRO-3, which would partition the empty model.
+
+    Raises:
+        ValueError: transformers cannot build the model; names config.json and the remedy.
+    """
+    linears, head = _linears_and_head(base.path, base.fingerprint)
+    return {name: shape for name, shape in linears.items() if name != head}
+
+
+def output_head(base: BaseInfo) -> str | None:
+    """Name of the linear module that gives the logits (`lm_head`), or None; as costly as `linear_modules`."""
+    return _linears_and_head(base.path, base.fingerprint)[1]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from translora.bundle.manifest import (
     list_files,
     read_manifest,
 )
-from translora.run.files import read_jsonl, replace_directory, sha256_file, write_json
+from translora.run.files import TEMPORARY_PREFIX, read_jsonl, replace_directory, sha256_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ def _check_base(bundle: Bundle, base: BaseInfo) -> None:
 
 
 def verify_bundle(bundle: Bundle, base: BaseInfo) -> None:
-    """Check every hash, the base, and each tensor of adapter and discriminator against the base's shapes.
+    """Check every hash, the base, and each tensor of adapter and discriminator against the base's linear modules.
 
     Raises:
         BundleError: the first fault found; names the file and the remedy.
@@ -157,7 +158,7 @@ def verify_bundle(bundle: Bundle, base: BaseInfo) -> None:
                     f"{bundle.path / name}: changed or damaged (its sha256 is not the manifest's); {RESTORE}"
                 )
         for directory in filter(None, (bundle.path, bundle.discriminator_dir)):
-            check_recorded_base(directory, bundle.manifest.base_name, RESTORE)
+            check_recorded_base(directory, bundle.manifest.base_name, RESTORE, editable=False)
             check_adapter(directory, base)
 
 
@@ -186,6 +187,14 @@ def _copy_readme(source: Path, target: Path, base: BaseInfo) -> None:
     (target / README).write_text(text, encoding="utf-8")
 
 
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary directories of `replace_directory(path)` that a killed process left."""
+    name = re.compile(rf"{re.escape(f'{TEMPORARY_PREFIX}{path.name}')}-[0-9a-f]{{8}}")
+    for entry in list(path.parent.iterdir()) if path.parent.is_dir() else []:
+        if name.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+
+
 def write_bundle(
     path: str | Path,
     *,
@@ -198,7 +207,10 @@ def write_bundle(
     prompt_template: str,
     provenance: dict[str, str | int | float],
 ) -> Bundle:
-    """Write a bundle in one step: `path` is complete and verified, or unchanged.
+    """Write a bundle: `path` is complete and verified, or unchanged.
+
+    A kill in the instant of the exchange leaves none; the same command writes it again, and removes what a killed one
+    left half-written beside it. One writer for a path at a time.
 
     Raises:
         BundleError: adapter, discriminator, seeds or a value would not pass read_bundle and verify_bundle, or
@@ -207,15 +219,16 @@ def write_bundle(
     path = Path(path)
     if path.exists() and not (path / MANIFEST).exists() and (not path.is_dir() or any(path.iterdir())):
         raise BundleError(f"{path}: exists and is not a bundle, so it is not replaced; give another directory")
-    remedy = f"use its adapter, or, if both are one model, write {base.name!r} there"
     parts = {"": Path(adapter_dir)} | ({DISCRIMINATOR: Path(discriminator_dir)} if discriminator_dir else {})
+    with _bundle_errors():
+        _remove_leftovers(path)
     with (
         _bundle_errors(),
         replace_directory(path) as temporary,
         _bundle_errors(str(temporary), str(path)),
     ):
         for name, directory in parts.items():
-            check_recorded_base(directory, base.name, remedy)
+            check_recorded_base(directory, base.name, "give an adapter of this base")
             check_adapter(directory, base)
             _copy_adapter(directory, temporary / name, base)
         _copy_readme(parts[""], temporary, base)

@@ -46,7 +46,7 @@ class Manifest(BaseModel):
     num_samples: int = Field(ge=2, le=10_000_000)
     """|D|, the number of the owner's training samples."""
     prompt_template: str = Field(max_length=20_000)
-    """`chat` (the tokenizer's chat template) or a string that contains {input}."""
+    """`chat` (the tokenizer's chat template) or a string that contains {input} once."""
     discriminator: bool
     """Whether translora/discriminator/ is there."""
     provenance: dict[str, str | int | float] = {}
@@ -59,6 +59,8 @@ class Manifest(BaseModel):
     def _holds_input(cls, value: str) -> str:
         if value != "chat" and "{input}" not in value:
             raise ValueError(f"{value[:80]!r} is neither 'chat' nor a string that contains {{input}}")
+        if (num_inputs := value.count("{input}")) > 1:
+            raise ValueError(f"{value[:80]!r} contains {{input}} {num_inputs} times; once is what is supported")
         return value
 
     @field_validator("files")
@@ -110,7 +112,10 @@ def list_files(path: Path) -> set[str]:
     for folder, folders, files in os.walk(path):
         for entry in (Path(folder) / name for name in sorted(folders) + sorted(files)):
             if entry.is_symlink():
-                raise BundleError(f"{entry}: a symbolic link; copy the bundle with its files (`cp -rL`)")
+                raise BundleError(
+                    f"{entry}: a symbolic link, which is never followed; delete the link, or ask the owner for a "
+                    "bundle of plain files"
+                )
             if entry.suffix.lower() in PICKLES:
                 raise BundleError(f"{entry}: looks like a pickle, which is never loaded; delete it or use safetensors")
             if entry.is_dir():

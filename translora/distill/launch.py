@@ -17,6 +17,7 @@ from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
 from translora.distill.job import TrainJob
 from translora.distill.train import train_worker
 from translora.run.files import digest, remove_directory
+from translora.run.signals import interruptible_fit
 
 logger = logging.getLogger(__name__)
 OnStep = Callable[[str, dict[str, float]], None]
@@ -80,10 +81,18 @@ def train_adapters(
 
     Raises:
         ray.train.TrainingFailedError: a worker failed more than `config.max_failures` times.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; what is finished and the checkpoints are kept.
     """
     fingerprint = inspect_base(base.model).fingerprint
-    if all(job.is_done(config, fingerprint) for job in jobs):
+    missing = [job for job in jobs if not job.is_done(config, fingerprint)]
+    if not missing:
         return
+    logger.info(
+        "training on %s: %d adapters and discriminators, starting %d workers",
+        base_name,
+        len(missing),
+        config.num_workers,
+    )
     # All jobs, also those that are done: a resumed run must find the same gangs again.
     directory = run_dir / "gangs" / digest([job.name for job in jobs])
     directory.mkdir(parents=True, exist_ok=True)
@@ -111,6 +120,6 @@ def train_adapters(
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
         ),
     )
-    with Follower(jobs, on_step):
+    with Follower(jobs, on_step), interruptible_fit():
         trainer.fit()
     remove_directory(directory)

@@ -21,7 +21,7 @@ from translora.distill.checkpoint import read_checkpoints, saved_gang_size, writ
 from translora.distill.data import num_steps, pack
 from translora.distill.gang import Gang, ResidentBase
 from translora.distill.job import TrainJob
-from translora.distill.plan import JobSize, choose_gang_size, lay_out
+from translora.distill.plan import JobSize, Layout, choose_gang_size, lay_out
 from translora.engine.head import cross_entropy
 from translora.engine.loading import device
 from translora.run.files import write_json
@@ -62,17 +62,23 @@ def most_of_all_ranks(count: int, place: torch.device) -> int:
 
 
 def train_on(
-    base: zero3.ShardedBase, jobs: Sequence[TrainJob], config: TrainConfig, directory: Path, base_name: str
+    base: zero3.ShardedBase,
+    jobs: Sequence[TrainJob],
+    config: TrainConfig,
+    directory: Path,
+    base_name: str,
+    layout: Layout | None = None,
 ) -> None:
     """Train every job on a resident base; every rank calls this. A rerun with the same directory goes on.
 
     Args:
         directory: for the gangs' checkpoints and plan.json, shared by all ranks.
         base_name: written into the adapters' configs.
+        layout: which ranks train what; whole adapters per rank when unset.
     """
     rank, num_ranks, place = dist.get_rank(), dist.get_world_size(), device()
     sizes = [measure(job, base.tokenizer, config) for job in jobs]
-    layout = lay_out(sizes, num_ranks)
+    layout = layout or lay_out(sizes, num_ranks)
     gang_size = saved_gang_size(directory)
     if gang_size is None:
         memory = base.memory(config.lora.rank, recompute=config.gradient_checkpointing)

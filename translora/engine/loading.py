@@ -14,6 +14,7 @@ from translora.bundle.base import inspect_base
 from translora.config import Attention, BaseModelConfig, DType
 
 logger = logging.getLogger(__name__)
+_PROBE = "Hello, world 1 \u2603\n"
 
 
 def device() -> torch.device:
@@ -47,9 +48,24 @@ def resolve_attention(attention: Attention, dtype: torch.dtype) -> str:
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base, padding on the left, with a padding token."""
-    tokenizer = AutoTokenizer.from_pretrained(inspect_base(model).path, trust_remote_code=False)
+    """The tokenizer of a base, padding on the left, with a padding token.
+
+    A fault boundary: the tokenizers library raises bare Exceptions that name no file.
+
+    Raises:
+        ValueError: the base is not there, or its tokenizer files are incomplete or damaged; names the directory.
+    """
+    path = inspect_base(model).path
+    remedy = "save the tokenizer again with save_pretrained, or download the base again"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer(_PROBE)  # a class that does not fit the vocabulary only fails when it meets an unknown character
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: its tokenizer cannot be loaded ({reason}); {remedy}") from error
     tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ValueError(f"{path}: its tokenizer has neither a padding nor an end-of-text token; {remedy}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

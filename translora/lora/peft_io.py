@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 MAX_RANK = 1024
 PREFIX = "base_model.model."
+LORA_TENSOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(A|B)\.weight")
+MAX_PATTERNS = 16
 _UNSUPPORTED = {
     "use_dora": "DoRA",
     "modules_to_save": "fully trained modules (modules_to_save)",
@@ -27,7 +29,14 @@ _UNSUPPORTED = {
     "alora_invocation_tokens": "activated LoRA",
     "use_qalora": "QALoRA",
     "fan_in_fan_out": "transposed (Conv1D) weights",
+    "kasa_config": "KaSA",
+    "arrow_config": "Arrow routing",
+    "use_bdlora": "block-diagonal LoRA",
 }
+_PATTERN = r"(.*\.)?({})$"
+_PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+"""Values of init_lora_weights, beside true and false, with which PEFT (0.21) leaves the base's weights alone."""
+_CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -44,35 +53,70 @@ class LoraWeights:
         return max(lora_A.shape[0] for lora_A, _ in self.modules.values())
 
 
-def _pattern_value(pattern: dict[str, Any], module: str, default: float) -> float:
-    """PEFT's rank_pattern / alpha_pattern: the first key that matches the end of the module's name."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return float(value)
-    return default
+def _compiled(config: dict[str, Any], option: str) -> list[tuple[re.Pattern[str], float]]:
+    """PEFT's rank_pattern or alpha_pattern, its keys compiled once (re's own cache holds 512)."""
+    pattern = config.get(option) or {}
+    return [(re.compile(_PATTERN.format(key)), float(value)) for key, value in pattern.items()]
+
+
+def _pattern_value(patterns: list[tuple[re.Pattern[str], float]], module: str, default: float) -> float:
+    """The value of the first key that matches the end of the module's name, as in PEFT."""
+    return next((value for pattern, value in patterns if pattern.match(module)), default)
+
+
+def _check_pattern(key: str, option: str, path: Path) -> bool:
+    """Refuse a key of rank_pattern or alpha_pattern that could take for ever to match; True if it is no plain name.
+
+    Repeated groups and chains of repeats or alternatives can backtrack exponentially; module names need none.
+    """
+    if (
+        len(key) > 256
+        or re.search(r"\)[*+?{]|\(\?(?!:)", key)
+        or len(re.findall(r"[*+?{]", key)) > 2
+        or key.count("|") > 6
+    ):
+        raise ValueError(f"{path}: {option} has the key {key[:80]!r}; use plain module names as keys")
+    try:
+        re.compile(_PATTERN.format(key))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path}: {option} has the key {key!r}, no valid pattern ({error})") from error
+    return re.search(r"[*+?{(|]", key) is not None
 
 
 def _check_numbers(config: dict[str, Any], path: Path) -> None:
     """Refuse ranks and alphas that are no positive numbers, and name patterns that could take for ever to match."""
     values = {option: config.get(option) for option in ("r", "lora_alpha")}
+    num_patterns = 0
     for option in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(option) or {}
         if not isinstance(pattern, dict):
             raise ValueError(f"{path}: {option} is no object; save the adapter again with PEFT's save_pretrained")
         for key, value in pattern.items():
             values[f"{option}.{key}"] = value
-            # A repeated group can backtrack exponentially; module names need none.
-            if len(key) > 256 or re.search(r"\)[*+{]", key) or len(re.findall(r"[*+{]", key)) > 2:
-                raise ValueError(f"{path}: {option} has the key {key[:80]!r}; use plain module names as keys")
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise ValueError(f"{path}: {option} has the key {key!r}, no valid pattern ({error})") from error
+            num_patterns += _check_pattern(key, option, path)
+    if num_patterns > MAX_PATTERNS:
+        raise ValueError(
+            f"{path}: rank_pattern and alpha_pattern have {num_patterns} keys that are patterns, the limit is "
+            f"{MAX_PATTERNS}; use plain module names as keys"
+        )
     for option, value in values.items():
         integral = not option.endswith("alpha") and not option.startswith("alpha")
         kinds = (int,) if integral else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 1e9:
             raise ValueError(f"{path}: {option} is {value!r}, expected a positive number; restore the adapter's config")
+
+
+def _check_init(init: object, path: Path) -> None:
+    """Refuse an initialisation that changes the base's weights: PEFT does it again at loading, the bank does not."""
+    if not isinstance(init, str) or init.lower() in _PLAIN_INITS:
+        return
+    convert = "convert it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+    retrain = "train the adapter again with init_lora_weights: true"
+    raise ValueError(
+        f"{path}: init_lora_weights is {init[:80]!r}; initialisations that change (or may change) the base's weights "
+        "are not supported; "
+        f"{convert if init.lower().startswith(_CONVERTIBLE_INITS) else retrain}"
+    )
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -94,6 +138,7 @@ def read_config(directory: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: {option} is set: {meaning} is not supported; retrain the adapter without it")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{path}: bias is {config['bias']!r}; only bias='none' is supported")
+    _check_init(config.get("init_lora_weights"), path)
     _check_numbers(config, path)
     return config
 
@@ -119,7 +164,7 @@ def read_lora(directory: str | Path) -> LoraWeights:
         raise ValueError(f"{path}: truncated or not safetensors ({error}); copy the file again") from error
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_(A|B)\.weight", key)
+        match = LORA_TENSOR.fullmatch(key)
         if match is None:
             raise ValueError(
                 f"{path}: unexpected tensor {key!r}; only lora_A and lora_B of linear modules are supported"
@@ -129,12 +174,13 @@ def read_lora(directory: str | Path) -> LoraWeights:
         raise ValueError(f"{path}: holds no tensors; save the adapter again (ZeRO-3 needs its parameters gathered)")
     modules: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     scaling: dict[str, float] = {}
+    ranks, alphas = _compiled(config, "rank_pattern"), _compiled(config, "alpha_pattern")
     for module, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             raise ValueError(f"{path}: {module} has only lora_{next(iter(pair))}; save the adapter again")
         lora_A, lora_B = pair["A"], pair["B"]
-        rank = int(_pattern_value(config.get("rank_pattern") or {}, module, config.get("r", 0)))
-        alpha = _pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", rank))
+        rank = int(_pattern_value(ranks, module, config.get("r", 0)))
+        alpha = _pattern_value(alphas, module, config.get("lora_alpha", rank))
         if not 1 <= rank <= MAX_RANK:
             raise ValueError(f"{directory / 'adapter_config.json'}: rank {rank} of {module} is outside 1..{MAX_RANK}")
         if lora_A.ndim != 2 or lora_B.ndim != 2 or lora_A.shape[0] != rank or lora_B.shape[1] != rank:

@@ -58,12 +58,13 @@ def accepted_text(state: AdapterState) -> str:
     return f"{stats.accepted}/{stats.generated} ({percent(stats.acceptance)})" if stats.generated else MISSING
 
 
-def agreement_text(state: AdapterState) -> str:
-    """Agreement of the bare target base → of the migrated student, with the gain in points."""
+def agreement_text(state: AdapterState, with_count: bool = False) -> str:
+    """Agreement of the bare target base → of the migrated student, the gain in points, and over how many prompts."""
     if (gate := state.gate) is None:
         return MISSING
     before, after = gate.agreement_base, gate.agreement_student
-    return f"{percent(before)} → {percent(after)} ({gain(before, after)})"
+    count = f", n={gate.num_heldout}" if with_count else ""
+    return f"{percent(before)} → {percent(after)} ({gain(before, after)}{count})"
 
 
 def status_text(state: AdapterState) -> str:
@@ -101,7 +102,7 @@ def render_table(states: Sequence[AdapterState]) -> Table:
         table.add_column("accuracy, target:\nbase → migrated", no_wrap=True)
     for state in states:
         status = Text(status_text(state), STATUS_STYLES[state.status])
-        cells = [str(state.num_samples or MISSING), accepted_text(state), agreement_text(state)]
+        cells = [str(state.num_samples or MISSING), accepted_text(state), agreement_text(state, with_count=True)]
         if with_accuracy:
             cells += accuracy_texts(state)
         table.add_row(Text(state.name), status, *map(Text, cells))
@@ -130,8 +131,8 @@ def to_markdown(states: Sequence[AdapterState]) -> str:
     for state in states:
         shares = [getattr(state.accuracy, field) if state.accuracy else None for field in ACCURACY_FIELDS]
         samples = str(state.num_samples or MISSING)
-        rows.append([state.name, status_text(state), samples, accepted_text(state), agreement_text(state)])
-        rows[-1] += [percent(share) for share in shares]
+        rows.append([state.name, status_text(state), samples, accepted_text(state)])
+        rows[-1] += [agreement_text(state, with_count=True), *map(percent, shares)]
     if not any(state.accuracy for state in states):
         headers, rows = headers[:_ACCURACY_COLUMN], [row[:_ACCURACY_COLUMN] for row in rows]
     rule = ["---" if column < _TEXT_COLUMNS else "---:" for column in range(len(headers))]

@@ -13,6 +13,7 @@ from typing import Any
 
 from translora.config import ResourceConfig
 from translora.run.log import quiet_environment
+from translora.run.signals import unwind_on_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +42,13 @@ def start_ray(*, address: str | None = None, on_gpu: bool = False, verbose: bool
     arguments = ray_arguments(address=found, on_gpu=on_gpu, verbose=verbose)
     if verbose or _CORE_LOG_LEVEL in os.environ:
         ray.init(**arguments)
-        return
-    # putenv reaches the C++ core of this process, but not os.environ, from which Ray starts its daemons: those keep
-    # reporting, a worker killed for want of memory among other things.
-    os.putenv(_CORE_LOG_LEVEL, "fatal")
-    with _without_notice():
-        ray.init(**arguments)
+    else:
+        # putenv reaches the C++ core of this process, but not os.environ, from which Ray starts its daemons: those
+        # keep reporting, a worker killed for want of memory among other things.
+        os.putenv(_CORE_LOG_LEVEL, "fatal")
+        with _without_notice():
+            ray.init(**arguments)
+    unwind_on_sigterm()
 
 
 def check_resources(resources: ResourceConfig, num_workers: int) -> None:
@@ -58,16 +60,13 @@ def check_resources(resources: ResourceConfig, num_workers: int) -> None:
     import ray
 
     has = ray.cluster_resources()
-    on_gpu = resources.gpus_per_actor > 0
-    kind = "GPU" if on_gpu else "CPU"
-    per_actor = resources.gpus_per_actor if on_gpu else resources.cpus_per_actor
-    wanted = {
-        "resources.num_actors x resources." + ("gpus_per_actor" if on_gpu else "cpus_per_actor"): (
-            resources.num_actors * per_actor
-        ),
-        "num_workers (of distill or train)": num_workers,
-    }
-    for setting, amount in wanted.items():
+    actors = "resources.num_actors x resources."
+    wanted = (
+        (f"{actors}gpus_per_actor", "GPU", resources.num_actors * resources.gpus_per_actor),
+        (f"{actors}cpus_per_actor", "CPU", resources.num_actors * resources.cpus_per_actor),
+        ("num_workers (of distill or train)", "GPU" if resources.gpus_per_actor > 0 else "CPU", num_workers),
+    )
+    for setting, kind, amount in wanted:
         if amount > has.get(kind, 0):
             message = f"{setting} asks for {amount:g} {kind}s, Ray has {has.get(kind, 0):g}; lower it or add nodes"
             if len(ray.nodes()) == 1 and resources.ray_address is None:

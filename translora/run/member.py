@@ -11,14 +11,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from translora.bundle import BaseInfo, Bundle
+from translora.bundle import BaseInfo, Bundle, BundleError, read_bundle, verify_bundle
 from translora.config import AdapterEntry, FleetConfig
 from translora.run.files import remove_directory, sha256_path, write_json
 from translora.run.state import AdapterState, Phase, load_state, save_state, state_path
 from translora.run.tracker import Tracker
 
 logger = logging.getLogger(__name__)
-SYNTHETIC, STUDENT, DISCRIMINATOR = "synthetic.parquet", "student", "discriminator"
+SYNTHETIC, STUDENT, DISCRIMINATOR, BUNDLES = "synthetic.parquet", "student", "discriminator", "bundles"
 PHASES: tuple[Phase, ...] = ("verify", "synthesis", "distill", "gate", "done")
 
 
@@ -74,7 +74,8 @@ class Run:
     def advance(self, member: Member, phase: Phase, *artifacts: Path) -> None:
         """Record the hashes of what a phase wrote (paths below the run directory) and go on to the next one."""
         for path in artifacts:
-            member.state.artifacts[path.relative_to(self.config.run_dir).as_posix()] = sha256_path(path)
+            relative = path.relative_to(self.config.run_dir).as_posix()
+            member.state.artifacts[relative] = artifact_digest(self.config.run_dir, relative, self.target)
         member.state.phase = phase
         self.save(member.state)
 
@@ -134,7 +135,23 @@ def expand_entries(entries: list[AdapterEntry]) -> dict[str, AdapterEntry]:
     return found
 
 
-def continue_state(run_dir: Path, fresh: AdapterState) -> AdapterState:
+def artifact_digest(run_dir: Path, relative: str, target: BaseInfo) -> str:
+    """What a rerun compares: a path's hash, or the digest of a bundle, to which its readers may add a model card.
+
+    Empty for a file that is missing and for a bundle that is missing or damaged.
+    """
+    path = run_dir / relative
+    if not relative.startswith(f"{BUNDLES}/"):
+        return sha256_path(path) if path.exists() else ""
+    try:
+        bundle = read_bundle(path)
+        verify_bundle(bundle, target)
+    except BundleError:
+        return ""
+    return bundle.digest
+
+
+def continue_state(run_dir: Path, fresh: AdapterState, target: BaseInfo) -> AdapterState:
     """The state an earlier run left, as far as its files still are what it recorded; else `fresh`.
 
     A changed bundle starts from the beginning. A missing or changed file sends the adapter back to the phase that
@@ -148,21 +165,20 @@ def continue_state(run_dir: Path, fresh: AdapterState) -> AdapterState:
     if (state.bundle_digest, state.num_samples) != (fresh.bundle_digest, fresh.num_samples):
         logger.info("%s: the bundle or its size changed: migrated anew", fresh.name)
         remove_directory(directory)
-        remove_directory(run_dir / "bundles" / fresh.name)
+        remove_directory(run_dir / BUNDLES / fresh.name)
         return fresh
     state.bundle = fresh.bundle
     made_by: dict[str, Phase] = {
         f"adapters/{fresh.name}/{SYNTHETIC}": "synthesis",
         f"adapters/{fresh.name}/{STUDENT}": "distill",
         f"adapters/{fresh.name}/{DISCRIMINATOR}": "distill",
-        f"bundles/{fresh.name}": "gate",
+        f"{BUNDLES}/{fresh.name}": "gate",
     }
     for relative, phase in made_by.items():
         recorded = state.artifacts.get(relative)
-        path = run_dir / relative
-        if recorded is None or (path.exists() and sha256_path(path) == recorded):
+        if recorded is None or artifact_digest(run_dir, relative, target) == recorded:
             continue
-        logger.warning("%s: %s is missing or changed: made anew", fresh.name, path)
+        logger.warning("%s: %s is missing or changed: made anew", fresh.name, run_dir / relative)
         for later in [other for other, maker in made_by.items() if PHASES.index(maker) >= PHASES.index(phase)]:
             state.artifacts.pop(later, None)
             if later.endswith(SYNTHETIC):
@@ -178,7 +194,7 @@ def continue_state(run_dir: Path, fresh: AdapterState) -> AdapterState:
     if state.status == "quarantined":
         state.status, state.reason = "pending", ""
         if state.phase == "done":  # its bundle was broken for a while, after it had been migrated
-            passed = f"bundles/{fresh.name}" in state.artifacts
+            passed = f"{BUNDLES}/{fresh.name}" in state.artifacts
             state.status = "migrated" if passed else "failed_gate"
             state.reason = "" if passed or state.gate is None else state.gate.reason
     return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -13,8 +14,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from translora.run.files import remove_temporaries, write_json
+from translora.run.files import TEMPORARY_PREFIX, remove_temporaries, write_json
 
+LOCK, CONFIG = "lock", "config.json"
 PACKAGES = ("translora", "torch", "transformers", "peft", "deepspeed", "ray", "datasets", "wandb", "safetensors")
 MAY_CHANGE = {"adapters", "tasks", "resources", "tracking", "run_dir", "output_dir"}
 EXECUTION_ONLY = {
@@ -28,16 +30,47 @@ EXECUTION_ONLY = {
 """What a rerun may change, sections and settings: they do not change the result of an adapter, but for rounding."""
 
 
+WORK = ("rounds", "negatives", "tasks", "gangs", "bundles")
+"""Directories of a run that hold results; so do those of its adapters, beside their states."""
+
+
 @contextlib.contextmanager
 def open_run(run_dir: Path, config: BaseModel) -> Iterator[None]:
     """Create or continue a run directory; holds its lock until the block ends.
 
     Raises:
-        ValueError: another process works on it, it cannot be written, or it was made with other settings.
+        ValueError: another process works on it, it cannot be written, it is no run directory, or what it holds was
+            made with other settings.
     """
+    with _locked(run_dir):
+        resolved = json.loads(config.model_dump_json())
+        path = run_dir / CONFIG
+        if path.is_file() and _holds_work(run_dir):
+            _check_same(path, resolved)
+        remove_temporaries(run_dir)
+        write_json(path, resolved)
+        write_json(run_dir / "versions.json", versions())
+        yield
+
+
+def check_free(run_dir: Path) -> None:
+    """Refuse at once what `open_run` would refuse after the libraries are loaded and Ray has started.
+
+    Raises:
+        ValueError: another process works on the run, it cannot be written, or it is no run directory.
+    """
+    if run_dir.is_dir():
+        with _locked(run_dir):
+            pass
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Create the run directory if need be, and hold its lock."""
     try:
+        _check_ours(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / "lock", "w")  # noqa: SIM115 (held for the whole run)
+        lock = open(run_dir / LOCK, "a")  # noqa: SIM115 (held for the whole run)
     except OSError as error:
         raise ValueError(
             f"{run_dir}: cannot be used as run_dir ({error}); give a directory that you can write"
@@ -46,17 +79,44 @@ def open_run(run_dir: Path, config: BaseModel) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                raise ValueError(
+                    f"{run_dir}: another process works on this run; wait for it, or give another run_dir"
+                ) from error
             raise ValueError(
-                f"{run_dir}: another process works on this run; wait for it, or give another run_dir"
+                f"{run_dir}: its file system does not lock ({error}); give a run_dir on one that does"
             ) from error
-        resolved = json.loads(config.model_dump_json())
-        path = run_dir / "config.json"
-        if path.is_file():
-            _check_same(path, resolved)
-        remove_temporaries(run_dir)
-        write_json(path, resolved)
-        write_json(run_dir / "versions.json", versions())
         yield
+
+
+def _check_ours(run_dir: Path) -> None:
+    """Refuse a directory that holds other files than a run's: a rerun removes what it takes for leftovers.
+
+    Raises:
+        ValueError: names the directory.
+    """
+    if not run_dir.is_dir():
+        return
+    names = {path.name for path in run_dir.iterdir()}
+    # A run that was killed at its very start leaves its lock and perhaps half a config.
+    begun = {name for name in names if name == LOCK or name.startswith(f"{TEMPORARY_PREFIX}{CONFIG}-")}
+    if names == begun or (CONFIG in names and "run_dir" in _read_config(run_dir / CONFIG)):
+        return
+    raise ValueError(f"{run_dir}: is not empty and no run directory; give another run_dir")
+
+
+def _holds_work(run_dir: Path) -> bool:
+    """Whether something was made here that depends on the settings; a state alone is not."""
+    made = any((run_dir / name).exists() for name in WORK)
+    return made or any(path.name != "state.json" for path in run_dir.glob("adapters/*/*"))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not readable ({error}); remove the run directory or give another run_dir") from error
+    return config if isinstance(config, dict) else {}
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -69,11 +129,7 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _check_same(path: Path, resolved: dict[str, Any]) -> None:
-    try:
-        before = _flatten(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not readable ({error}); remove the run directory or give another run_dir") from error
-    now = _flatten(resolved)
+    before, now = _flatten(_read_config(path)), _flatten(resolved)
     changed = [
         f"{key} {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

@@ -5,10 +5,11 @@ One JSON file per adapter, `RUN/adapters/NAME/state.json`, replaced atomically b
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from translora.run.files import write_json
 
@@ -95,17 +96,46 @@ def save_state(run_dir: Path, state: AdapterState) -> None:
 
 
 def load_state(run_dir: Path, name: str) -> AdapterState:
-    """Read one adapter's state."""
-    return AdapterState.model_validate_json(state_path(run_dir, name).read_text(encoding="utf-8"))
+    """Read one adapter's state.
+
+    Raises:
+        ValueError: the file is truncated, damaged or of another version; names it and the remedy.
+    """
+    path = state_path(run_dir, name)
+    try:
+        return AdapterState.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        fault = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            fault = ": ".join([*(str(part) for part in first["loc"][:1]), first["msg"]])
+        raise ValueError(
+            f"{path}: truncated, damaged or of another version of translora ({fault}); "
+            "delete it: the adapter is migrated anew"
+        ) from error
 
 
 def load_states(run_dir: Path) -> list[AdapterState]:
     """Every adapter state of a run, by name.
 
     Raises:
-        ValueError: `run_dir` is not a run directory.
+        ValueError: `run_dir` is not the run directory of a fleet, or a state cannot be read.
     """
-    if not (run_dir / "config.json").is_file():
+    path = run_dir / "config.json"
+    if not path.is_file():
         raise ValueError(f"{run_dir}: not a run directory (no config.json); give the `run_dir` of a fleet file")
-    paths = sorted((run_dir / "adapters").glob("*/state.json"))
-    return [AdapterState.model_validate_json(path.read_text(encoding="utf-8")) for path in paths]
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); give the `run_dir` of a fleet file") from error
+    if isinstance(config, dict) and "tasks" in config:
+        raise ValueError(
+            f"{run_dir}: the run of a `translora prepare`, which has no states; "
+            f"its bundles are written to {config.get('output_dir')}"
+        )
+    return [load_state(run_dir, name) for name in state_names(run_dir)]
+
+
+def state_names(run_dir: Path) -> list[str]:
+    """Names of the adapters that have a state in this run, sorted."""
+    return sorted(path.parent.name for path in (run_dir / "adapters").glob("*/state.json"))

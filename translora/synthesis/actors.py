@@ -59,6 +59,21 @@ def cut_blocks(rows: Sequence[Row], batch_size: int, order: Callable[[Row], Any]
     return [list(ordered[start : start + batch_size]) for start in range(0, len(ordered), batch_size)]
 
 
+def read_block(path: Path, num_rows: int) -> list[Row] | None:
+    """Rows of a finished block; None where it is missing, or damaged, which is warned of."""
+    if not path.is_file():
+        return None
+    try:
+        rows: list[Row] = pq.read_table(path).to_pylist()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        logger.warning("%s: cannot be read (%s): computed again", path, error)
+        return None
+    if len(rows) != num_rows:
+        logger.warning("%s: has %d rows, not %d: computed again", path, len(rows), num_rows)
+        return None
+    return rows
+
+
 def run_blocks(
     blocks: Sequence[list[Row]],
     function: BlockFunction,
@@ -72,7 +87,7 @@ def run_blocks(
 ) -> list[Row]:
     """Compute every block on actors that hold `base` and `adapters`, and return all rows in block order.
 
-    Blocks whose file already lies in `directory` are read, not computed.
+    Blocks whose file already lies in `directory` are read, not computed; a file that cannot be read is made anew.
 
     Args:
         blocks: rows in batches; a block is one forward batch.
@@ -86,7 +101,8 @@ def run_blocks(
     """
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{index:06d}.parquet" for index in range(len(blocks))]
-    missing = [index for index, path in enumerate(paths) if not path.is_file()]
+    kept = [read_block(path, len(block)) for path, block in zip(paths, blocks, strict=True)]
+    missing = [index for index, rows in enumerate(kept) if rows is None]
     finished = len(blocks) - len(missing)
     if missing:
         # Ray Data would warn again and again that an actor holds much memory: it holds a base, and is meant to.
@@ -115,4 +131,6 @@ def run_blocks(
             finished += 1
             if on_block is not None:
                 on_block(finished, len(blocks))
-    return [row for path in paths for row in pq.read_table(path).to_pylist()]
+    # Computed rows are read back too: Parquet may spell a value differently, and a rerun must see the same.
+    whole = (pq.read_table(path).to_pylist() if rows is None else rows for path, rows in zip(paths, kept, strict=True))
+    return [row for rows in whole for row in rows]

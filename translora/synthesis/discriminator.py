@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 
 from translora.synthesis.prompts import discriminator_question, normalise
+
+logger = logging.getLogger(__name__)
 
 
 def shuffled_words(text: str, rng: random.Random) -> str:
@@ -18,10 +21,11 @@ def shuffled_words(text: str, rng: random.Random) -> str:
 def discriminator_rows(
     positives: Sequence[str], negatives: Sequence[str], task_name: str, max_samples: int, seed: int
 ) -> list[dict[str, str]]:
-    """Balanced rows of `input` (the question t(x)) and `answer` (yes or no).
+    """Rows of `input` (the question t(x)) and `answer` (yes or no), as many of either answer where that can be had.
 
     Where there are fewer negatives than positives, positives with shuffled words make up for them: the screen of
-    a good generator refuses little, and a discriminator needs both answers.
+    a good generator refuses little, and a discriminator needs both answers. Inputs of one word cannot be shuffled:
+    fewer negatives than half the positives are warned of.
 
     Args:
         positives: inputs of the task.
@@ -39,6 +43,16 @@ def discriminator_rows(
         shuffled = shuffled_words(text, rng)
         if normalise(shuffled) not in present:
             no.append(shuffled)
+    if 2 * len(no) < len(yes):
+        effect = "accepts every input" if not no else "accepts nearly every input"
+        logger.warning(
+            "%s: %d inputs, but only %d negatives for its discriminator, which then %s; longer inputs or a higher "
+            "synthesis.sampling.temperature give more",
+            task_name,
+            len(yes),
+            len(no),
+            effect,
+        )
     rows = [(text, "yes") for text in yes] + [(text, "no") for text in no]
     rng.shuffle(rows)
     return [{"input": discriminator_question(text, task_name), "answer": answer} for text, answer in rows]

@@ -14,11 +14,16 @@ LINE_END = r"(?<=\S)[^\S\n]*\n"
 DISCRIMINATOR_QUESTION = "{input}\n Is the above question from {name} dataset?"
 
 
-def generation_prompt(seeds: Sequence[str], seed: int) -> str:
-    """`Here are 10 examples:` with the seed inputs, in an order drawn from `seed`, and the next number left open."""
-    shuffled = list(seeds)
-    random.Random(seed).shuffle(shuffled)
-    lines = [f"{number}. {text}" for number, text in enumerate(shuffled, 1)]
+def generation_prompt(seeds: Sequence[str], ordering: int, seed: int) -> str:
+    """`Here are 10 examples:` with the seed inputs, and the next number left open.
+
+    What is invented resembles the last example most: the seeds take turns there, the others' order is drawn from
+    `seed`.
+    """
+    last = ordering % len(seeds)
+    others = [text for index, text in enumerate(seeds) if index != last]
+    random.Random(seed).shuffle(others)
+    lines = [f"{number}. {text}" for number, text in enumerate([*others, seeds[last]], 1)]
     return "Here are 10 examples:\n" + "\n".join(lines) + f"\n{len(seeds) + 1}."
 
 
@@ -29,10 +34,11 @@ def generation_row(
 
     The seeds come in one of `num_orderings` orders, so that rows of the same order share the computing of their prompt.
     """
+    ordering = sample_id % num_orderings
     return {
         "adapter": name,
         "sample_id": sample_id,
-        "prompt": generation_prompt(seeds, derive_seed(root_seed, name, "ordering", sample_id % num_orderings)),
+        "prompt": generation_prompt(seeds, ordering, derive_seed(root_seed, name, "ordering", ordering)),
         "stop": generation_stop(seeds),
         "seed": derive_seed(root_seed, name, sample_id),
     }

@@ -1,20 +1,23 @@
 """Rounds of generate, screen and label, until every adapter of the fleet has its synthetic set.
 
 Every decision (how many to generate, which to drop) is a function of the bundles, the config and the seeds, so
-that a killed run replays the finished blocks from disk and goes on as if nothing had happened.
+that a killed run replays the finished blocks from disk and goes on as if nothing had happened. What came out is kept
+as well: an adapter that was left short has other neighbours, hence other blocks, when it is tried again.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from translora.bundle.bundle import Bundle
 from translora.config import BaseModelConfig, ResourceConfig, SynthesisConfig
-from translora.run.files import digest
+from translora.run.files import digest, write_bytes
 from translora.run.progress import Progress
 from translora.run.state import SynthesisStats
 from translora.synthesis.actors import Row, cut_blocks, run_blocks
@@ -116,6 +119,54 @@ def admit(labelled: Sequence[Row], pools: Mapping[str, Pool]) -> None:
         pool.stats.accepted = len(pool.accepted)
 
 
+def read_outcomes(directory: Path) -> dict[str, Any]:
+    """Outcomes of finished syntheses of this run by the key of their pool."""
+    found: dict[str, Any] = {}
+    for path in sorted(directory.glob("outcome-*.json")):
+        try:
+            found |= json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError) as error:
+            logger.warning("%s: cannot be read (%s): its adapters are computed again", path, error)
+    return found
+
+
+def write_outcomes(directory: Path, pools: Mapping[str, Pool]) -> None:
+    """Keep what came out, pools by key; all in one file, so that a killed run finds all of its neighbours or none."""
+    outcomes = {
+        key: {"stats": pool.stats.model_dump(), "accepted": pool.accepted, "refused": pool.refused}
+        for key, pool in pools.items()
+    }
+    write_bytes(directory / f"outcome-{digest(sorted(pools))}.json", json.dumps(outcomes).encode())
+
+
+def restore(pool: Pool, outcome: Mapping[str, Any] | None) -> bool:
+    """Fill a pool with the outcome of an earlier synthesis, if there is one."""
+    if outcome is None:
+        return False
+    pool.stats = SynthesisStats.model_validate(outcome["stats"])
+    pool.accepted, pool.refused = outcome["accepted"], outcome["refused"]
+    logger.info("%s: synthesis was finished by an earlier run: taken from there", pool.name)
+    return True
+
+
+def close(pool: Pool) -> None:
+    """Cut a pool to what was asked for, or say why it is short."""
+    stats = pool.stats
+    if len(pool.accepted) < pool.needed:
+        stats.shortfall = (
+            f"{stats.accepted} of {pool.needed} samples after {stats.rounds} rounds and {stats.generated} "
+            f"generated (acceptance {stats.acceptance:.0%}, dropped {stats.dropped})"
+        )
+    pool.accepted = pool.accepted[: pool.needed]
+
+
+def bank_adapters(pools: Sequence[Pool]) -> dict[str, str]:
+    """Directories of teachers and discriminators by slot name."""
+    slots = {f"teacher/{pool.name}": str(pool.bundle.path) for pool in pools}
+    judges = {pool.name: pool.bundle.discriminator_dir for pool in pools if pool.bundle.discriminator_dir}
+    return slots | {f"discriminator/{name}": str(directory) for name, directory in judges.items()}
+
+
 def synthesise(
     pools: Sequence[Pool],
     *,
@@ -130,19 +181,22 @@ def synthesise(
 ) -> None:
     """Fill the pools, in rounds over all of them at once: the generator is loaded once a round, then the source base.
 
-    A pool is left short when its budget or `config.max_rounds` is spent; `pool.stats.shortfall` says so.
+    A pool is left short when its budget or `config.max_rounds` is spent; `pool.stats.shortfall` says so. A pool that
+    an earlier synthesis of this run filled, or left short, is not computed again.
 
     Args:
         fingerprints: of the generator and of the source base; blocks computed on other weights are not reused.
         on_round: called after each round, with the pools' statistics up to date.
     """
+    decided_by = (config.model_dump(), generator.model_dump(), source.model_dump(), fingerprints, seed)
+    known = read_outcomes(run_dir / "rounds")
+    keyed = {digest(pool.name, pool.bundle.digest, pool.needed, pool.budget, *decided_by): pool for pool in pools}
+    keyed = {key: pool for key, pool in keyed.items() if not restore(pool, known.get(key))}
+    if not keyed:
+        return
+    pools = list(keyed.values())
     by_name = {pool.name: pool for pool in pools}
-    adapters = {f"teacher/{pool.name}": str(pool.bundle.path) for pool in pools}
-    adapters |= {
-        f"discriminator/{pool.name}": str(pool.bundle.discriminator_dir)
-        for pool in pools
-        if pool.bundle.discriminator_dir
-    }
+    adapters = bank_adapters(pools)
     bundle_digests = {pool.name: pool.bundle.digest for pool in pools}
     for number in range(config.max_rounds):
         rows = plan_round(pools, config, seed)
@@ -180,10 +234,5 @@ def synthesise(
         admit(labelled, by_name)
         on_round()
     for pool in pools:
-        if len(pool.accepted) < pool.needed:
-            stats = pool.stats
-            pool.stats.shortfall = (
-                f"{stats.accepted} of {pool.needed} samples after {stats.rounds} rounds and {stats.generated} "
-                f"generated (acceptance {stats.acceptance:.0%}, dropped {stats.dropped})"
-            )
-        pool.accepted = pool.accepted[: pool.needed]
+        close(pool)
+    write_outcomes(run_dir / "rounds", keyed)

@@ -1,0 +1,182 @@
+"""The owner's side without its training: what is refused at once, kept, made anew and warned of."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import make_adapter, make_base
+from translora import prepare as module
+from translora.bundle import inspect_base, read_bundle, verify_bundle
+from translora.config import PrepareConfig
+from translora.prepare import prepare, read_task, train_jobs
+
+INPUTS = [f"send the {word} box to me" for word in "abcdefgh"]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, and an adapter of it that stands for every training's outcome."""
+    root = tmp_path_factory.mktemp("parts")
+    make_adapter(root / "adapter", make_base(root / "old-base"))
+    return root
+
+
+class Owner:
+    """Prepares one task; the training is replaced by a copy of an adapter, and counted."""
+
+    def __init__(self, root: Path, parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root, self.parts, self.trainings = root, parts, 0
+        self.write_rows("boxes.jsonl", INPUTS)
+        monkeypatch.setattr(module, "invent_negatives", lambda config, tasks, base: {"boxes": []})
+        monkeypatch.setattr(module, "train", self.train)
+
+    def train(self, config: PrepareConfig, tasks: list[Any], *rest: object) -> None:
+        self.trainings += 1
+        for task in tasks:
+            for kind in ("adapter", "discriminator"):
+                target = config.run_dir / "adapters" / task.entry.name / kind
+                shutil.copytree(self.parts / "adapter", target, dirs_exist_ok=True)
+
+    def write_rows(self, name: str, inputs: list[str]) -> str:
+        rows = [{"input": text, "target": text.split()[-1]} for text in inputs]
+        (self.root / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(self.root / name)
+
+    def config(self, run: str = "one", task: dict[str, Any] | None = None, **settings: Any) -> PrepareConfig:
+        entry = {"name": "boxes", "data": str(self.root / "boxes.jsonl")} | (task or {})
+        places = {"output_dir": self.bundle.parent, "run_dir": self.root / run}
+        source = {"model": str(self.parts / "old-base")}
+        return PrepareConfig.model_validate({**places, "source": source, "tasks": [entry], **settings})
+
+    @property
+    def bundle(self) -> Path:
+        return self.root / "bundles" / "boxes"
+
+
+@pytest.fixture
+def owner(tmp_path: Path, parts: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Owner:
+    caplog.set_level(logging.INFO, logger="translora")
+    return Owner(tmp_path, parts, monkeypatch)
+
+
+def test_a_sound_bundle_of_the_same_data_and_settings_is_kept(owner: Owner, caplog: pytest.LogCaptureFixture) -> None:
+    (first,) = prepare(owner.config())
+    caplog.clear()
+    execution = {"micro_batch_size": 2, "num_workers": 1, "ds_config": "/elsewhere/zero3.json"}
+    settings = {"train": execution, "resources": {"num_actors": 3}}
+    assert prepare(owner.config("two", **settings)) == [first], "how it is executed does not matter"
+    assert owner.trainings == 1 and not caplog.records
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train": {"epochs": 1}},
+        {"train": {"lora": {"rank": 16}}},
+        {"num_seeds": 7},
+        {"seed": 1},
+        {"discriminator": {"epochs": 3}},
+        {"synthesis": {"sampling": {"temperature": 0.5}}},
+        {"prompt_template": "Q: {input}\nA:"},
+    ],
+    ids=str,
+)
+def test_other_settings_make_the_bundle_anew_and_say_so(
+    owner: Owner, caplog: pytest.LogCaptureFixture, settings: dict[str, Any]
+) -> None:
+    (first,) = prepare(owner.config())
+    (second,) = prepare(owner.config("two", **settings))
+    assert owner.trainings == 2 and second.digest != first.digest
+    assert caplog.text.count("was made with other settings: made anew") == 1
+    assert prepare(owner.config("three", **settings)) == [second] and owner.trainings == 2
+
+
+def test_other_data_or_an_adapter_of_the_owner_makes_the_bundle_anew(
+    owner: Owner, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {"adapter": str(owner.parts / "adapter")}
+    for task in ({}, given, {}):
+        prepare(owner.config(task=task))
+    assert owner.trainings == 3 and caplog.text.count("was made with other data: made anew") == 2
+    owner.write_rows("boxes.jsonl", INPUTS[1:])
+    assert prepare(owner.config())[0].manifest.num_samples == len(INPUTS) - 1
+    assert owner.trainings == 4
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "translora/seeds.jsonl"])
+def test_a_damaged_bundle_is_made_anew(owner: Owner, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    (first,) = prepare(owner.config())
+    damaged = bytearray((owner.bundle / name).read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (owner.bundle / name).write_bytes(damaged)
+    (second,) = prepare(owner.config())
+    assert owner.trainings == 2 and second == first
+    assert f"boxes: made anew: {owner.bundle / name}: changed or damaged" in caplog.text
+    verify_bundle(second, inspect_base(str(owner.parts / "old-base")))
+
+
+def test_a_bundle_that_does_not_tell_its_settings_is_kept(owner: Owner, caplog: pytest.LogCaptureFixture) -> None:
+    prepare(owner.config())
+    path = owner.bundle / "translora" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["provenance"]["recipe"]
+    path.write_text(json.dumps(manifest))
+    prepare(owner.config("two", train={"epochs": 1}))
+    assert f"{owner.bundle} does not tell its settings: kept" in caplog.text
+    assert owner.trainings == 1 and "recipe" not in read_bundle(owner.bundle).manifest.provenance
+
+
+def test_rows_that_leave_with_a_bundle_are_warned_of(owner: Owner, caplog: pytest.LogCaptureFixture) -> None:
+    (bundle,) = prepare(owner.config())
+    assert set(bundle.seeds) < set(INPUTS)
+    data = owner.root / "boxes.jsonl"
+    assert f"boxes: translora/seeds.jsonl of the bundle will hold 5 inputs of {data} word for word" in caplog.text
+    assert "set `seeds` to ship cleaned ones" in caplog.text
+    caplog.clear()
+    cleaned = owner.write_rows("cleaned.jsonl", ["send the * box to me", "send * to me"])
+    assert prepare(owner.config(task={"seeds": cleaned}))[0].seeds == ["send the * box to me", "send * to me"]
+    assert "word for word" not in caplog.text
+
+
+@pytest.mark.parametrize("twice", [1, 2])
+def test_too_few_seeds_are_refused_at_once(owner: Owner, twice: int) -> None:
+    config = owner.config(task={"seeds": owner.write_rows("cleaned.jsonl", ["send a box"] * twice)})
+    with pytest.raises(ValueError, match=r"cleaned.jsonl: 1 different seed\(s\); give 2 or more"):
+        prepare(config)
+    assert not config.run_dir.exists()
+
+
+def test_too_few_rows_are_refused_with_the_remedy(owner: Owner) -> None:
+    owner.write_rows("boxes.jsonl", INPUTS[:3])
+    with pytest.raises(ValueError, match="3 different inputs, but num_seeds is 5; lower num_seeds or give `seeds`"):
+        prepare(owner.config())
+    owner.write_rows("boxes.jsonl", INPUTS[:1])
+    seeds = owner.write_rows("cleaned.jsonl", INPUTS[:2])
+    with pytest.raises(ValueError, match=r"boxes\.jsonl: 1 row; give 2 or more"):
+        prepare(owner.config(task={"seeds": seeds}))
+    assert owner.trainings == 0
+
+
+def test_what_is_no_bundle_is_not_replaced_and_found_at_once(owner: Owner) -> None:
+    owner.bundle.mkdir(parents=True)
+    read_task(owner.config(), owner.config().tasks[0])
+    (owner.bundle / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="boxes: exists and is not a bundle, so it is not replaced; move it away"):
+        prepare(owner.config())
+    assert owner.trainings == 0 and (owner.bundle / "notes.txt").read_text() == "mine"
+
+
+def test_a_discriminator_without_negatives_is_refused(owner: Owner) -> None:
+    owner.write_rows("boxes.jsonl", ["red", "blue", "green", "black", "white"])
+    config = owner.config()
+    task = read_task(config, config.tasks[0])
+    with pytest.raises(ValueError, match=r"boxes: no negatives for its discriminator.*give longer inputs in .*boxes"):
+        train_jobs(config, task, [], "chat")
+    jobs = train_jobs(config, task, ["a", "b", "c", "d", "e"], "chat")
+    assert [job.name for job in jobs] == ["boxes/adapter", "boxes/discriminator"]
