@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.bad_inputs.workshop import make_untied
 from tests.tiny import Family, make_base
 from translora.bundle import inspect_base
 from translora.bundle.adapter import same_name
+from translora.bundle.base import linear_modules, output_head
 from translora.bundle.reading import read_header
 
 
@@ -36,6 +38,28 @@ def test_info_agrees_with_the_loaded_model(base: Path) -> None:
     assert info.name == "old-base"
     assert info.path == base
     assert info.config["model_type"] == "llama"
+
+
+def test_linear_modules_are_the_loaded_models_without_its_head(base: Path, tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    for path in (base, make_untied(tmp_path / "untied", base), make_base(tmp_path / "gemma", "gemma3")):
+        model = AutoModelForCausalLM.from_pretrained(path)
+        expected = {
+            name: (module.out_features, module.in_features)
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and name != "lm_head"
+        }
+        info = inspect_base(str(path))
+        assert linear_modules(info) == expected
+        assert output_head(info) == "lm_head"
+        assert "model.embed_tokens.weight" in info.shapes and "model.embed_tokens" not in expected
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_linear_modules_are_built_once(base: Path) -> None:
+    linear_modules(inspect_base(str(base))).clear()
+    with patch.object(AutoModelForCausalLM, "from_config", side_effect=AssertionError("built again")):
+        assert len(linear_modules(inspect_base(str(base)))) == 14
 
 
 def test_fingerprint_ignores_sharding_and_config(base: Path, tmp_path: Path) -> None:

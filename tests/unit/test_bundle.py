@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.bad_inputs.workshop import change_json, change_tensors
 from tests.tiny import SEEDS, make_adapter, make_base, make_bundle
 from translora.bundle import BaseInfo, Bundle, BundleError, inspect_base, read_bundle, verify_bundle, write_bundle
+from translora.bundle.adapter import check_adapter, check_recorded_base
 from translora.lora.peft_io import read_lora
 from translora.run.files import sha256_file
 
@@ -129,6 +132,45 @@ def test_failed_write_leaves_the_old_bundle(adapter: Path, base: BaseInfo, tmp_p
         write(adapter, adapter, base)
     assert read_bundle(tmp_path / "orders") == before
     assert [path.name for path in tmp_path.iterdir()] == ["orders"]
+
+
+def test_what_a_killed_write_left_is_removed(adapter: Path, base: BaseInfo, tmp_path: Path) -> None:
+    others = (".tmp-orders-a-0123abcd", ".tmp-orders-0123abcg", ".tmp-other-0123abcd", "orders-0123abcd")
+    for name in (".tmp-orders-0123abcd", ".tmp-orders-ffff0000", *others):
+        (tmp_path / name / "translora").mkdir(parents=True)
+    write(tmp_path / "orders", adapter, base)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted((*others, "orders"))
+
+
+def test_names_are_compared_with_the_base_before_patterns_meet_them(
+    adapter: Path, base: BaseInfo, tmp_path: Path
+) -> None:
+    foreign = tmp_path / "adapter"
+    shutil.copytree(adapter, foreign)
+    name = f"base_model.model.{'a.' * 1000}q_proj"
+    change_tensors(
+        foreign / "adapter_model.safetensors",
+        lambda tensors: tensors.update(
+            {f"{name}.lora_A.weight": torch.zeros(4, 32), f"{name}.lora_B.weight": torch.zeros(32, 4)}
+        ),
+    )
+    with (
+        patch("translora.lora.peft_io.read_lora", side_effect=AssertionError("patterns were matched")),
+        pytest.raises(ValueError, match="which 'old-base' does not have"),
+    ):
+        check_adapter(foreign, base)
+
+
+def test_another_name_of_one_model_has_a_remedy(adapter: Path, base: BaseInfo, tmp_path: Path) -> None:
+    named = tmp_path / "adapter"
+    shutil.copytree(adapter, named)
+    change_json(named / "adapter_config.json", base_model_name_or_path="Org/Source-1B")
+    with pytest.raises(BundleError, match="or, if both are one model, write 'old-base' there"):
+        write(tmp_path / "orders", named, base)
+    with pytest.raises(ValueError, match="give it, or, if both are one model, write 'old-base' there"):
+        check_recorded_base(named, base.name, "give it")
+    change_json(named / "adapter_config.json", base_model_name_or_path="old-base")
+    verify_bundle(write(tmp_path / "orders", named, base), base)
 
 
 def test_migrating_on_top_of_itself(adapter: Path, base: BaseInfo, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import make_adapter, make_base
@@ -47,8 +47,9 @@ def merged_logits(base: Path, lora: LoraWeights) -> torch.Tensor:
         {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 1.0}},
         {"rank_pattern": {r"model\.layers\.0\..*": 3}, "use_rslora": True},
         {"rank_pattern": {"layers.0.self_attn.q_proj": 6, "q_proj": 2}},
+        {"rank_pattern": {r".*\.(q|k|o)_proj": 2}},
     ],
-    ids=["plain", "alpha", "rslora", "all-linear", "patterns", "regex", "first-pattern-wins"],
+    ids=["plain", "alpha", "rslora", "all-linear", "patterns", "regex", "first-pattern-wins", "alternatives"],
 )
 def test_scaling_and_ranks_are_as_in_peft(options: dict[str, Any], base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", base, rank=4, **options)
@@ -60,6 +61,44 @@ def test_scaling_and_ranks_are_as_in_peft(options: dict[str, Any], base: Path, t
     if "rank_pattern" in options:
         assert len({lora_A.shape[0] for lora_A, _ in lora.modules.values()}) > 1
     assert lora.max_rank == max(lora_A.shape[0] for lora_A, _ in lora.modules.values())
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "lora_ga", "loftq", "new-one"])
+def test_inits_that_change_the_base_are_refused(init: str, base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", base)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": init}))
+    with pytest.raises(ValueError, match=r"adapter_config\.json: init_lora_weights is '.*base's weights") as caught:
+        read_lora(adapter)
+    convertible = init not in {"loftq", "new-one"}
+    assert ("path_initial_model_for_weight_conversion" in str(caught.value)) == convertible
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "mica", "eva", True, False])
+def test_inits_that_leave_the_base_alone_are_as_in_peft(init: str | bool, base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", base)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": init}))
+    torch.testing.assert_close(
+        merged_logits(base, read_lora(adapter)), peft_logits(base, adapter), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_converted_adapters_are_as_in_peft(init: str, base: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, lora_alpha=8.0, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=init)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(tmp_path / "initial")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.2
+        trained = model(input_ids=IDS).logits
+    model.save_pretrained(tmp_path / "raw")
+    with pytest.raises(ValueError, match="init_lora_weights"):
+        read_lora(tmp_path / "raw")
+    model.save_pretrained(tmp_path / "done", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    torch.testing.assert_close(merged_logits(base, read_lora(tmp_path / "done")), trained, rtol=1e-3, atol=1e-3)
 
 
 def test_what_is_written_peft_reads(base: Path, tmp_path: Path) -> None:
@@ -111,6 +150,11 @@ def test_views_of_larger_tensors_are_written_alone(tmp_path: Path) -> None:
         ({"rank_pattern": {"(.*a)+": 4}}, "use plain module names"),
         ({"rank_pattern": {"a*" * 20: 4}}, "use plain module names"),
         ({"rank_pattern": {"q" * 300: 4}}, "use plain module names"),
+        ({"rank_pattern": {"a?" * 20 + "a" * 20: 4}}, "use plain module names"),
+        ({"rank_pattern": {"(a|aa)?": 4}}, "use plain module names"),
+        ({"rank_pattern": {"(a|aa)" * 20: 4}}, "use plain module names"),
+        ({"rank_pattern": {"(?x:(a|aa) +)": 4}}, "use plain module names"),
+        ({"alpha_pattern": {f"q.*{index}": 4 for index in range(20)}}, "20 keys that are patterns, the limit is 16"),
     ],
 )
 def test_odd_numbers_are_refused(values: dict[str, Any], message: str, base: Path, tmp_path: Path) -> None:

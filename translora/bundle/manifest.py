@@ -60,7 +60,7 @@ class Manifest(BaseModel):
         if value != "chat" and "{input}" not in value:
             raise ValueError(f"{value[:80]!r} is neither 'chat' nor a string that contains {{input}}")
         if (num_inputs := value.count("{input}")) > 1:
-            raise ValueError(f"{value[:80]!r} contains {{input}} {num_inputs} times; once is what is supported")
+            raise ValueError(f"{value[:80]!r} contains {{input}} {num_inputs} times; write it once")
         return value
 
     @field_validator("files")
