@@ -42,6 +42,8 @@ def test_templates_that_cannot_work_are_refused() -> None:
         prompt_format(make_tokenizer("gemma3"), "chat")
     with pytest.raises(ValueError, match=r"lacks \{input\}"):
         prompt_format(make_tokenizer("llama"), "Question:")
+    with pytest.raises(ValueError, match="2 times; put it once"):
+        prompt_format(make_tokenizer("llama"), "{input} {input}")
 
 
 def test_generation_prompt_numbers_all_seeds_and_leaves_the_next_number_open() -> None:

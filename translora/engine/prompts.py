@@ -68,15 +68,16 @@ def prompt_format(tokenizer: PreTrainedTokenizerBase, template: str = "auto") ->
     """The format of a base's prompts.
 
     Raises:
-        ValueError: `chat` without a chat template, or a template without {input}.
+        ValueError: `chat` without a chat template, or a template without {input} or with several.
     """
     has_chat = bool(tokenizer.chat_template)
     if template == "auto":
         template = "chat" if has_chat else PLAIN_TEMPLATE
     eos = tokenizer.eos_token or ""
     if template != "chat":
-        if "{input}" not in template:
-            raise ValueError(f"prompt template {template!r} lacks {{input}}; put it where the task input goes")
+        if (count := template.count("{input}")) != 1:
+            fault = "lacks {input}" if count == 0 else f"has {{input}} {count} times"
+            raise ValueError(f"prompt template {template!r} {fault}; put it once, where the task input goes")
         return PromptFormat(tokenizer, template, eos, "" if template[-1:].isspace() else " ")
     if not has_chat:
         raise ValueError("prompt template is 'chat', but the tokenizer has no chat template; use a string with {input}")
