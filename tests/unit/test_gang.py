@@ -175,6 +175,23 @@ def test_a_gang_goes_on_from_its_checkpoint_to_the_same_bytes(base_path: Path, t
     assert steps == list(range(1, 7)), "no step is done twice"
 
 
+def test_recomputed_activations_give_the_same_bytes(base_path: Path, tmp_path: Path) -> None:
+    outputs = []
+    for name in ("kept", "recomputed"):
+        (tmp_path / name).mkdir()
+        queue = [make_job(tmp_path / name, "a"), make_job(tmp_path / name, "bb", ROWS[:3])]
+        base = WholeBase(base_path, torch.bfloat16, TARGETS)
+        calls: list[int] = []
+        base.model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        if name == "recomputed":
+            base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            base.model.train()
+        train(base, make_gang(base, queue, 2), tmp_path / name / "gang.safetensors", every_steps=100)
+        outputs.append(([sha256_path(Path(job.output)) for job in queue], len(calls)))
+    assert outputs[0][0] == outputs[1][0]
+    assert outputs[1][1] == 2 * outputs[0][1], "every forward pass is done twice"
+
+
 def test_a_checkpoint_that_cannot_be_read_costs_no_more_than_its_steps(base_path: Path, tmp_path: Path) -> None:
     (tmp_path / "gang-0000.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
     base = WholeBase(base_path, torch.float32, TARGETS)
