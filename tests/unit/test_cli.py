@@ -100,6 +100,7 @@ def test_a_prepare_run_and_a_broken_state_are_named(
 def test_a_signal_ends_a_run_with_one_line_and_its_own_exit_code(signal: str, code: int, what: str) -> None:
     script = (
         "import os, signal, sys, translora.cli as cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
         "def work(arguments):\n"
         "    cli.unwind_on_sigterm()\n"
         f"    os.kill(os.getpid(), signal.{signal})\n"

@@ -145,6 +145,7 @@ from translora.config import ResourceConfig
 from translora.run.log import setup_logging
 from translora.run.signals import interruptible_fit
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 setup_logging()
 cli.start_cluster(ResourceConfig(), 1, False)
 import ray, ray.train
