@@ -40,6 +40,8 @@ class PeftArm:
         model = PeftModel.from_pretrained(base, adapters[names[0]], names[0], autocast_adapter_dtype=False)
         for name in names[1:]:
             model.load_adapter(adapters[name], name, autocast_adapter_dtype=False)
+        # The hook that translora.engine.loading sets, so that the ratio is that of mixing alone.
+        base.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     @torch.inference_mode()

@@ -113,7 +113,7 @@ def test_an_adapter_ends_the_same_whoever_its_neighbours_are(
     other_rank = CONFIG.model_copy(update={"lora": CONFIG.lora.model_copy(update={"rank": 7})})
     gang.close(0)
     gang.config = other_rank
-    gang.open(0, queue[0])
+    gang.open(0, 0)
     gang.config = CONFIG
     gang.students[3].flat.data.fill_(float("nan"))
     train(base, gang, tmp_path / "company.safetensors", every_steps=100)
@@ -190,6 +190,33 @@ def test_recomputed_activations_give_the_same_bytes(base_path: Path, tmp_path: P
         outputs.append(([sha256_path(Path(job.output)) for job in queue], len(calls)))
     assert outputs[0][0] == outputs[1][0]
     assert outputs[1][1] == 2 * outputs[0][1], "every forward pass is done twice"
+
+
+def test_data_that_cannot_be_read_any_more_ends_that_job_alone(base_path: Path, tmp_path: Path) -> None:
+    gone, good = make_job(tmp_path, "gone"), make_job(tmp_path, "good")
+    Path(gone.data).unlink()
+    base = WholeBase(base_path, torch.bfloat16, TARGETS)
+    train(base, make_gang(base, [gone, good], 2), tmp_path / "gang.safetensors", every_steps=1)
+    assert "cannot be read" in (tmp_path / "gone" / "work" / FAILURE).read_text()
+    assert len(losses(good)) == 6
+
+
+def test_states_that_wait_for_their_turn_survive_further_checkpoints(base_path: Path, tmp_path: Path) -> None:
+    queue = [make_job(tmp_path, "a"), make_job(tmp_path, "bb")]
+    base = WholeBase(base_path, torch.float32, TARGETS)
+    gang = make_gang(base, queue, 1)
+    waiting = {"weights": torch.ones(3), "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}
+    gang.saved[gang.recipes[1]] = (waiting, [3.0, 2.0])
+    gang.saved["another run's"] = (waiting, [1.0])
+    gang.fill()
+    write_checkpoint(tmp_path / "gang-0000.safetensors", gang)
+    stale = make_gang(base, queue, 1)
+    stale.saved[gang.recipes[1]] = (waiting, [3.0])
+    write_checkpoint(tmp_path / "gang-0007.safetensors", stale)
+    again = make_gang(base, queue, 3)
+    read_checkpoints(tmp_path, "gang-0000.safetensors", again)
+    assert again.saved[gang.recipes[1]][1] == [3.0, 2.0], "the longest wins, whatever file it lies in"
+    assert again.saved.keys() == set(gang.recipes) and not again.students
 
 
 def test_a_checkpoint_that_cannot_be_read_costs_no_more_than_its_steps(base_path: Path, tmp_path: Path) -> None:

@@ -1,10 +1,17 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Cohere2Config, Cohere2ForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from translora.engine import head as head_module
 from translora.engine.head import Head, cross_entropy
@@ -70,8 +77,9 @@ def test_no_positions_at_all_have_no_loss() -> None:
     [
         Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=5.0, attn_implementation="eager")),
         Cohere2ForCausalLM(Cohere2Config(**SMALL, logit_scale=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2)),
+        GraniteForCausalLM(GraniteConfig(**{k: v for k, v in SMALL.items() if k != "head_dim"}, logits_scaling=4.0)),
     ],
-    ids=["gemma2", "cohere2"],
+    ids=["gemma2", "cohere2", "granite"],
 )
 def test_logits_are_those_that_the_model_itself_computes(model: nn.Module) -> None:
     ids = torch.tensor([[5, 6, 7]])
@@ -85,7 +93,13 @@ def test_logits_are_those_that_the_model_itself_computes(model: nn.Module) -> No
 
 
 def test_a_head_with_nothing_said_of_its_logits_is_plain() -> None:
-    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
-    linear = nn.Linear(4, 6, bias=False)
-    head = Head.of(SimpleNamespace(config=config, get_output_embeddings=lambda: linear))
-    assert (head.scale, head.softcap, head.bias) == (1.0, None, None) and head.parameters == [linear.weight]
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    head = Head.of(model)
+    assert (head.scale, head.softcap, head.bias) == (1.0, None, None) and head.parameters == [model.lm_head.weight]
+
+
+def test_a_treatment_of_the_logits_that_is_not_known_is_refused() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    model.config.lm_head_multiplier = 0.5
+    with pytest.raises(ValueError, match="changed by lm_head_multiplier"):
+        Head.of(model)

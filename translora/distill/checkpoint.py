@@ -11,7 +11,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
@@ -23,39 +22,55 @@ logger = logging.getLogger(__name__)
 
 def queue_digest(gang: Gang) -> str:
     """Hash of what decides the company of a group's students."""
-    return digest([job.recipe(gang.config, gang.fingerprint) for job in gang.queue], gang.num_ranks)
+    return digest(gang.recipes, gang.num_ranks)
 
 
 def write_checkpoint(path: Path, gang: Gang) -> None:
-    """Replace the group's checkpoint: factors, moments and losses of its students, never the base."""
-    tensors: dict[str, torch.Tensor] = {}
-    students: list[dict[str, Any]] = []
+    """Replace the group's checkpoint: factors, moments and losses of its students, never the base.
+
+    States of an earlier start that wait for their turn are carried along.
+    """
+    entries: list[dict[str, Any]] = []
+    states = []
     for slot, student in gang.students.items():
-        tensors |= {f"{slot}/{key}": tensor.cpu().contiguous() for key, tensor in student.state().items()}
-        entry = {"slot": slot, "job": gang.queue.index(student.job), "recipe": student.recipe}
-        students.append({**entry, "losses": student.losses})
-    place = {"queue": queue_digest(gang), "num_slots": gang.num_slots, "next": gang.next}
-    write_bytes(path, save(tensors, {"gang": json.dumps({**place, "students": students})}))
+        place = {"slot": slot, "job": gang.queue.index(student.job)}
+        entries.append({**place, "recipe": student.recipe, "losses": student.losses})
+        states.append(student.state())
+    for recipe, (state, losses) in gang.saved.items():
+        if recipe in gang.recipes:
+            entries.append({"slot": None, "recipe": recipe, "losses": losses})
+            states.append(state)
+    tensors = {f"{n}/{key}": value.cpu().contiguous() for n, state in enumerate(states) for key, value in state.items()}
+    gang_place = {"queue": queue_digest(gang), "num_slots": gang.num_slots, "next": gang.next, "students": entries}
+    write_bytes(path, save(tensors, {"gang": json.dumps(gang_place)}))
 
 
 def read_checkpoints(directory: Path, own: str, gang: Gang) -> None:
     """Open the students of the group's own checkpoint in their slots, and keep the states of all files for others."""
+    mine: dict[str, Any] | None = None
     for path in sorted(directory.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as handle:
                 place = json.loads(handle.metadata()["gang"])
-            tensors = load_file(path)
+            # Copies: the file may be replaced while a state waits for its turn.
+            tensors = {key: value.clone() for key, value in load_file(path).items()}
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             logger.warning("%s: cannot be read (%s); its students begin again", path, error)
             continue
-        for student in place["students"]:
-            prefix = f"{student['slot']}/"
+        for number, student in enumerate(place["students"]):
+            known = gang.saved.get(student["recipe"])
+            if known is not None and len(known[1]) >= len(student["losses"]):
+                continue  # a file of an earlier layout that was left behind
+            prefix = f"{number}/"
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             gang.saved[student["recipe"]] = (state, student["losses"])
         if path.name == own and (place["queue"], place["num_slots"]) == (queue_digest(gang), gang.num_slots):
-            gang.next = place["next"]
-            for student in place["students"]:
-                gang.open(student["slot"], gang.queue[student["job"]])
+            mine = place
+    if mine is not None:
+        gang.next = mine["next"]
+        for student in mine["students"]:
+            if student["slot"] is not None:
+                gang.open(student["slot"], student["job"])
 
 
 def saved_gang_size(directory: Path) -> int | None:

@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +30,14 @@ from translora.run.files import append_line, write_json
 logger = logging.getLogger(__name__)
 Shard = tuple[int, Sequence[Sample], float]
 """Slot, samples of one pass, weight of an answer's token."""
+
+
+def recipe_of(job: TrainJob, config: TrainConfig, fingerprint: str) -> str:
+    """The job's recipe, or a word in its place where its data cannot be read; `open` gives that job up."""
+    try:
+        return job.recipe(config, fingerprint)
+    except OSError:
+        return f"unreadable {job.name}"
 
 
 class ResidentBase(Protocol):
@@ -59,6 +67,7 @@ class Gang:
         num_slots: students at a time.
         base_name: written into the adapters' configs.
         group: the ranks that share each student's batch; None when this rank has its students for itself.
+        done: names of the jobs that an earlier start finished.
     """
 
     def __init__(
@@ -70,10 +79,13 @@ class Gang:
         *,
         base_name: str,
         group: dist.ProcessGroup | None,
+        done: Collection[str] = (),
     ) -> None:
         self.bank, self.tokenizer = base.bank, base.tokenizer
         self.fingerprint, self.place = base.fingerprint, base.place
         self.queue, self.config, self.num_slots = list(queue), config, num_slots
+        self.recipes = [recipe_of(job, config, base.fingerprint) for job in queue]
+        self.done = set(done)
         self.base_name, self.group = base_name, group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.num_ranks = 1 if group is None else dist.get_world_size(group)
@@ -89,20 +101,20 @@ class Gang:
         """Open the next jobs of the queue in the free slots; done ones are skipped, unusable ones given up."""
         for slot in range(self.num_slots):
             while slot not in self.students and self.next < len(self.queue):
-                job = self.queue[self.next]
+                index = self.next
                 self.next += 1
-                if not job.is_done(self.config, self.fingerprint):
-                    self.open(slot, job)
+                if self.queue[index].name not in self.done:
+                    self.open(slot, index)
 
-    def open(self, slot: int, job: TrainJob) -> None:
-        """Begin a job in a slot, or go on with it where an earlier start left it."""
+    def open(self, slot: int, index: int) -> None:
+        """Begin a job of the queue in a slot, or go on with it where an earlier start left it."""
+        job, recipe = self.queue[index], self.recipes[index]
         Path(job.work_dir).mkdir(parents=True, exist_ok=True)
         try:
             samples = job.samples(self.tokenizer, self.config)
         except ValueError as error:
             self.give_up(job, error)
             return
-        recipe = job.recipe(self.config, self.fingerprint)
         weights = initial_weights(self.bank.shapes, self.config.lora.rank, job.seed)
         student = Student(job, recipe, samples, weights, self.config, self.place)
         if recipe in self.saved:

@@ -104,7 +104,7 @@ def train_adapters(
         "train": config.model_dump(),
         "jobs": [dataclasses.asdict(job) for job in jobs],
         "directory": str(directory),
-        "num_threads": 0 if use_gpu else 1,
+        "use_gpu": use_gpu,
     }
     trainer = TorchTrainer(
         train_worker,

@@ -1,7 +1,8 @@
 """Who trains what, and how many at a time: ranks, queues and the size of the gang.
 
-Every pass gathers the whole base once, whoever trains in it: W bytes forward, W backward, against 4 W FLOPs a token of
-a 2-byte base (6 W with recomputation). Gathering is less than a share s of the computing from T tokens a pass on,
+Every pass gathers the whole base twice, forward and backward, whoever trains in it: 4 N bytes of N two-byte weights,
+against 4 N FLOPs a token (6 N with recomputation). Gathering is less than a share s of the computing from T tokens a
+pass on,
 
     T = F / (B * s),        F: FLOP/s a worker reaches, B: bytes/s it gathers,
 

@@ -7,6 +7,7 @@ students and its own queue, and all ranks walk through the base together, pass b
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,15 @@ def train_on(
         layout: which ranks train what; whole adapters per rank when unset.
     """
     rank, num_ranks, place = dist.get_rank(), dist.get_world_size(), device()
-    sizes = [measure(job, base.tokenizer, config) for job in jobs]
+    # One rank looks at the files and tells the others: they must not differ in what they saw.
+    seen: list[list[Any]] = [[], []]
+    if rank == 0:
+        seen[0] = [measure(job, base.tokenizer, config) for job in jobs]
+        seen[1] = [job.name for job in jobs if is_done(job, config, base.fingerprint)]
+    dist.broadcast_object_list(seen, src=0)
+    sizes, done = seen
     layout = layout or lay_out(sizes, num_ranks)
-    gang_size = saved_gang_size(directory)
+    gang_size = saved_gang_size(directory) if config.gang_size == "auto" else None
     if gang_size is None:
         memory = base.memory(config.lora.rank, recompute=config.gradient_checkpointing)
         gang_size = choose_gang_size(sizes, layout, config, device=place.type, **memory)
@@ -90,7 +97,7 @@ def train_on(
         made = dist.new_group(ranks) if len(ranks) > 1 else None  # every rank makes every group
         group = made if rank in ranks else group
     queue = [jobs[index] for index in layout.queues[own_group]]
-    gang = Gang(base, queue, config, gang_size, base_name=base_name, group=group)
+    gang = Gang(base, queue, config, gang_size, base_name=base_name, group=group, done=done)
     checkpoint = directory / f"gang-{own_group:04d}.safetensors"
     read_checkpoints(directory, checkpoint.name, gang)
     dist.barrier()  # nobody replaces a file that another rank still reads
@@ -112,11 +119,20 @@ def measure(job: TrainJob, tokenizer: PreTrainedTokenizerBase, config: TrainConf
     return JobSize(steps, sum(lengths) / len(lengths), max(lengths))
 
 
+def is_done(job: TrainJob, config: TrainConfig, fingerprint: str) -> bool:
+    """Whether an earlier start finished the job; not if its data cannot be read any more."""
+    try:
+        return job.is_done(config, fingerprint)
+    except OSError:
+        return False
+
+
 def train_worker(spec: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker: load the base once, then train every job in gangs."""
     quiet_worker()
-    if spec["num_threads"]:
-        torch.set_num_threads(spec["num_threads"])
+    if not spec["use_gpu"]:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves them visible to workers that asked for none
+        torch.set_num_threads(1)
     config = TrainConfig.model_validate(spec["train"])
     base = zero3.ShardedBase(BaseModelConfig.model_validate(spec["base"]), config)
     jobs = [TrainJob(**job) for job in spec["jobs"]]

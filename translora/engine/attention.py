@@ -1,7 +1,7 @@
 """Attention over packed batches: samples of all lengths in one row, none of which sees another.
 
 flash-attention takes packed batches by itself. Elsewhere `packed_sdpa` calls torch's SDPA on all samples of one length
-together, in their own shape: no padding, no [T, T] mask over the whole batch, and no neighbour in the arithmetic.
+together, in their own shape: no padding, and no [T, T] mask over the whole batch.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Shapes: L positions, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+LOGITS = re.compile(r"^(final_|output_)?logits?_(scal|mult|soft)|^(lm_head|output)_multiplier")
+"""Names of config values that change the logits behind the head; each must be known by name."""
 CHUNK_ELEMENTS = 1 << 26
 """Most logits at a time: 256 MiB in float32."""
 
@@ -28,11 +31,22 @@ class Head:
 
     @staticmethod
     def of(model: Any) -> Head:
-        """The output head of a transformers model, with what its config says of the logits."""
+        """The output head of a transformers model, with what its config says of the logits.
+
+        Raises:
+            ValueError: the config names a treatment of the logits that is not known here.
+        """
         module, config = model.get_output_embeddings(), model.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
-        scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
-        softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        values = {
+            key: value for key, value in config.to_dict().items() if LOGITS.search(key) and value not in (None, 1)
+        }
+        softcap = values.pop("final_logit_softcapping", None)  # Gemma 2, 3, 4
+        scale = float(values.pop("logit_scale", 1.0))  # Cohere
+        if config.model_type.startswith("granite"):
+            scale /= float(values.pop("logits_scaling", 1.0))
+        if values:
+            found = ", ".join(f"{key} {value}" for key, value in values.items())
+            raise ValueError(f"{config.model_type}: its logits are changed by {found}, which is not supported yet")
         return Head(module.weight, getattr(module, "bias", None), scale, softcap)
 
     @property

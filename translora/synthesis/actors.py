@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ class EngineActor:
         settings: dict[str, Any],
         num_threads: int | None,
     ) -> None:
+        if num_threads is not None:  # on the CPU: Ray leaves GPUs visible to actors that asked for none
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self.engine = TransformersEngine(BaseModelConfig.model_validate(base), adapters, num_threads)
         self.function = function
         self.settings = settings
