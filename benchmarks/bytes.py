@@ -24,7 +24,7 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gang import ratio
+from benchmarks.gang import ratio_cell
 from tests.tiny import make_base
 from translora.config import TrainConfig
 from translora.run.files import write_jsonl
@@ -164,13 +164,12 @@ def layout_table(rounds: int = 5) -> Table:
     first = [entry.seconds for entry in traffic[:: len(arms)]]
     for number, label in enumerate(arms):
         own = traffic[number :: len(arms)]
-        low, middle, high = ratio([entry.seconds for entry in own], first)
         table.add_row(
             label,
             f"{own[0].num_bytes / 1e6:.1f} MB",
             f"{own[0].reduced_bytes / 1e6:.1f} MB",
             f"{statistics.median(entry.seconds for entry in own):.2f}",
-            f"{middle:.2f} [{low:.2f}–{high:.2f}]",
+            ratio_cell([entry.seconds for entry in own], first),
         )
     return table
 

@@ -36,6 +36,7 @@ from translora.distill.data import Sample, pack
 from translora.distill.gang import Gang
 from translora.distill.job import TrainJob
 from translora.distill.student import Student
+from translora.distill.train import run_pass
 from translora.engine.attention import PACKED
 from translora.engine.head import Head, cross_entropy
 from translora.lora.bank import initial_weights
@@ -131,14 +132,9 @@ class GangArm:
             self.base.bank.open_slot(slot, student.factors, 2 * RANK)
 
     def step(self) -> None:
-        """One step of every student: the body of translora.distill.train.train."""
+        """One step of every student, without its files."""
         for shards in self.gang.shards():
-            batch = pack(shards, self.base.place)
-            self.base.bank.route_segments(batch.segments)
-            hidden_TD = self.base(batch.inputs)
-            losses_L = cross_entropy(hidden_TD[batch.positions_L], self.base.head, batch.labels_L, batch.weights_L)
-            losses_L.sum().backward()
-            self.gang.note(batch, losses_L.detach())
+            run_pass(self.base, self.gang, shards)
         for student in self.gang.students.values():
             student.update(None)
 
@@ -186,15 +182,27 @@ def ratio(over: list[float], under: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=64, help="input tokens per adapter and step (default: 64)")
-    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 4, 8, 16])
+def make_parser(description: str | None, adapters: list[int], rounds: int) -> argparse.ArgumentParser:
+    """The arguments of every benchmark on a random model."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapters", type=int, nargs="+", default=adapters)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2")
     parser.add_argument("--vocab-size", type=int, default=49152)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    return parser
+
+
+def ratio_cell(over: list[float], under: list[float]) -> str:
+    """`ratio` as a table shows it."""
+    low, middle, high = ratio(over, under)
+    return f"{middle:.2f} ({low:.2f}–{high:.2f})"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = make_parser(__doc__, adapters=[1, 4, 8, 16], rounds=7)
+    parser.add_argument("--tokens", type=int, default=64, help="input tokens per adapter and step (default: 64)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     table = Table(title=f"{arguments.shape}, bfloat16, {arguments.tokens} tokens an adapter, median (quartiles)")
@@ -205,10 +213,8 @@ def main() -> None:
         for count in arguments.adapters:
             seconds = measure(path, count, arguments.tokens, arguments.vocab_size, arguments.rounds)
             cells = [f"{statistics.median(values) * 1e3:.0f} ms" for values in seconds.values()]
-            for arm in ("sequential", "ceiling"):
-                low, middle, high = ratio(seconds[arm], seconds["gang"])
-                cells.append(f"{middle:.2f} [{low:.2f}–{high:.2f}]")
-            table.add_row(str(count), *cells)
+            ratios = [ratio_cell(seconds[arm], seconds["gang"]) for arm in ("sequential", "ceiling")]
+            table.add_row(str(count), *cells, *ratios)
     Console(width=120).print(table)
 
 

@@ -8,8 +8,6 @@ rows at once, `PeftModel.generate` the rows of one adapter. Random weights; ever
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -21,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from benchmarks.gang import SHAPES, make_model, ratio, seconds_of
+from benchmarks.gang import make_model, make_parser, ratio_cell, seconds_of
 from tests.tiny import make_adapter
 from translora.config import BaseModelConfig
 from translora.engine.decode import Request
@@ -83,13 +81,8 @@ def measure(path: Path, directory: Path, num_adapters: int, num_rows: int, round
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 4, 16])
+    parser = make_parser(__doc__, adapters=[1, 4, 16], rounds=5)
     parser.add_argument("--rows", type=int, default=64, help="prompts in all (default: 64)")
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2")
-    parser.add_argument("--vocab-size", type=int, default=49152)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     table = Table(title=f"{arguments.rows} rows, {arguments.shape}, bfloat16, {NEW_TOKENS} new tokens")
@@ -100,9 +93,8 @@ def main() -> None:
         path = make_model(directory / "base", arguments.shape, arguments.vocab_size)
         for count in arguments.adapters:
             seconds = measure(path, directory, count, arguments.rows, arguments.rounds)
-            low, middle, high = ratio(seconds["one at a time"], seconds["mixed"])
             cells = [f"{statistics.median(values):.2f} s" for values in seconds.values()]
-            table.add_row(str(count), *cells, f"{middle:.2f} [{low:.2f}–{high:.2f}]")
+            table.add_row(str(count), *cells, ratio_cell(seconds["one at a time"], seconds["mixed"]))
     Console(width=120).print(table)
 
 

@@ -19,13 +19,13 @@ import pyarrow.parquet as pq
 from translora.bundle import BaseInfo, Bundle, BundleError, inspect_base, read_bundle, verify_bundle, write_bundle
 from translora.bundle.base import linear_modules
 from translora.config import AdapterEntry, FleetConfig
-from translora.distill.job import FAILURE, TrainJob
+from translora.distill.job import FAILURE, TrainJob, make_job
 from translora.distill.launch import train_adapters
 from translora.distill.zero3 import read_ds_config
 from translora.engine.loading import load_tokenizer, resolve_dtype
 from translora.engine.prompts import prompt_format
 from translora.gate.agreement import GateMember, run_gate
-from translora.run.files import derive_seed, read_jsonl, sha256_path, write_bytes, write_jsonl
+from translora.run.files import derive_seed, read_jsonl, sha256_path, write_bytes
 from translora.run.member import (
     DISCRIMINATOR,
     STUDENT,
@@ -243,27 +243,23 @@ def train_jobs(run: Run, member: Member) -> list[TrainJob]:
     questions = discriminator_rows(
         positives, [row["input"] for row in refused], member.state.task_name, config.discriminator.max_samples, seed
     )
-    jobs = []
-    for kind, rows, settings in (
-        (STUDENT, [{"input": row["input"], "answer": row["answer"]} for row in train], config.distill),
-        (DISCRIMINATOR, questions, config.discriminator),
-    ):
-        work_dir = directory / "train" / kind
-        write_jsonl(work_dir / "data.jsonl", rows)
-        (work_dir / FAILURE).unlink(missing_ok=True)
-        jobs.append(
-            TrainJob(
-                name=f"{member.name}/{kind}",
-                data=str(work_dir / "data.jsonl"),
-                output=str(directory / kind),
-                work_dir=str(work_dir),
-                seed=derive_seed(config.seed, member.name, kind),
-                epochs=settings.epochs,
-                learning_rate=settings.learning_rate,
-                with_end=kind == STUDENT,
-            )
+    answers = [{"input": row["input"], "answer": row["answer"]} for row in train]
+    return [
+        make_job(
+            member.name,
+            kind,
+            rows,
+            settings,
+            output=directory / kind,
+            work_dir=directory / "train" / kind,
+            root_seed=config.seed,
+            with_end=kind == STUDENT,
         )
-    return jobs
+        for kind, rows, settings in (
+            (STUDENT, answers, config.distill),
+            (DISCRIMINATOR, questions, config.discriminator),
+        )
+    ]
 
 
 def distill_phase(run: Run, members: list[Member]) -> None:

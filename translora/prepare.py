@@ -16,14 +16,14 @@ from typing import Any
 from translora.bundle import Bundle, BundleError, inspect_base, read_bundle, verify_bundle, write_bundle
 from translora.bundle.adapter import check_adapter, check_recorded_base
 from translora.bundle.base import BaseInfo
-from translora.bundle.bundle import MIN_SEEDS
+from translora.bundle.bundle import MIN_SEEDS, is_foreign
 from translora.bundle.manifest import MANIFEST, SEEDS
-from translora.config import PrepareConfig, PrepareEntry
-from translora.distill.job import FAILURE, TrainJob
+from translora.config import DiscriminatorConfig, PrepareConfig, PrepareEntry, TrainConfig
+from translora.distill.job import FAILURE, TrainJob, make_job
 from translora.distill.launch import train_adapters
 from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
-from translora.run.files import derive_seed, digest, read_jsonl, sha256_file, sha256_path, write_jsonl
+from translora.run.files import derive_seed, digest, read_jsonl, sha256_file, sha256_path
 from translora.run.progress import Progress
 from translora.run.rundir import EXECUTION_ONLY, open_run
 from translora.run.tracker import Tracker
@@ -82,7 +82,7 @@ def read_task(config: PrepareConfig, entry: PrepareEntry) -> Task:
         ValueError: data or seeds are too few, or the bundle's directory holds something else.
     """
     output = config.output_dir / entry.name
-    if output.exists() and not (output / MANIFEST).exists() and (not output.is_dir() or any(output.iterdir())):
+    if is_foreign(output):
         raise ValueError(
             f"{output}: exists and is not a bundle, so it is not replaced; move it away, or change output_dir"
         )
@@ -232,29 +232,25 @@ def train_jobs(config: PrepareConfig, task: Task, negatives: list[str], template
             f"inputs of one word cannot be shuffled; give longer inputs in {task.entry.data}, or raise "
             "synthesis.sampling.temperature"
         )
-    parts = [("discriminator", questions, config.discriminator.epochs, config.discriminator.learning_rate)]
+    parts: list[tuple[str, list[dict[str, str]], TrainConfig | DiscriminatorConfig]] = []
     if task.entry.adapter is None:
         answers = [{"input": row["input"], "answer": row["target"].strip()} for row in task.rows]
-        parts.insert(0, ("adapter", answers, config.train.epochs, config.train.learning_rate))
-    jobs = []
-    for kind, rows, epochs, learning_rate in parts:
-        work_dir = config.run_dir / "tasks" / f"{name}-{digest(rows)}" / kind
-        write_jsonl(work_dir / "data.jsonl", rows)
-        (work_dir / FAILURE).unlink(missing_ok=True)
-        jobs.append(
-            TrainJob(
-                name=f"{name}/{kind}",
-                data=str(work_dir / "data.jsonl"),
-                output=str(config.run_dir / "adapters" / name / kind),
-                work_dir=str(work_dir),
-                seed=derive_seed(config.seed, name, kind),
-                epochs=epochs,
-                learning_rate=learning_rate,
-                template=template,
-                with_end=kind == "adapter",
-            )
+        parts.append(("adapter", answers, config.train))
+    parts.append(("discriminator", questions, config.discriminator))
+    return [
+        make_job(
+            name,
+            kind,
+            rows,
+            settings,
+            output=config.run_dir / "adapters" / name / kind,
+            work_dir=config.run_dir / "tasks" / f"{name}-{digest(rows)}" / kind,
+            root_seed=config.seed,
+            with_end=kind == "adapter",
+            template=template,
         )
-    return jobs
+        for kind, rows, settings in parts
+    ]
 
 
 def train(

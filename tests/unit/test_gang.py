@@ -20,8 +20,7 @@ from translora.distill.data import Sample, pack
 from translora.distill.gang import Gang
 from translora.distill.job import FAILURE, TrainJob
 from translora.distill.plan import JobSize, Layout, activation_bytes_per_token, choose_gang_size, lay_out
-from translora.distill.train import train
-from translora.engine.head import cross_entropy
+from translora.distill.train import run_pass, train
 from translora.engine.loading import load_model
 from translora.lora.bank import BASE_SLOT, Segment
 from translora.lora.peft_io import read_lora
@@ -150,12 +149,7 @@ def test_a_gang_goes_on_from_its_checkpoint_to_the_same_bytes(base_path: Path, t
     for _ in range(4):
         gang.fill()
         for shards in gang.shards():
-            batch = pack(shards, CPU)
-            base.bank.route_segments(batch.segments)
-            hidden_TD = base(batch.inputs)
-            losses_L = cross_entropy(hidden_TD[batch.positions_L], base.head, batch.labels_L, batch.weights_L)
-            losses_L.sum().backward()
-            gang.note(batch, losses_L.detach())
+            run_pass(base, gang, shards)
         gang.update()
     assert {student.job.name for student in gang.students.values()} == {"a", "ccc"}
     write_checkpoint(roots[1] / "gang-0000.safetensors", gang)

@@ -195,6 +195,11 @@ def _remove_leftovers(path: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether something is there that is no bundle, which is never replaced; an empty directory is nothing."""
+    return path.exists() and not (path / MANIFEST).exists() and (not path.is_dir() or any(path.iterdir()))
+
+
 def write_bundle(
     path: str | Path,
     *,
@@ -217,7 +222,7 @@ def write_bundle(
             `path` holds something that is not a bundle.
     """
     path = Path(path)
-    if path.exists() and not (path / MANIFEST).exists() and (not path.is_dir() or any(path.iterdir())):
+    if is_foreign(path):
         raise BundleError(f"{path}: exists and is not a bundle, so it is not replaced; give another directory")
     parts = {"": Path(adapter_dir)} | ({DISCRIMINATOR: Path(discriminator_dir)} if discriminator_dir else {})
     with _bundle_errors():

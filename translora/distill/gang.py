@@ -32,14 +32,6 @@ Shard = tuple[int, Sequence[Sample], float]
 """Slot, samples of one pass, weight of an answer's token."""
 
 
-def recipe_of(job: TrainJob, config: TrainConfig, fingerprint: str) -> str:
-    """The job's recipe, or a word in its place where its data cannot be read; `open` gives that job up."""
-    try:
-        return job.recipe(config, fingerprint)
-    except OSError:
-        return f"unreadable {job.name}"
-
-
 class ResidentBase(Protocol):
     """What a gang is trained on: zero3.ShardedBase, or in tests a whole base."""
 
@@ -81,10 +73,9 @@ class Gang:
         group: dist.ProcessGroup | None,
         done: Collection[str] = (),
     ) -> None:
-        self.bank, self.tokenizer = base.bank, base.tokenizer
-        self.fingerprint, self.place = base.fingerprint, base.place
+        self.bank, self.tokenizer, self.place = base.bank, base.tokenizer, base.place
         self.queue, self.config, self.num_slots = list(queue), config, num_slots
-        self.recipes = [recipe_of(job, config, base.fingerprint) for job in queue]
+        self.recipes = [job.recipe(config, base.fingerprint) for job in queue]
         self.done = set(done)
         self.base_name, self.group = base_name, group
         self.rank = 0 if group is None else dist.get_rank(group)
@@ -169,7 +160,7 @@ class Gang:
                     row = {"step": student.step, "num_steps": student.num_steps, "loss": student.losses[-1]}
                     append_line(Path(student.job.work_dir) / "train.jsonl", json.dumps({**row, "seconds": seconds}))
                     # A resumed gang may repeat the last steps of one that was written just before the kill.
-                    if student.is_done and not student.job.is_done(self.config, self.fingerprint):
+                    if student.is_done and not student.job.is_made(student.recipe):
                         student.write(self.base_name)
                 if student.is_done:
                     self.close(slot)

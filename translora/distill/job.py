@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from translora.config import TrainConfig
+from translora.config import DiscriminatorConfig, TrainConfig
 from translora.distill.data import Sample, encode_samples, num_steps
 from translora.engine.prompts import prompt_format
-from translora.run.files import digest, read_jsonl, sha256_file
+from translora.run.files import derive_seed, digest, read_jsonl, sha256_file, write_jsonl
 from translora.run.rundir import EXECUTION_ONLY
 
 RECIPE = "recipe.txt"
@@ -39,15 +40,26 @@ class TrainJob:
     """Train the end of the answer too; False for a discriminator, whose answer is one word."""
 
     def recipe(self, config: TrainConfig, fingerprint: str) -> str:
-        """Hash of all that decides the result: data, seed, settings, base. A finished output bears it."""
+        """Hash of all that decides the result: data, seed, settings, base. A finished output bears it.
+
+        Data that cannot be read makes a recipe that no output bears; `samples` says what is wrong with it.
+        """
         settings = config.model_dump(exclude=EXECUTION_ONLY)
         own = (self.seed, self.epochs, self.learning_rate, self.template, self.with_end)
-        return digest(own, sha256_file(Path(self.data)), settings, fingerprint)
+        try:
+            data = sha256_file(Path(self.data))
+        except OSError:
+            data = f"unreadable {self.name}"
+        return digest(own, data, settings, fingerprint)
+
+    def is_made(self, recipe: str) -> bool:
+        """Whether the output was made by this recipe."""
+        path = Path(self.output) / RECIPE
+        return path.is_file() and path.read_text(encoding="utf-8") == recipe
 
     def is_done(self, config: TrainConfig, fingerprint: str) -> bool:
         """Whether the output was made by exactly this job."""
-        path = Path(self.output) / RECIPE
-        return path.is_file() and path.read_text(encoding="utf-8") == self.recipe(config, fingerprint)
+        return self.is_made(self.recipe(config, fingerprint))
 
     def samples(self, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> list[Sample]:
         """The job's data as tokens.
@@ -63,3 +75,38 @@ class TrainJob:
         """Optimizer steps if no sample is too long; for progress only."""
         num_samples = Path(self.data).read_bytes().count(b"\n")
         return num_steps(num_samples, self.epochs, batch_size)
+
+
+def make_job(
+    owner: str,
+    kind: str,
+    rows: Sequence[Mapping[str, str]],
+    settings: TrainConfig | DiscriminatorConfig,
+    *,
+    output: Path,
+    work_dir: Path,
+    root_seed: int,
+    with_end: bool,
+    template: str = "auto",
+) -> TrainJob:
+    """Write a job's data and describe the job; a failure of an earlier start is forgotten.
+
+    Args:
+        owner: name of the adapter or task, and `kind` of this training of it; both decide the seed.
+        rows: `input` and `answer`.
+        settings: epochs and learning rate.
+    """
+    data = work_dir / "data.jsonl"
+    write_jsonl(data, rows)
+    (work_dir / FAILURE).unlink(missing_ok=True)
+    return TrainJob(
+        name=f"{owner}/{kind}",
+        data=str(data),
+        output=str(output),
+        work_dir=str(work_dir),
+        seed=derive_seed(root_seed, owner, kind),
+        epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        template=template,
+        with_end=with_end,
+    )

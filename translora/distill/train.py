@@ -7,7 +7,6 @@ students and its own queue, and all ranks walk through the base together, pass b
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from translora.config import BaseModelConfig, TrainConfig
 from translora.distill import zero3
 from translora.distill.checkpoint import read_checkpoints, saved_gang_size, write_checkpoint
 from translora.distill.data import num_steps, pack
-from translora.distill.gang import Gang, ResidentBase
+from translora.distill.gang import Gang, ResidentBase, Shard
 from translora.distill.job import TrainJob
 from translora.distill.plan import JobSize, Layout, choose_gang_size, lay_out
 from translora.engine.head import cross_entropy
-from translora.engine.loading import device
+from translora.engine.loading import device, hide_gpus
 from translora.run.files import write_json
 from translora.run.log import quiet_worker
 
@@ -41,18 +40,23 @@ def train(base: ResidentBase, gang: Gang, checkpoint: Path, every_steps: int) ->
         if num_passes == 0:
             return
         for index in range(num_passes):
-            batch = pack(passes[index] if index < len(passes) else gang.ballast(), gang.place)
-            gang.bank.route_segments(batch.segments)
-            hidden_TD = base(batch.inputs)
-            with base.gathered_head() as head:
-                losses_L = cross_entropy(hidden_TD[batch.positions_L], head, batch.labels_L, batch.weights_L)
-            # The sum of the students' means: every student's gradients are those of its own mean.
-            base.backward(losses_L.sum())
-            gang.note(batch, losses_L.detach())
+            run_pass(base, gang, passes[index] if index < len(passes) else gang.ballast())
         one_left = gang.update()
         step += 1
         if gang.rank == 0 and (one_left or step % every_steps == 0):
             write_checkpoint(checkpoint, gang)
+
+
+def run_pass(base: ResidentBase, gang: Gang, shards: Sequence[Shard]) -> None:
+    """One forward and backward pass of a packed batch; adds to the students' gradients and losses."""
+    batch = pack(shards, gang.place)
+    gang.bank.route_segments(batch.segments)
+    hidden_TD = base(batch.inputs)
+    with base.gathered_head() as head:
+        losses_L = cross_entropy(hidden_TD[batch.positions_L], head, batch.labels_L, batch.weights_L)
+    # The sum of the students' means: every student's gradients are those of its own mean.
+    base.backward(losses_L.sum())
+    gang.note(batch, losses_L.detach())
 
 
 def most_of_all_ranks(count: int, place: torch.device) -> int:
@@ -82,7 +86,7 @@ def train_on(
     seen: list[list[Any]] = [[], []]
     if rank == 0:
         seen[0] = [measure(job, base.tokenizer, config) for job in jobs]
-        seen[1] = [job.name for job in jobs if is_done(job, config, base.fingerprint)]
+        seen[1] = [job.name for job in jobs if job.is_done(config, base.fingerprint)]
     dist.broadcast_object_list(seen, src=0)
     sizes, done = seen
     layout = layout or lay_out(sizes, num_ranks)
@@ -119,19 +123,11 @@ def measure(job: TrainJob, tokenizer: PreTrainedTokenizerBase, config: TrainConf
     return JobSize(steps, sum(lengths) / len(lengths), max(lengths))
 
 
-def is_done(job: TrainJob, config: TrainConfig, fingerprint: str) -> bool:
-    """Whether an earlier start finished the job; not if its data cannot be read any more."""
-    try:
-        return job.is_done(config, fingerprint)
-    except OSError:
-        return False
-
-
 def train_worker(spec: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker: load the base once, then train every job in gangs."""
     quiet_worker()
     if not spec["use_gpu"]:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves them visible to workers that asked for none
+        hide_gpus()
         torch.set_num_threads(1)
     config = TrainConfig.model_validate(spec["train"])
     base = zero3.ShardedBase(BaseModelConfig.model_validate(spec["base"]), config)

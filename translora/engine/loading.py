@@ -24,6 +24,11 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def hide_gpus() -> None:
+    """Keep this process on the CPU, before it first asks for a device: Ray leaves GPUs visible to all."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def multiplies_bfloat16() -> bool:
     """Whether this device multiplies bfloat16 matrices in hardware (on a CPU: AMX or AVX512-BF16)."""
     if torch.cuda.is_available():

@@ -66,18 +66,18 @@ class TransformersEngine:
             requests: the rows; each is routed to its own adapter.
             sampling: settings of the rows that have a seed.
         """
+        end_ids = set(self.end_ids())
         rows = decode(
             self.model,
             self.tokenizer,
             requests,
             lambda adapters: self.bank.route_rows(adapters, self.device),
-            set(self.end_ids()),
+            end_ids,
             sampling or SamplingConfig(),
         )
-        return [self._completion(row) for row in rows]
+        return [self._completion(row, end_ids) for row in rows]
 
-    def _completion(self, row: Row) -> Completion:
-        end_ids = set(self.end_ids())
+    def _completion(self, row: Row, end_ids: set[int]) -> Completion:
         end = next((index for index, token in enumerate(row.ids) if token in end_ids), None)
         text = self.tokenizer.decode(row.ids if end is None else row.ids[:end], skip_special_tokens=True)
         stop = row.request.stop

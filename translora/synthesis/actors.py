@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import ray.data
 from ray.data import ActorPoolStrategy
 
 from translora.config import BaseModelConfig, ResourceConfig
+from translora.engine.loading import hide_gpus
 from translora.engine.transformers import TransformersEngine
 from translora.run.files import write_bytes
 
@@ -43,8 +43,8 @@ class EngineActor:
         settings: dict[str, Any],
         num_threads: int | None,
     ) -> None:
-        if num_threads is not None:  # on the CPU: Ray leaves GPUs visible to actors that asked for none
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        if num_threads is not None:
+            hide_gpus()
         self.engine = TransformersEngine(BaseModelConfig.model_validate(base), adapters, num_threads)
         self.function = function
         self.settings = settings
