@@ -127,9 +127,9 @@ class GangArm:
         for slot, samples in enumerate(shards):
             job = TrainJob(str(slot), "", "", "", seed=slot, epochs=1e6, learning_rate=1e-4)
             weights = initial_weights(self.base.bank.shapes, RANK, slot)
-            student = Student(job, "", samples, weights, config, self.base.place)
+            student = Student(job, "", samples, weights, config, self.base.place, self.base.dtype)
             self.gang.students[slot] = student
-            self.base.bank.open_slot(slot, student.factors, 2 * RANK)
+            self.base.bank.open_slot(slot, student.factors, 2 * RANK, student.gradients)
 
     def step(self) -> None:
         """One step of every student, without its files."""

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import make_adapter, make_base
 from translora.engine.attention import PACKED, packed_inputs
-from translora.lora.bank import AdapterBank, Segment, SegmentLora, initial_weights, load_bank, new_bank
+from translora.lora.bank import AdapterBank, Segment, SegmentLora, Slot, initial_weights, load_bank, new_bank
 from translora.lora.peft_io import read_lora, write_lora
 
 OPTIONS = {
@@ -108,21 +108,37 @@ def test_each_segment_of_a_packed_batch_equals_its_row_of_a_mixed_batch(base: Pa
 
 def test_gradients_of_segments_equal_autograd() -> None:
     generator = torch.Generator().manual_seed(0)
-    segments = [Segment(0, 0, 3), Segment(-1, 3, 5), Segment(1, 5, 9)]
-    out, x = (torch.randn(1, 9, size, generator=generator, dtype=torch.float64) for size in (4, 6))
-    nothing = torch.empty(0, dtype=torch.float64)
-    shapes = [(2, 6), (4, 2), None, None, (3, 6), (4, 3)]
-    factors = [torch.randn(s, generator=generator, dtype=torch.float64) if s else nothing for s in shapes]
-    inputs = [tensor.requires_grad_(tensor.numel() > 0) for tensor in (out, x, *factors)]
 
-    def lora(out: torch.Tensor, x: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
-        return SegmentLora.apply(out, x, segments, [0.5, 0.0, 2.0], *factors)
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    assert torch.autograd.gradcheck(lora, inputs)
-    expected = out.clone()
-    expected[0, :3] += 0.5 * x[0, :3] @ factors[0].T @ factors[1].T
-    expected[0, 5:] += 2.0 * x[0, 5:] @ factors[4].T @ factors[5].T
-    torch.testing.assert_close(lora(*inputs), expected)
+    out, x, slope = random(1, 9, 4), random(1, 9, 6), random(1, 9, 4)
+    slots = [
+        Slot(A, B, scaling, torch.ones_like(A), torch.ones_like(B))
+        for A, B, scaling in ((random(2, 6), random(4, 2), 0.5), (random(3, 6), random(4, 3), 2.0))
+    ]
+    parts = [(slice(0, 3), slots[0]), (slice(3, 5), None), (slice(5, 9), slots[1])]
+    anchor = torch.zeros((), requires_grad=True)
+    leaves = [tensor.clone().requires_grad_() for tensor in (out, x, *slots[0][:2], *slots[1][:2])]
+    expected = leaves[0].clone()
+    expected[0, :3] += 0.5 * leaves[1][0, :3] @ leaves[2].T @ leaves[3].T
+    expected[0, 5:] += 2.0 * leaves[1][0, 5:] @ leaves[4].T @ leaves[5].T
+    expected.backward(slope)
+    own = [tensor.clone().requires_grad_() for tensor in (out, x)]
+    result = SegmentLora.apply(own[0] * 1, own[1], anchor, parts)
+    torch.testing.assert_close(result, expected)
+    result.backward(slope)
+    for mine, theirs in zip(own, leaves[:2], strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+    for grad, theirs in zip((*slots[0][3:], *slots[1][3:]), leaves[2:], strict=True):
+        torch.testing.assert_close(grad, 1 + theirs.grad)  # added to what is there
+
+
+def test_a_first_layer_is_trained_although_its_input_is_frozen() -> None:
+    slot = Slot(torch.ones(1, 3), torch.ones(2, 1), 1.0, torch.zeros(1, 3), torch.zeros(2, 1))
+    anchor = torch.zeros((), requires_grad=True)
+    SegmentLora.apply(torch.zeros(1, 2, 2), torch.ones(1, 2, 3), anchor, [(slice(0, 2), slot)]).sum().backward()
+    assert slot.grad_A.tolist() == [[4.0] * 3] and slot.grad_B.tolist() == [[6.0]] * 2
 
 
 def test_trainable_slots_start_as_the_base_and_export_to_peft(base: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ class ResidentBase(Protocol):
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
     place: torch.device
+    dtype: torch.dtype
 
     def __call__(self, inputs: dict[str, object]) -> torch.Tensor:
         """Last hidden states [T, D] of a packed batch."""
@@ -73,7 +74,8 @@ class Gang:
         group: dist.ProcessGroup | None,
         done: Collection[str] = (),
     ) -> None:
-        self.bank, self.tokenizer, self.place = base.bank, base.tokenizer, base.place
+        self.bank, self.tokenizer = base.bank, base.tokenizer
+        self.place, self.dtype = base.place, base.dtype
         self.queue, self.config, self.num_slots = list(queue), config, num_slots
         self.recipes = [job.recipe(config, base.fingerprint) for job in queue]
         self.done = set(done)
@@ -84,8 +86,11 @@ class Gang:
         self.next = 0
         self.saved: dict[str, tuple[dict[str, torch.Tensor], list[float]]] = {}
         """States of an earlier start, by recipe."""
-        empty = {name: (torch.zeros(1, i), torch.zeros(o, 1)) for name, (o, i) in self.bank.shapes.items()}
-        ballast = {name: (A.to(self.place).requires_grad_(), B.to(self.place)) for name, (A, B) in empty.items()}
+        zeros: Any = {"dtype": base.dtype, "device": self.place}
+        ballast = {
+            name: (torch.zeros(1, num_in, **zeros), torch.zeros(num_out, 1, **zeros))
+            for name, (num_out, num_in) in self.bank.shapes.items()
+        }
         self.bank.open_slot(num_slots, ballast, 1.0)
 
     def fill(self) -> None:
@@ -107,11 +112,11 @@ class Gang:
             self.give_up(job, error)
             return
         weights = initial_weights(self.bank.shapes, self.config.lora.rank, job.seed)
-        student = Student(job, recipe, samples, weights, self.config, self.place)
+        student = Student(job, recipe, samples, weights, self.config, self.place, self.dtype)
         if recipe in self.saved:
             student.restore(*self.saved.pop(recipe))
         self.students[slot] = student
-        self.bank.open_slot(slot, student.factors, self.config.lora.alpha)
+        self.bank.open_slot(slot, student.factors, self.config.lora.alpha, student.gradients)
 
     def close(self, slot: int) -> None:
         """Free a slot."""

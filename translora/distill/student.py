@@ -15,10 +15,10 @@ from torch import nn
 from translora.config import TrainConfig
 from translora.distill.data import Sample, batch_indices, num_steps
 from translora.distill.job import RECIPE, TrainJob
+from translora.lora.bank import Pair
 from translora.lora.peft_io import write_lora
 from translora.run.files import replace_directory
 
-Pair = tuple[torch.Tensor, torch.Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -26,7 +26,8 @@ class Student:
     """One adapter in training: its samples, its weights and its AdamW.
 
     All weights lie in one flat float32 parameter, their gradients in its gradient: one norm to clip, one optimizer
-    step. `factors` are views of it, A [r, in] and B [out, r] by module, whose gradients are views too.
+    step. Passes use a copy of it in the base's dtype, made anew after each step. `factors` and `gradients` are views,
+    A [r, in] and B [out, r] by module, of the copy and of the gradient.
     """
 
     def __init__(
@@ -37,26 +38,32 @@ class Student:
         weights: Mapping[str, Pair],
         config: TrainConfig,
         place: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.job, self.recipe, self.samples, self.config = job, recipe, samples, config
         self.num_steps = num_steps(len(samples), job.epochs, config.batch_size)
-        tensors = [factor for pair in weights.values() for factor in pair]
-        self.flat = nn.Parameter(torch.cat([factor.flatten() for factor in tensors]).float().to(place))
+        self.shapes = {name: (lora_A.shape, lora_B.shape) for name, (lora_A, lora_B) in weights.items()}
+        tensors = [factor.flatten() for pair in weights.values() for factor in pair]
+        self.flat = nn.Parameter(torch.cat(tensors).float().to(place))
         self.flat.grad = torch.zeros_like(self.flat)
-        sizes = [factor.numel() for factor in tensors]
-        views = zip(self.flat.detach().split(sizes), self.flat.grad.split(sizes), tensors, strict=True)
-        leaves = iter([self._leaf(value.view_as(shape), grad.view_as(shape)) for value, grad, shape in views])
-        self.factors: dict[str, Pair] = {name: (next(leaves), next(leaves)) for name in weights}
+        self.working = self.flat.detach().to(dtype)
+        self.factors, self.gradients = self._views(self.working), self._views(self.flat.grad)
         self.optimizer = torch.optim.AdamW([self.flat], lr=job.learning_rate, weight_decay=0.0, fused=True)
         self.losses: list[float] = []
         self.loss = torch.zeros((), device=place)
         self.start = time.monotonic()
 
-    @staticmethod
-    def _leaf(value: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        leaf = value.requires_grad_()
-        leaf.grad = grad
-        return leaf
+    def _views(self, flat: torch.Tensor) -> dict[str, Pair]:
+        """A and B by module, as views of a flat tensor."""
+        shapes = [shape for pair in self.shapes.values() for shape in pair]
+        pieces = flat.detach().split([shape.numel() for shape in shapes])
+        views = iter([piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)])
+        return {name: (next(views), next(views)) for name in self.shapes}
+
+    def _refresh(self) -> None:
+        """Copy the weights for the next passes; nothing to do where the base is float32: there both are one."""
+        if self.working.dtype != self.flat.dtype:
+            self.working.copy_(self.flat.detach())
 
     @property
     def step(self) -> int:
@@ -96,6 +103,7 @@ class Student:
             parameters["lr"] = self.job.learning_rate * (1 - self.step / self.num_steps)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
+        self._refresh()
         self.losses.append(loss)
         self.loss.zero_()
 
@@ -108,6 +116,7 @@ class Student:
         """Go on from a `state` and its losses."""
         self.losses = list(losses)
         self.flat.data.copy_(state["weights"])
+        self._refresh()
         if self.step:
             moments = {key: state[key].to(self.flat.device) for key in MOMENTS}
             self.optimizer.state[self.flat] = {
@@ -123,7 +132,7 @@ class Student:
         """
         if not self.flat.isfinite().all():
             raise FloatingPointError(f"{self.job.name}: weights are not finite at the end; lower the learning rate")
-        weights = {name: (A.detach().cpu(), B.detach().cpu()) for name, (A, B) in self.factors.items()}
+        weights = self._views(self.flat.cpu())
         with replace_directory(Path(self.job.output)) as directory:
             write_lora(directory, weights, alpha=self.config.lora.alpha, base_model=base_model)
             (directory / "losses.json").write_text(json.dumps(self.losses))

@@ -23,6 +23,10 @@ BASE_SLOT = -1
 """Rows and segments routed here get the frozen base alone."""
 
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A [r, in] and B [out, r] of one module, or their gradients."""
+
+
 class Segment(NamedTuple):
     """Tokens start..end (exclusive) of a packed batch, and their slot."""
 
@@ -32,11 +36,16 @@ class Segment(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """One adapter's factors for one module: A [r, in], B [out, r], both float32 in training."""
+    """One adapter's part of one module: A [r, in] and B [out, r] in the base's dtype.
+
+    In training a backward pass adds the gradients to `grad_A` and `grad_B`, float32, of the factors' shapes.
+    """
 
     lora_A: torch.Tensor
     lora_B: torch.Tensor
     scaling: float
+    grad_A: torch.Tensor | None = None
+    grad_B: torch.Tensor | None = None
 
 
 class Route:
@@ -46,62 +55,61 @@ class Route:
         self.slots_B: torch.Tensor | None = None
         self.single: int | None = None
         self.segments: tuple[Segment, ...] = ()
+        self.anchor = torch.zeros((), requires_grad=True)
+        """Gives a first layer, whose input is frozen, a backward pass."""
+
+
+Part = tuple[slice, Slot | None]
+"""Tokens of a packed batch and what they meet in one module; None is the base alone."""
 
 
 class SegmentLora(torch.autograd.Function):
-    """out + scaling * B A x for each segment, with its own factors.
+    """out + scaling * B A x for each part, with its own factors.
 
-    Written by hand because autograd of slices costs a zero-filled copy of the whole batch per segment. out [1, T, out]
-    and x [1, T, in] in the base's dtype; `factors` are A, B of segment 0, A, B of segment 1, ...
+    Written by hand: autograd of slices costs a zero-filled copy of the whole batch per part, and its accumulation of
+    float32 gradients two more passes over every factor. Here backward adds to the slots' own gradients, each in one
+    operation. out [1, T, out] and x [1, T, in] are of the base's dtype; out is changed in place.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        out_1TO: torch.Tensor,
-        x_1TI: torch.Tensor,
-        segments: Sequence[Segment],
-        scalings: Sequence[float],
-        *factors: torch.Tensor,
+        ctx: Any, out_1TO: torch.Tensor, x_1TI: torch.Tensor, anchor: torch.Tensor, parts: Sequence[Part]
     ) -> torch.Tensor:
-        """Each segment's addmm goes straight into the result."""
+        """Each part's addmm goes straight into the base's output."""
         x_TI, out_TO = x_1TI[0], out_1TO[0]
-        result_TO = torch.empty_like(out_TO)
         hidden = []
-        for index, (slot, start, end) in enumerate(segments):
-            if slot == BASE_SLOT:
-                result_TO[start:end] = out_TO[start:end]
-                continue
-            lora_A, lora_B = (factor.to(x_TI.dtype) for factor in factors[2 * index : 2 * index + 2])
-            hidden_SR = x_TI[start:end] @ lora_A.T
-            torch.addmm(out_TO[start:end], hidden_SR, lora_B.T, alpha=scalings[index], out=result_TO[start:end])
-            hidden.append(hidden_SR)
-        ctx.save_for_backward(x_TI, *hidden, *factors)
-        ctx.segments, ctx.scalings, ctx.num_hidden = segments, scalings, len(hidden)
-        return result_TO[None]
+        for where, slot in parts:
+            if slot is not None:
+                hidden_SR = x_TI[where] @ slot.lora_A.T
+                out_TO[where].addmm_(hidden_SR, slot.lora_B.T, alpha=slot.scaling)
+                hidden.append(hidden_SR)
+        ctx.save_for_backward(x_TI, *hidden)
+        ctx.parts = parts
+        ctx.mark_dirty(out_1TO)
+        return out_1TO
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of the base's output (unchanged), of x, and of every factor in its own dtype."""
+        """Gradients of the base's output (unchanged) and of x; those of the factors go to their slots."""
         (grad_1TO,) = grads
         x_TI, *saved = ctx.saved_tensors
-        hidden, factors = iter(saved[: ctx.num_hidden]), saved[ctx.num_hidden :]
+        hidden = iter(saved)
         grad_TO = grad_1TO[0]
         grad_x_TI = torch.empty_like(x_TI) if ctx.needs_input_grad[1] else None
-        grad_factors: list[torch.Tensor | None] = [None] * len(factors)
-        for index, ((slot, start, end), scaling) in enumerate(zip(ctx.segments, ctx.scalings, strict=True)):
-            if slot == BASE_SLOT:
+        for where, slot in ctx.parts:
+            if slot is None:
                 if grad_x_TI is not None:
-                    grad_x_TI[start:end] = 0
+                    grad_x_TI[where] = 0
                 continue
-            lora_A, lora_B = (factor.to(x_TI.dtype) for factor in factors[2 * index : 2 * index + 2])
-            grad_SO = grad_TO[start:end]
-            grad_hidden_SR = (grad_SO @ lora_B).mul_(scaling)
-            grad_factors[2 * index] = (grad_hidden_SR.T @ x_TI[start:end]).to(factors[2 * index].dtype)
-            grad_factors[2 * index + 1] = (grad_SO.T @ (next(hidden) * scaling)).to(factors[2 * index + 1].dtype)
+            grad_SO, hidden_SR = grad_TO[where], next(hidden)
+            grad_SR = grad_SO @ slot.lora_B
+            if slot.grad_A is not None and slot.grad_B is not None:
+                slot.grad_A.add_(grad_SR.T @ x_TI[where], alpha=slot.scaling)
+                slot.grad_B.add_(grad_SO.T @ hidden_SR, alpha=slot.scaling)
             if grad_x_TI is not None:
-                torch.mm(grad_hidden_SR, lora_A, out=grad_x_TI[start:end])
-        return grad_1TO, None if grad_x_TI is None else grad_x_TI[None], None, None, *grad_factors
+                own = grad_x_TI[where]
+                torch.addmm(own, grad_SR, slot.lora_A, beta=0, alpha=slot.scaling, out=own)
+        return grad_1TO, None if grad_x_TI is None else grad_x_TI[None], None, None
 
 
 class BankedLinear(nn.Module):
@@ -131,9 +139,10 @@ class BankedLinear(nn.Module):
         route = self.route
         if route.segments:
             assert route.segments[-1].end == x_BTI.shape[1] and len(x_BTI) == 1, "route the batch before the pass"
-            if not any(segment.slot in self.slots for segment in route.segments):
+            parts = [(slice(start, end), self.slots.get(slot)) for slot, start, end in route.segments]
+            if all(slot is None for _, slot in parts):
                 return out_BTO
-            result: torch.Tensor = SegmentLora.apply(out_BTO, x_BTI, *self._factors(route.segments))
+            result: torch.Tensor = SegmentLora.apply(out_BTO, x_BTI, route.anchor, parts)
             return result
         if route.single == BASE_SLOT:
             return out_BTO
@@ -149,14 +158,6 @@ class BankedLinear(nn.Module):
         delta_BTO = torch.bmm(hidden_BTR, self.lora_B[safe_B].transpose(1, 2))
         scaled_BTO = (delta_BTO * self.scaling[safe_B][:, None, None]).to(out_BTO.dtype)
         return out_BTO + torch.where((slots_B >= 0)[:, None, None], scaled_BTO, 0)
-
-    def _factors(self, segments: Sequence[Segment]) -> list[Any]:
-        """Arguments of SegmentLora; adapters that leave this module alone count as the base."""
-        nothing = self.lora_A.new_empty(0)
-        alone = Slot(nothing, nothing, 0.0)
-        slots = [self.slots.get(segment.slot, alone) for segment in segments]
-        owned = [s._replace(slot=BASE_SLOT) if o is alone else s for s, o in zip(segments, slots, strict=True)]
-        return [owned, [slot.scaling for slot in slots], *(factor for slot in slots for factor in slot[:2])]
 
 
 class AdapterBank:
@@ -188,10 +189,18 @@ class AdapterBank:
         """(out, in) by module name."""
         return {name: (module.base.out_features, module.base.in_features) for name, module in self.modules.items()}
 
-    def open_slot(self, slot: int, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], alpha: float) -> None:
-        """Put a trainable adapter into a slot: A [r, in] and B [out, r] by module name, updated by alpha / r."""
+    def open_slot(
+        self, slot: int, factors: Mapping[str, Pair], alpha: float, gradients: Mapping[str, Pair] | None = None
+    ) -> None:
+        """Put an adapter into a slot: A [r, in] and B [out, r] by module name, updated by alpha / r.
+
+        Args:
+            factors: in the base's dtype.
+            gradients: float32, of the same shapes: where backward passes add the factors' gradients.
+        """
         for name, (lora_A, lora_B) in factors.items():
-            self.modules[name].slots[slot] = Slot(lora_A, lora_B, alpha / lora_A.shape[0])
+            grad_A, grad_B = (None, None) if gradients is None else gradients[name]
+            self.modules[name].slots[slot] = Slot(lora_A, lora_B, alpha / lora_A.shape[0], grad_A, grad_B)
 
     def close_slot(self, slot: int) -> None:
         """Take an adapter out of its slot."""
@@ -271,9 +280,7 @@ def new_bank(model: nn.Module, target_modules: Sequence[str]) -> AdapterBank:
     return _attach(model, [name for name in linears if name.rsplit(".", 1)[-1] in target_modules])
 
 
-def initial_weights(
-    shapes: Mapping[str, tuple[int, int]], rank: int, seed: int
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def initial_weights(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, Pair]:
     """A new adapter: A is Kaiming-uniform, B is zero (LoRA, arXiv 2106.09685), float32 on the CPU.
 
     Args:
