@@ -27,7 +27,7 @@ from translora.run.files import derive_seed, digest, read_jsonl, sha256_file, sh
 from translora.run.progress import Progress
 from translora.run.rundir import EXECUTION_ONLY, open_run
 from translora.run.tracker import Tracker
-from translora.synthesis.actors import Row, cut_blocks, run_blocks
+from translora.synthesis.actors import Hosts, Row, cut_blocks, run_blocks
 from translora.synthesis.discriminator import discriminator_rows
 from translora.synthesis.prompts import generation_order, generation_row, normalise
 from translora.synthesis.stages import generate_block
@@ -195,14 +195,14 @@ def invent_negatives(config: PrepareConfig, tasks: list[Task], base: BaseInfo) -
     blocks = cut_blocks(rows, config.synthesis.batch_size, generation_order)
     settings = {"sampling": config.synthesis.sampling.model_dump()}
     key = digest(blocks, settings, config.source.model_dump(), base.fingerprint)
-    with Progress("invent negatives", len(rows)) as progress:
+    with Hosts(config.resources) as hosts, Progress("invent negatives", len(rows)) as progress:
         generated = run_blocks(
             blocks,
             generate_block,
             base=config.source,
             adapters={},
             settings=settings,
-            resources=config.resources,
+            hosts=hosts,
             directory=config.run_dir / "negatives" / key,
             on_block=progress.fraction,
         )

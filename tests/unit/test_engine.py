@@ -122,3 +122,30 @@ def test_log_odds_sum_the_variants_of_yes_and_no(engine: TransformersEngine) -> 
     yes, no = (sum(float(probabilities[token]) for token in variants[word]) for word in ("yes", "no"))
     assert scores[1] == pytest.approx(math.log(yes) - math.log(no), abs=1e-4)
     assert len(set(scores)) == 4
+
+
+def test_the_bank_changes_its_adapters_on_a_resident_base(base: Path, adapters: dict[str, str]) -> None:
+    config = BaseModelConfig(model=str(base), dtype="float32")
+    engine = TransformersEngine(config, {}, 1)
+    bare = engine.generate([Request(PROMPTS[0], None, 8)])
+    modules = {name for name, _ in engine.model.named_modules()}
+    for names in (["a0", "a1"], ["a2"], ["a1"]):
+        engine.use_adapters({name: adapters[name] for name in names})
+        expected = TransformersEngine(config, {name: adapters[name] for name in names}, 1)
+        requests = [Request(PROMPTS[0], name, 8) for name in names]
+        assert engine.generate(requests) == expected.generate(requests) != bare * len(names)
+        assert engine.bank.names == names
+    engine.use_adapters({})
+    assert engine.generate([Request(PROMPTS[0], None, 8)]) == bare
+    assert {name for name, _ in engine.model.named_modules()} == modules
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_the_heads_input_has_plain_strides(engine: TransformersEngine, num_rows: int) -> None:
+    """Last positions are a strided view, for which torch copies the head's weight; one row hides its strides."""
+    strides = []
+    head = engine.model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, args, __: strides.append(args[0].stride()))
+    engine.generate([Request(prompt, None, 1) for prompt in PROMPTS[:num_rows]])
+    hook.remove()
+    assert strides == [(32, 32, 1)]

@@ -93,7 +93,10 @@ def load_model(config: BaseModelConfig, dtype: torch.dtype, place: torch.device 
     if head is not None:
         # The last positions of a batch are a strided view, for which torch's matmul (2.13, CPU) copies the head's
         # weight once for each row: with a vocabulary of 262k that was 80 % of a generation's time, and 8 GB.
-        head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+        # Not `contiguous()`: it leaves a batch of one row as it is, whose stride of the first dimension is the same.
+        head.register_forward_pre_hook(
+            lambda _, args: (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
+        )
     if place is not None:
         model.to(place)
     logger.info("%s: %s, attention %s", os.path.basename(config.model), dtype, attention)

@@ -48,8 +48,19 @@ class TransformersEngine:
         self.device = device()
         self.tokenizer = load_tokenizer(base.model)
         self.model = load_model(base, resolve_dtype(base.dtype), self.device)
-        self.bank = load_bank(self.model, {name: read_lora(path) for name, path in adapters.items()})
+        self.bank, self._adapters = load_bank(self.model, {}), dict[str, str]()
+        self.use_adapters(adapters)
         self._answer_ids: dict[str, torch.Tensor] = {}
+
+    def use_adapters(self, adapters: Mapping[str, str | Path]) -> None:
+        """Have exactly these adapters in the bank: PEFT directory by slot name; nothing to do where they are there."""
+        wanted = {name: str(path) for name, path in adapters.items()}
+        if wanted != self._adapters:
+            weights = {name: read_lora(path) for name, path in wanted.items()}
+            self.bank.detach(self.model)
+            self._adapters = {}
+            self.bank = load_bank(self.model, weights)
+            self._adapters = wanted
 
     def _encode(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         batch = self.tokenizer(list(prompts), add_special_tokens=False, padding=True, return_tensors="pt")

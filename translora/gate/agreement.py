@@ -14,7 +14,7 @@ from translora.config import BaseModelConfig, GateConfig, ResourceConfig
 from translora.run.files import digest
 from translora.run.progress import Progress
 from translora.run.state import Accuracy, GateResult
-from translora.synthesis.actors import Row, cut_blocks, run_blocks
+from translora.synthesis.actors import Hosts, Row, cut_blocks, run_blocks
 from translora.synthesis.prompts import LINE_END, normalise
 from translora.synthesis.stages import answer_block
 
@@ -111,26 +111,27 @@ def run_gate(
     settings = {"max_answer_tokens": max_answer_tokens}
     students = {f"student/{member.name}": str(member.student_dir) for member in members}
     teachers = {f"teacher/{member.name}": str(member.teacher_dir) for member in members}
-    for label, base, adapters, rows in (
-        ("gate: target base", target, students, target_rows),
-        ("gate: source base", source, teachers, source_rows),
-    ):
-        if not rows:
-            continue
-        blocks = cut_blocks(rows, batch_size, lambda row: len(row["input"]))
-        key = digest(blocks, settings, base.model_dump(), dict(digests))
-        with Progress(label, len(rows)) as progress:
-            computed = run_blocks(
-                blocks,
-                answer_block,
-                base=base,
-                adapters=adapters,
-                settings=settings,
-                resources=resources,
-                directory=run_dir / "gate" / key,
-                on_block=progress.fraction,
-            )
-        answers |= _answers(computed)
+    with Hosts(resources) as hosts:
+        for label, base, adapters, rows in (
+            ("gate: target base", target, students, target_rows),
+            ("gate: source base", source, teachers, source_rows),
+        ):
+            if not rows:
+                continue
+            blocks = cut_blocks(rows, batch_size, lambda row: len(row["input"]))
+            key = digest(blocks, settings, base.model_dump(), dict(digests))
+            with Progress(label, len(rows)) as progress:
+                computed = run_blocks(
+                    blocks,
+                    answer_block,
+                    base=base,
+                    adapters=adapters,
+                    settings=settings,
+                    hosts=hosts,
+                    directory=run_dir / "gate" / key,
+                    on_block=progress.fraction,
+                )
+            answers |= _answers(computed)
     return {member.name: _judge_member(member, answers, config) for member in members}
 
 

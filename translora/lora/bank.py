@@ -207,6 +207,12 @@ class AdapterBank:
         for module in self.modules.values():
             module.slots.pop(slot, None)
 
+    def detach(self, model: nn.Module) -> None:
+        """Give the model its own linear modules back; the bank is not used any more."""
+        for name, module in self.modules.items():
+            model.set_submodule(name, module.base)
+        self.modules = {}
+
 
 def _attach(model: nn.Module, targets: Sequence[str], names: Sequence[str] = ()) -> AdapterBank:
     route = Route()

@@ -1,59 +1,90 @@
-"""Ray Data over actors that each hold one base: a block of rows is one batch, rows of all adapters mixed.
+"""Ray Data over actors that keep their bases: a block of rows is one batch, rows of all adapters mixed.
 
 A block travels as one item (number, rows as JSON), so that Ray Data can neither split nor merge it. Blocks are the
 unit of work and of resuming: each is written to its own file as soon as it is done.
+
+An actor pool of Ray Data lives as long as its dataset, and a round of synthesis is two datasets: pools would load
+both bases anew in every round. So the actors are `Hosts`, which outlive the datasets, and Ray Data's tasks are calls
+to them. The tasks import this module: it loads no torch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 import ray.data
-from ray.data import ActorPoolStrategy
+from ray.data import TaskPoolStrategy
 
 from translora.config import BaseModelConfig, ResourceConfig
-from translora.engine.loading import hide_gpus
-from translora.engine.transformers import TransformersEngine
 from translora.run.files import write_bytes
+
+if TYPE_CHECKING:
+    from translora.engine.host import BlockFunction
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 OnBlock = Callable[[int, int], None]
+WAIT_SECONDS = 30.0
+"""How long the first host that is ready waits for the others; those that come later join at the next stage."""
+MAX_RESTARTS = 3
+"""Of a host that died; a block that kills it again and again ends the run, not the machine."""
 
 
-BlockFunction = Callable[[TransformersEngine, list[Row], dict[str, Any]], list[Row]]
-"""Turns one block of rows into as many rows, on a resident engine, with plain settings."""
+class Hosts:
+    """Actors of the cluster that each hold bases; started when first needed, ended with the `with` block.
 
+    Args:
+        resources: number and size of the actors.
+    """
 
-class EngineActor:
-    """Holds an engine; Ray Data calls it with one block at a time."""
+    def __init__(self, resources: ResourceConfig) -> None:
+        self.resources = resources
+        self._actors: list[Any] = []
 
-    def __init__(
-        self,
-        base: dict[str, Any],
-        adapters: Mapping[str, str],
-        function: BlockFunction,
-        settings: dict[str, Any],
-        num_threads: int | None,
+    def __enter__(self) -> Hosts:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if num_threads is not None:
-            hide_gpus()
-        self.engine = TransformersEngine(BaseModelConfig.model_validate(base), adapters, num_threads)
-        self.function = function
-        self.settings = settings
+        for actor in self._actors:
+            with contextlib.suppress(Exception):  # the cluster may be gone
+                ray.kill(actor)
+        self._actors.clear()
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Compute one block: its number and its rows as JSON, both in arrays of length 1."""
-        (rows,) = (json.loads(text) for text in batch["rows"])
-        results = self.function(self.engine, rows, self.settings)
-        return {"block": batch["block"], "rows": np.array([json.dumps(results)])}
+    def get(self, most: int) -> list[Any]:
+        """Handles of the hosts that stand, `most` of them at most; waits for the first."""
+        from translora.engine.host import EngineHost
+
+        resources = self.resources
+        on_cpu = resources.gpus_per_actor == 0
+        remote = ray.remote(EngineHost).options(
+            num_gpus=resources.gpus_per_actor,
+            num_cpus=resources.cpus_per_actor,
+            max_restarts=MAX_RESTARTS,
+            max_task_retries=MAX_RESTARTS,
+        )
+        wanted = min(resources.num_actors, most)
+        while len(self._actors) < wanted:
+            num_threads = max(1, int(resources.cpus_per_actor)) if on_cpu else None
+            self._actors.append(remote.remote(num_threads, resources.num_actors))
+        asked = {actor.ready.remote(): actor for actor in self._actors[:wanted]}
+        ray.wait(list(asked), num_returns=1)
+        ready, waiting = ray.wait(list(asked), num_returns=wanted, timeout=WAIT_SECONDS)
+        ray.get(ready)
+        if waiting:
+            logger.warning("%d of %d actors stand, the cluster has no room for the others yet", len(ready), wanted)
+        return [asked[reference] for reference in ready]
 
 
 def cut_blocks(rows: Sequence[Row], batch_size: int, order: Callable[[Row], Any]) -> list[list[Row]]:
@@ -84,7 +115,7 @@ def run_blocks(
     base: BaseModelConfig,
     adapters: Mapping[str, str],
     settings: dict[str, Any],
-    resources: ResourceConfig,
+    hosts: Hosts,
     directory: Path,
     on_block: OnBlock | None = None,
 ) -> list[Row]:
@@ -95,10 +126,10 @@ def run_blocks(
     Args:
         blocks: rows in batches; a block is one forward batch.
         function: module-level function run inside the actor.
-        base: the base that each actor loads once.
+        base: the base that each actor loads, if it does not hold it yet.
         adapters: PEFT directory by slot name.
         settings: plain values handed to `function`.
-        resources: number and size of actors.
+        hosts: the actors.
         directory: one parquet file per finished block.
         on_block: called with (finished, total) as blocks finish.
     """
@@ -108,22 +139,24 @@ def run_blocks(
     missing = [index for index, rows in enumerate(kept) if rows is None]
     finished = len(blocks) - len(missing)
     if missing:
-        # Ray Data would warn again and again that an actor holds much memory: it holds a base, and is meant to.
-        ray.data.DataContext.get_current().issue_detectors_config.detectors = []
-        items = [{"block": index, "rows": json.dumps(blocks[index])} for index in missing]
+        actors = hosts.get(len(missing))
+        items = [
+            {"block": index, "actor": turn % len(actors), "rows": json.dumps(blocks[index])}
+            for turn, index in enumerate(missing)
+        ]
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            EngineActor,
-            batch_size=1,
-            compute=ActorPoolStrategy(size=min(resources.num_actors, len(missing))),
-            num_gpus=resources.gpus_per_actor,
-            num_cpus=resources.cpus_per_actor,
-            fn_constructor_kwargs={
+            call_host,
+            fn_kwargs={
+                "actors": actors,
                 "base": base.model_dump(),
                 "adapters": dict(adapters),
                 "function": function,
                 "settings": settings,
-                "num_threads": None if resources.gpus_per_actor else max(1, int(resources.cpus_per_actor)),
             },
+            batch_size=1,
+            # A second block waits at each actor while it computes the first; one actor has nobody to wait for.
+            compute=TaskPoolStrategy(size=min(2 * len(actors) - 1, len(items))),
+            num_cpus=0,
         )
         for result in dataset.iter_rows():
             index, rows = int(result["block"]), json.loads(result["rows"])
@@ -137,3 +170,17 @@ def run_blocks(
     # Computed rows are read back too: Parquet may spell a value differently, and a rerun must see the same.
     whole = (pq.read_table(path).to_pylist() if rows is None else rows for path, rows in zip(paths, kept, strict=True))
     return [row for rows in whole for row in rows]
+
+
+def call_host(
+    batch: dict[str, Any],
+    actors: Sequence[Any],
+    base: dict[str, Any],
+    adapters: Mapping[str, str],
+    function: BlockFunction,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """Ray Data's task: hand one block to its actor. Number, actor and rows as JSON come in arrays of length 1."""
+    ((actor,), (text,)) = batch["actor"], batch["rows"]
+    results = ray.get(actors[int(actor)].run.remote(base, adapters, function, json.loads(text), settings))
+    return {"block": batch["block"], "rows": np.array([json.dumps(results)])}

@@ -20,7 +20,7 @@ from translora.config import BaseModelConfig, ResourceConfig, SynthesisConfig
 from translora.run.files import digest, write_bytes
 from translora.run.progress import Progress
 from translora.run.state import SynthesisStats
-from translora.synthesis.actors import Row, cut_blocks, run_blocks
+from translora.synthesis.actors import Hosts, Row, cut_blocks, run_blocks
 from translora.synthesis.prompts import generation_order, generation_row, normalise
 from translora.synthesis.stages import generate_block, screen_and_label_block
 
@@ -179,7 +179,7 @@ def synthesise(
     run_dir: Path,
     on_round: Callable[[], None],
 ) -> None:
-    """Fill the pools, in rounds over all of them at once: the generator is loaded once a round, then the source base.
+    """Fill the pools, in rounds over all of them at once, on actors that keep both bases where memory has the room.
 
     A pool is left short when its budget or `config.max_rounds` is spent; `pool.stats.shortfall` says so. A pool that
     an earlier synthesis of this run filled, or left short, is not computed again.
@@ -194,45 +194,72 @@ def synthesise(
     keyed = {key: pool for key, pool in keyed.items() if not restore(pool, known.get(key))}
     if not keyed:
         return
-    pools = list(keyed.values())
-    by_name = {pool.name: pool for pool in pools}
-    adapters = bank_adapters(pools)
-    bundle_digests = {pool.name: pool.bundle.digest for pool in pools}
-    for number in range(config.max_rounds):
-        rows = plan_round(pools, config, seed)
-        if not rows:
-            break
-        blocks = cut_blocks(rows, config.batch_size, generation_order)
-        settings = {"sampling": config.sampling.model_dump()}
-        key = digest("generate", blocks, settings, generator.model_dump(), fingerprints[0])
-        with Progress(f"round {number + 1}: generate", len(rows)) as progress:
-            generated = run_blocks(
-                blocks,
-                generate_block,
-                base=generator,
-                adapters={},
-                settings=settings,
-                resources=resources,
-                directory=run_dir / "rounds" / f"{number:03d}-generate-{key}",
-                on_block=progress.fraction,
-            )
-        candidates = clean(generated, by_name)
-        blocks = cut_blocks(candidates, config.batch_size, lambda row: len(row["input"]))
-        answers = {"max_answer_tokens": config.max_answer_tokens}
-        key = digest("label", blocks, answers, source.model_dump(), fingerprints[1], bundle_digests)
-        with Progress(f"round {number + 1}: screen and label", len(candidates)) as progress:
-            labelled = run_blocks(
-                blocks,
-                screen_and_label_block,
-                base=source,
-                adapters=adapters,
-                settings=answers,
-                resources=resources,
-                directory=run_dir / "rounds" / f"{number:03d}-label-{key}",
-                on_block=progress.fraction,
-            )
-        admit(labelled, by_name)
-        on_round()
-    for pool in pools:
+    with Hosts(resources) as hosts:
+        for number in range(config.max_rounds):
+            if not run_round(
+                number,
+                list(keyed.values()),
+                generator=generator,
+                source=source,
+                fingerprints=fingerprints,
+                config=config,
+                hosts=hosts,
+                seed=seed,
+                run_dir=run_dir,
+            ):
+                break
+            on_round()
+    for pool in keyed.values():
         close(pool)
     write_outcomes(run_dir / "rounds", keyed)
+
+
+def run_round(
+    number: int,
+    pools: Sequence[Pool],
+    *,
+    generator: BaseModelConfig,
+    source: BaseModelConfig,
+    fingerprints: tuple[str, str],
+    config: SynthesisConfig,
+    hosts: Hosts,
+    seed: int,
+    run_dir: Path,
+) -> bool:
+    """Generate, clean, screen and label once for all pools; False when no pool asks for more."""
+    rows = plan_round(pools, config, seed)
+    if not rows:
+        return False
+    by_name = {pool.name: pool for pool in pools}
+    blocks = cut_blocks(rows, config.batch_size, generation_order)
+    settings = {"sampling": config.sampling.model_dump()}
+    key = digest("generate", blocks, settings, generator.model_dump(), fingerprints[0])
+    with Progress(f"round {number + 1}: generate", len(rows)) as progress:
+        generated = run_blocks(
+            blocks,
+            generate_block,
+            base=generator,
+            adapters={},
+            settings=settings,
+            hosts=hosts,
+            directory=run_dir / "rounds" / f"{number:03d}-generate-{key}",
+            on_block=progress.fraction,
+        )
+    candidates = clean(generated, by_name)
+    blocks = cut_blocks(candidates, config.batch_size, lambda row: len(row["input"]))
+    answers = {"max_answer_tokens": config.max_answer_tokens}
+    bundle_digests = {pool.name: pool.bundle.digest for pool in pools}
+    key = digest("label", blocks, answers, source.model_dump(), fingerprints[1], bundle_digests)
+    with Progress(f"round {number + 1}: screen and label", len(candidates)) as progress:
+        labelled = run_blocks(
+            blocks,
+            screen_and_label_block,
+            base=source,
+            adapters=bank_adapters(pools),
+            settings=answers,
+            hosts=hosts,
+            directory=run_dir / "rounds" / f"{number:03d}-label-{key}",
+            on_block=progress.fraction,
+        )
+    admit(labelled, by_name)
+    return True
