@@ -72,7 +72,17 @@ class SynthesisConfig(Strict):
     """Rows in one forward pass; rows of different adapters share it."""
     max_answer_tokens: int = Field(default=64, ge=1)
     """Longest answer of the teacher, in tokens of the source base; longer answers are dropped as malformed."""
-    num_orderings: int = Field(default=10, ge=1)
+    screen: Literal["auto", "discriminator", "excess", "none"] = "auto"
+    """Which inputs are kept: those that the owner's `discriminator` takes for real (the paper), those on which the
+    adapter has most to say beyond its base (`excess`, for bundles without a discriminator), or all (`none`); `auto` is
+    the discriminator where the bundle has one, and excess elsewhere."""
+    excess_surplus: float = Field(default=1.5, ge=1)
+    """Excess screen: collect |D_syn| times this, and keep those with the greatest excess."""
+    seed_similarity: float = Field(default=0.9, gt=0, le=1)
+    """An input as similar as this to a seed (edit similarity, 1 is equal) is dropped: it would leak the seed."""
+    duplicate_similarity: float = Field(default=0.97, gt=0, le=1)
+    """An input as similar as this to an earlier one, with the same numbers in it, is dropped; 1 drops equal ones."""
+    num_orderings: int = Field(default=5, ge=1)
     """Orders of the seeds in an adapter's few-shot prompts; rows of the same order share the prompt's computing."""
     oversample: float = Field(default=1.15, ge=1)
     """A round generates (missing / expected acceptance) times this."""
@@ -153,6 +163,10 @@ class GateConfig(Strict):
     """Least share of held-out prompts on which the migrated student gives the teacher's answer."""
     min_gain: float = Field(default=0.0, ge=-1, le=1)
     """Least (student - bare target base) agreement."""
+    retries: int = Field(default=1, ge=0, le=3)
+    """Times that an adapter which did not pass is distilled again, from more samples, before it is given up."""
+    retry_factor: float = Field(default=2.0, gt=1, le=4)
+    """|D_syn| of a retry, as a multiple of that of the attempt before; what was accepted then is kept."""
 
 
 class TrackingConfig(Strict):

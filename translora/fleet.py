@@ -32,6 +32,7 @@ from translora.run.member import (
     SYNTHETIC,
     Member,
     Run,
+    attempt_size,
     cohort,
     continue_state,
     end_cohort,
@@ -43,7 +44,7 @@ from translora.run.state import AdapterState, Phase, load_state, state_path
 from translora.run.tracker import Tracker
 from translora.synthesis.discriminator import discriminator_rows
 from translora.synthesis.prompts import generation_prompt
-from translora.synthesis.rounds import Pool, synthesise
+from translora.synthesis.rounds import Pool, choose_screen, synthesise
 
 logger = logging.getLogger(__name__)
 SAVE_EVERY_SECONDS = 2.0
@@ -81,18 +82,24 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
         members = [member for member in verified.values() if isinstance(member, Member)]
         if any(member.state.status == "pending" for member in members):
             start_cluster()
-        for phase, work in PHASE_WORK.items():
-            while todo := [member for member in members if member.waits_for(phase)]:
-                group = cohort(config.run_dir, phase, todo, members)
-                start = time.monotonic()
-                work(run, group)
-                seconds = time.monotonic() - start
-                tracker.log({f"time/{phase}_seconds": seconds, "perf/adapters": float(len(group))})
-                for member in group:
-                    member.state.seconds[phase] = round(member.state.seconds.get(phase, 0.0) + seconds, 1)
-                    run.save(member.state)
-                end_cohort(config.run_dir, phase)
+        while any(member.state.status == "pending" for member in members):  # again for what the gate sent back
+            for phase in PHASE_WORK:
+                run_phase(run, phase, members)
         return [found.state if isinstance(found, Member) else found for found in verified.values()]
+
+
+def run_phase(run: Run, phase: Phase, members: list[Member]) -> None:
+    """Do a phase's work for all members that wait for it, those of a killed run's cohort first."""
+    while todo := [member for member in members if member.waits_for(phase)]:
+        group = cohort(run.config.run_dir, phase, todo, members)
+        start = time.monotonic()
+        PHASE_WORK[phase](run, group)
+        seconds = time.monotonic() - start
+        run.tracker.log({f"time/{phase}_seconds": seconds, "perf/adapters": float(len(group))})
+        for member in group:
+            member.state.seconds[phase] = round(member.state.seconds.get(phase, 0.0) + seconds, 1)
+            run.save(member.state)
+        end_cohort(run.config.run_dir, phase)
 
 
 def check_training(config: FleetConfig, target: BaseInfo) -> None:
@@ -125,6 +132,7 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
     try:
         bundle = read_bundle(entry.bundle)
         verify_bundle(bundle, run.source)
+        choose_screen(config.synthesis, bundle)
         check_prompts(run, bundle)
         eval_rows = read_jsonl(entry.eval_data, required=("input", "target")) if entry.eval_data else []
     except (BundleError, ValueError) as error:
@@ -149,7 +157,8 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
         )
     run.save(state)
     num_heldout = max(config.gate.min_holdout, math.ceil(config.gate.holdout_fraction * num_samples))
-    return Member(bundle, state, config.run_dir / "adapters" / name, num_samples, num_heldout, eval_rows)
+    directory, size = config.run_dir / "adapters" / name, attempt_size(state, config.gate)
+    return Member(bundle, state, directory, size, num_heldout, eval_rows)
 
 
 def check_prompts(run: Run, bundle: Bundle) -> None:
@@ -178,7 +187,11 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
     for member in members:
         needed = member.num_samples + member.num_heldout
         budget = math.ceil(config.synthesis.max_generated_factor * needed)
-        pools.append(Pool(member.name, member.bundle, needed, budget))
+        screen = choose_screen(config.synthesis, member.bundle)
+        surplus = config.synthesis.excess_surplus if screen == "excess" else 1.0
+        pools.append(Pool(member.name, member.bundle, needed, budget, screen, surplus))
+        if member.state.attempt > 1:
+            pools[-1].carry_on(member.state.synthesis, pq.read_table(member.earlier_set).to_pylist())
 
     def after_round() -> None:
         for member, pool in zip(members, pools, strict=True):
@@ -212,6 +225,8 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
             continue
         if pool.stats.shortfall:
             logger.warning("%s: goes on with fewer samples: %s", member.name, pool.stats.shortfall)
+        if pool.stats.warning:
+            logger.warning("%s: %s", member.name, pool.stats.warning)
         write_synthetic(member, pool, config.seed, config.gate.min_holdout)
         run.advance(member, "distill", member.directory / SYNTHETIC)
 
@@ -317,6 +332,7 @@ def gate_phase(run: Run, members: list[Member]) -> None:
             teacher_template=member.bundle.manifest.prompt_template,
             heldout=member.samples("heldout"),
             eval_rows=member.eval_rows,
+            only_answer=only_answer(member),
         )
         for member in members
     ]
@@ -333,6 +349,7 @@ def gate_phase(run: Run, members: list[Member]) -> None:
         | {"source base": run.source.fingerprint, "target base": run.target.fingerprint},
     )
     template = prompt_format(load_tokenizer(config.target.model)).template
+    failed: list[Member] = []
     for member in members:
         if not member.waits_for("gate"):
             continue
@@ -343,13 +360,28 @@ def gate_phase(run: Run, members: list[Member]) -> None:
             adapter=member.name,
         )
         if not gate.passed:
-            member.state.status, member.state.reason = "failed_gate", gate.reason
-            run.advance(member, "done")
+            failed.append(member)
             continue
         try:
             publish(run, member, template)
         except BundleError as error:
             run.quarantine(member.state, f"cannot be published: {error}")
+    for member in failed:
+        state = member.state
+        assert state.gate is not None
+        state.reason = state.gate.reason
+        if state.attempt <= config.gate.retries:
+            logger.warning("%s: did not pass the gate (%s): again with more samples", member.name, state.reason)
+            run.send_back(member)
+        else:
+            state.status = "failed_gate"
+            run.advance(member, "done")
+
+
+def only_answer(member: Member) -> str | None:
+    """The teacher's answer to every sample, if it has only one."""
+    classes = member.state.synthesis.classes
+    return next(iter(classes)) if len(classes) == 1 else None
 
 
 def publish(run: Run, member: Member, template: str) -> None:

@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.integration.world import ROOT, TASKS, World, command, environment, make_world
-from translora.bundle import inspect_base, read_bundle, verify_bundle
+from translora.bundle import inspect_base, read_bundle, verify_bundle, write_bundle
 from translora.lora.peft_io import read_lora
 from translora.run.files import sha256_path
 from translora.run.state import AdapterState, load_states
@@ -179,6 +180,47 @@ def test_one_bad_bundle_and_one_starved_adapter_leave_the_rest_of_the_fleet_alon
     assert "too few synthetic samples" in states["starved"].reason and "dropped" in states["starved"].reason
     assert states["thing"].status == "migrated"
     assert "broken: quarantined" in done.stdout and "starved: quarantined" in done.stdout
+
+
+def test_a_failed_gate_is_tried_again_with_more_samples_also_without_a_discriminator(
+    world: World,
+) -> None:
+    whole = read_bundle(world.root / "source-bundles" / "thing")
+    write_bundle(
+        world.root / "bare",
+        adapter_dir=whole.path,
+        discriminator_dir=None,
+        seeds=whole.seeds,
+        task_name="thing",
+        base=inspect_base(str(world.source)),
+        num_samples=4,
+        prompt_template=whole.manifest.prompt_template,
+        provenance={"made_by": "a test"},
+    )
+    fleet = world.fleet_config("retried")
+    fleet["adapters"] = [{"bundle": "bare"}, {"bundle": "source-bundles/colour", "num_samples": 4}]
+    fleet["distill"] |= {"epochs": 1, "learning_rate": 1e-7}
+    fleet["gate"] = {"min_holdout": 2, "min_agreement": 1.0, "retry_factor": 2.0}
+    fleet["synthesis"] |= {"batch_size": 32}
+    done = world.run("migrate", world.write("retried.yaml", fleet), check=False)
+    assert done.returncode == 1
+    for state in load_states(world.root / "runs" / "retried"):
+        assert (state.status, state.attempt) == ("failed_gate", 2) and "min_agreement 1.00" in state.reason
+        assert state.num_samples == 4 and state.synthesis.needed == 10
+        assert f"{state.name}: did not pass the gate" in done.stderr
+        directory = world.root / "runs" / "retried" / "adapters" / state.name
+        first, second = (pq.read_table(directory / f"synthetic{part}.parquet").to_pylist() for part in ("-1", ""))
+        inputs = [{row["sample_id"]: row["input"] for row in rows} for rows in (first, second)]
+        assert inputs[0].items() <= inputs[1].items(), "what was drawn is kept"
+        kept = [sum(row["split"] != "refused" for row in rows) for rows in (first, second)]
+        assert kept[0] <= 6 < kept[1] <= 10
+    bare = next(state for state in load_states(world.root / "runs" / "retried") if state.name == "bare")
+    assert bare.synthesis.screen == "excess" and bare.gate is not None and bare.gate.loglik_student is not None
+    rows = pq.read_table(world.root / "runs/retried/adapters/bare/synthetic.parquet").to_pylist()
+    assert all(row["score"] > 0 for row in rows if row["split"] != "refused")
+    assert not (world.root / "runs" / "retried" / "bundles").exists()
+    again = world.run("migrate", world.root / "retried.yaml", check=False)
+    assert again.returncode == 1 and "generate" not in again.stderr, "given up is given up"
 
 
 def test_what_the_distillation_needs_is_checked_before_anything_is_generated(world: World) -> None:

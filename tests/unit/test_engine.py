@@ -149,3 +149,17 @@ def test_the_heads_input_has_plain_strides(engine: TransformersEngine, num_rows:
     engine.generate([Request(prompt, None, 1) for prompt in PROMPTS[:num_rows]])
     hook.remove()
     assert strides == [(32, 32, 1)]
+
+
+def test_log_likelihood_is_that_of_the_whole_logits(engine: TransformersEngine, base: Path) -> None:
+    samples = [([5, 6, 7], [8, 9]), ([10] * 9, [11]), ([12], [13, 14, 15, 16])]
+    names = ["a0", None, "a2"]
+    found = engine.log_likelihood(samples, names)
+    assert [len(row) for row in found] == [2, 1, 4]
+    for (prompt, answer), name, values in zip(samples, names, found, strict=True):
+        engine.bank.route_rows([name], engine.device)
+        with torch.no_grad():
+            logits = engine.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = [float(row[token]) for row, token in zip(logits, answer, strict=True)]
+        assert values == pytest.approx(expected, abs=1e-4)
+    assert found[0] != engine.log_likelihood(samples, [None] * 3)[0]

@@ -266,7 +266,7 @@ def test_the_gang_fills_a_pass_unless_memory_or_the_queue_ends_before() -> None:
     def chosen(config: TrainConfig = config, layout: Layout = layout, **changes: int) -> int:
         return choose_gang_size(sizes, layout, config, device="cpu", **(room | changes))
 
-    assert chosen() == 8  # 2048 tokens at 8 samples of 32
+    assert chosen() == 16  # 4096 tokens at 8 samples of 32
     assert choose_gang_size(sizes, layout, config, device="cuda", **room) == 40  # 64 would fill it, 40 are there
     assert chosen(free_bytes=2 * 10**9) == 2  # 0.6 * 2 GB / (8 samples of 64 tokens at 1 MB)
     assert chosen(free_bytes=10**6) == 1

@@ -14,6 +14,8 @@ COLOURS = ["red", "blue", "green", "black"]
 RIGHT = {"source_base": 0, "source_adapter": 4, "target_base": 1, "migrated": 3}
 """Of four real items, how many each arm answers as their target: all different, so that no two can be swapped."""
 
+LOGLIKS = {("paint", "gate_student"): -0.5, ("paint", "gate_base"): -3.0}
+
 
 def member(name: str = "paint") -> GateMember:
     return GateMember(
@@ -50,14 +52,26 @@ def test_the_gate_names_each_limit_that_was_missed() -> None:
     assert not no_gain.passed and no_gain.reason == "gain over the target base +0.05 < gate.min_gain +0.10"
 
 
+def test_agreement_with_a_teacher_of_one_answer_does_not_pass() -> None:
+    verdict = judge(1.0, 0.0, 20, GateConfig(), only_answer="no")
+    assert not verdict.passed and "answers 'no' to every sample, so agreement says nothing" in verdict.reason
+
+
 def test_a_member_is_judged_by_its_student_and_measured_by_every_arm() -> None:
-    gate, accuracy = _judge_member(member(), answers(student=3, base=0), GateConfig())
-    assert gate == GateResult(num_heldout=4, agreement_student=0.75, agreement_base=0.0, passed=True)
+    gate, accuracy = _judge_member(member(), answers(student=3, base=0), LOGLIKS, GateConfig())
+    assert gate == GateResult(
+        num_heldout=4,
+        agreement_student=0.75,
+        agreement_base=0.0,
+        loglik_student=-0.5,
+        loglik_base=-3.0,
+        passed=True,
+    )
     assert accuracy == Accuracy(num_items=4, source_base=0.0, source_adapter=1.0, target_base=0.25, migrated=0.75)
 
 
 def test_a_student_worse_than_the_bare_base_fails() -> None:
-    gate, _ = _judge_member(member(), answers(student=1, base=3), GateConfig())
+    gate, _ = _judge_member(member(), answers(student=1, base=3), {}, GateConfig())
     assert (gate.agreement_student, gate.agreement_base, gate.passed) == (0.25, 0.75, False)
     assert gate.reason == (
         "agreement 0.25 < gate.min_agreement 0.60; gain over the target base -0.50 < gate.min_gain +0.00"
@@ -66,7 +80,7 @@ def test_a_student_worse_than_the_bare_base_fails() -> None:
 
 def test_without_real_data_there_is_no_accuracy() -> None:
     bare = GateMember("paint", Path("student"), Path("teacher"), "chat", member().heldout, [])
-    gate, accuracy = _judge_member(bare, answers(student=4, base=0), GateConfig())
+    gate, accuracy = _judge_member(bare, answers(student=4, base=0), {}, GateConfig())
     assert gate.passed and accuracy is None
 
 
@@ -88,7 +102,8 @@ def test_each_arm_is_answered_by_its_own_model(monkeypatch: pytest.MonkeyPatch, 
         for row in rows:
             assert row["template"] == ("chat" if base.model == "source" else "auto")
             answer = right(models[base.model, row["slot"]])[row["index"]]
-            found.append({**row, "answer": answer or "cut off", "finished": answer is not None})
+            loglik = None if row["reference"] is None else -float(row["index"])
+            found.append({**row, "answer": answer or "cut off", "finished": answer is not None, "loglik": loglik})
         return found
 
     monkeypatch.setattr(agreement, "run_blocks", run_blocks)
@@ -105,4 +120,5 @@ def test_each_arm_is_answered_by_its_own_model(monkeypatch: pytest.MonkeyPatch, 
     )
     gate, accuracy = results["paint"]
     assert (gate.agreement_student, gate.agreement_base) == (0.75, 0.25)
+    assert (gate.loglik_student, gate.loglik_base) == (-1.5, -1.5), "the mean over held-out prompts alone"
     assert accuracy == Accuracy(num_items=4, source_base=0.0, source_adapter=1.0, target_base=0.25, migrated=0.75)

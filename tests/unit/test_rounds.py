@@ -14,7 +14,7 @@ from translora.bundle.manifest import Manifest
 from translora.config import BaseModelConfig, ResourceConfig, SynthesisConfig
 from translora.synthesis import rounds
 from translora.synthesis.actors import Row, cut_blocks, read_block
-from translora.synthesis.rounds import Pool, admit, clean, plan_round, synthesise
+from translora.synthesis.rounds import Pool, admit, choose_screen, clean, plan_round, synthesise
 
 SEEDS = ["send a red box", "ship a blue bag", "pack a green cup", "lend a black hat", "sell a red pen"]
 
@@ -86,10 +86,80 @@ def test_malformed_copied_and_repeated_inputs_are_dropped_and_counted() -> None:
     one = pool()
     cut_off = {"adapter": "task", "sample_id": 9, "text": "cut off", "finished": False}
     rows = [*generated("task", "sell a red toy", "Sell a  RED toy", SEEDS[0].upper(), ""), cut_off]
-    kept = clean(rows, {"task": one})
+    kept = clean(rows, {"task": one}, SynthesisConfig())
     assert [row["input"] for row in kept] == ["sell a red toy"]
     assert one.stats.dropped == {"duplicate": 1, "seed_copy": 1, "malformed": 2}
-    assert clean(generated("task", "sell a red toy"), {"task": one}) == [], "a later round knows the earlier ones"
+    assert clean(generated("task", "sell a red toy"), {"task": one}, SynthesisConfig()) == [], (
+        "a later round knows the earlier ones"
+    )
+
+
+def test_what_repeats_a_seed_or_an_earlier_input_but_for_a_trifle_is_dropped() -> None:
+    one = pool()
+    one.bundle = dataclasses.replace(
+        one.bundle, seeds=["Please close my account at the branch in Leeds.", "What does a new card cost me abroad?"]
+    )
+    texts = (
+        "Please close my account at the branch in Leeds",  # a seed without its full stop
+        "Which of the two savings accounts of yours pays me 3 percent?",
+        "Which of the two savings accounts of yours pays me 3 percent!",
+        "Which of the two savings accounts of yours pays me 4 percent?",  # another number: another input
+    )
+    kept = clean(generated("task", *texts), {"task": one}, SynthesisConfig())
+    assert [row["sample_id"] for row in kept] == [1, 3]
+    assert one.stats.dropped == {"seed_copy": 1, "near_duplicate": 1}
+    off = pool()
+    off.bundle = one.bundle
+    strict = SynthesisConfig(seed_similarity=1, duplicate_similarity=1)
+    assert len(clean(generated("task", *texts), {"task": off}, strict)) == 4
+
+
+def test_of_a_surplus_those_with_the_greatest_excess_are_kept() -> None:
+    one = pool(needed=2)
+    one.screen, one.surplus = "excess", 2.0
+    assert one.wanted == 4 and len(plan_round([one], SynthesisConfig(oversample=1.0), seed=0)) == 7
+    scores = (0.5, 2.0, -0.1, 0.7, 1.5)
+    admit([labelled("task", 1, score, start=index)[0] for index, score in enumerate(scores)], {"task": one})
+    assert one.stats.dropped == {"refused": 1}
+    rounds.close(one)
+    assert [row["sample_id"] for row in one.accepted] == [1, 4]
+    assert sorted(row["sample_id"] for row in one.refused) == [0, 2, 3]
+    assert one.stats.dropped == {"refused": 1, "outranked": 2} and one.stats.shortfall == ""
+
+
+def test_a_teacher_with_one_answer_is_warned_of_and_one_that_answers_nothing_leaves_the_set_empty() -> None:
+    one, silent = pool("one", needed=3), pool("silent", needed=3)
+    admit(labelled("one", 3) + labelled("silent", 3, answer=""), {"one": one, "silent": silent})
+    rounds.close(one)
+    rounds.close(silent)
+    assert one.stats.classes == {"red": 3} and "answers 'red' to all 3 samples" in one.stats.warning
+    assert silent.accepted == [] and "0 of 3 samples" in silent.stats.shortfall
+    assert "'empty_answer': 3" in silent.stats.shortfall and silent.stats.warning == ""
+
+
+def test_another_attempt_goes_on_from_the_samples_of_the_first() -> None:
+    one = pool(needed=4)
+    one.stats.rounds, one.stats.generated = 2, 9
+    admit(labelled("task", 3) + labelled("task", 2, score=-1.0, start=3), {"task": one})
+    rows = [{**row, "split": "train"} for row in one.accepted] + [{**row, "split": "refused"} for row in one.refused]
+    again = pool(needed=8)
+    again.carry_on(one.stats, rows)
+    assert (again.accepted, again.refused) == (one.accepted, one.refused)
+    assert again.stats.generated == 9 and again.stats.needed == 8 and again.stats.dropped == {"refused": 2}
+    new = plan_round([again], SynthesisConfig(), seed=0)
+    assert min(row["sample_id"] for row in new) == 9, "no sample is drawn twice"
+    assert clean(generated("task", "x0"), {"task": again}, SynthesisConfig()) == []
+    assert one.stats.generated == 9, "the state of the first attempt is not touched"
+
+
+def test_the_screen_of_a_bundle() -> None:
+    bundle = pool().bundle
+    without = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"discriminator": False}))
+    assert choose_screen(SynthesisConfig(), bundle) == "discriminator"
+    assert choose_screen(SynthesisConfig(), without) == "excess"
+    assert choose_screen(SynthesisConfig(screen="none"), bundle) == "none"
+    with pytest.raises(ValueError, match=r"has no discriminator; set synthesis.screen to auto, excess or none"):
+        choose_screen(SynthesisConfig(screen="discriminator"), without)
 
 
 def test_the_screen_and_the_teacher_decide_what_is_accepted() -> None:

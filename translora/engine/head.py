@@ -115,3 +115,14 @@ def cross_entropy(hidden_LD: torch.Tensor, head: Head, labels_L: torch.Tensor, w
     """
     losses_L: torch.Tensor = _ChunkedCrossEntropy.apply(hidden_LD, head, labels_L, weights_L)
     return losses_L
+
+
+def log_probabilities(hidden_LD: torch.Tensor, head: Head, labels_L: torch.Tensor) -> torch.Tensor:
+    """log p(label) at each position [L], float32, without gradients and without the logits of all positions."""
+    chunk = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+    found = []
+    for start in range(0, len(labels_L), chunk):
+        logits_CV = head.logits(hidden_LD[start : start + chunk])
+        label_C1 = labels_L[start : start + chunk, None]
+        found.append(logits_CV.gather(1, label_C1)[:, 0] - logits_CV.logsumexp(-1))
+    return torch.cat(found) if found else labels_L.new_empty(0, dtype=torch.float32)

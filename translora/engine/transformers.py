@@ -1,6 +1,6 @@
 """The embedded engine: one resident base with a bank of adapters, driven through transformers.
 
-An engine offers `generate` and `log_odds`; rows of one call may belong to different adapters.
+An engine offers `generate`, `log_odds` and `log_likelihood`; rows of one call may belong to different adapters.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request, Row, decode
-from translora.engine.head import Head
+from translora.engine.head import Head, log_probabilities
 from translora.engine.loading import device, load_model, load_tokenizer, resolve_dtype
 from translora.engine.prompts import prompt_format
 from translora.lora.bank import load_bank
@@ -136,3 +136,31 @@ class TransformersEngine:
         head_of_model = Head.of(self.model)
         yes, no = (head_of_model.logits(seen[0], self._answer_ids[word]).logsumexp(-1) for word in ("yes", "no"))
         return [float(value) for value in yes - no]
+
+    @torch.inference_mode()
+    def log_likelihood(
+        self, samples: Sequence[tuple[Sequence[int], Sequence[int]]], adapters: Sequence[str | None]
+    ) -> list[list[float]]:
+        """log p of each token of an answer, given the prompt and the answer's tokens before it.
+
+        Args:
+            samples: token ids of prompt and answer, neither of them empty.
+            adapters: each sample's own.
+        """
+        self.bank.route_rows(adapters, self.device)
+        rows = [[*prompt, *answer][:-1] for prompt, answer in samples]  # the last token predicts nothing
+        width = max(len(row) for row in rows)
+        pad = int(self.tokenizer.pad_token_id)
+        ids_BT = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=self.device)
+        mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        hidden_BTD = self.model.base_model(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            position_ids=(mask_BT.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+        lengths = [len(answer) for _, answer in samples]
+        hidden_LD = torch.cat([hidden_TD[-length:] for hidden_TD, length in zip(hidden_BTD, lengths, strict=True)])
+        labels_L = torch.tensor([token for _, answer in samples for token in answer], device=self.device)
+        found = log_probabilities(hidden_LD, Head.of(self.model), labels_L)
+        return [part.tolist() for part in found.split(lengths)]

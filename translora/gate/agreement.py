@@ -16,7 +16,7 @@ from translora.run.progress import Progress
 from translora.run.state import Accuracy, GateResult
 from translora.synthesis.actors import Hosts, Row, cut_blocks, run_blocks
 from translora.synthesis.prompts import LINE_END, normalise
-from translora.synthesis.stages import answer_block
+from translora.synthesis.stages import gate_block
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class GateMember:
     """Held-out synthetic samples: `input`, and the teacher's `answer`."""
     eval_rows: list[dict[str, str]]
     """Real held-out data: `input`, `target`; empty where there is none."""
+    only_answer: str | None = None
+    """The teacher's answer to every synthetic sample, where it has only one."""
 
 
 def share_equal(answers: Sequence[str | None], references: Sequence[str]) -> float:
@@ -40,9 +42,28 @@ def share_equal(answers: Sequence[str | None], references: Sequence[str]) -> flo
     return sum(equal) / len(references)
 
 
-def judge(agreement_student: float, agreement_base: float, num_heldout: int, config: GateConfig) -> GateResult:
-    """The verdict on one adapter: enough agreement, and enough of it beyond the bare target base's."""
+def judge(
+    agreement_student: float,
+    agreement_base: float,
+    num_heldout: int,
+    config: GateConfig,
+    *,
+    only_answer: str | None = None,
+    logliks: tuple[float | None, float | None] = (None, None),
+) -> GateResult:
+    """The verdict on one adapter: enough agreement, and enough of it beyond the bare target base's.
+
+    Args:
+        only_answer: what the teacher answers to every sample, if it has one answer only. Agreement with it is no sign
+            that anything but that answer was learnt, and the adapter does not pass.
+        logliks: mean log-likelihood of a token of the teacher's answers under student and bare base.
+    """
     reasons = []
+    if only_answer is not None:
+        reasons.append(
+            f"the teacher answers {only_answer!r} to every sample, so agreement says nothing; "
+            "ship seeds of every answer"
+        )
     if agreement_student < config.min_agreement:
         reasons.append(f"agreement {agreement_student:.2f} < gate.min_agreement {config.min_agreement:.2f}")
     if agreement_student - agreement_base < config.min_gain:
@@ -52,21 +73,35 @@ def judge(agreement_student: float, agreement_base: float, num_heldout: int, con
         num_heldout=num_heldout,
         agreement_student=agreement_student,
         agreement_base=agreement_base,
+        loglik_student=logliks[0],
+        loglik_base=logliks[1],
         passed=not reasons,
         reason="; ".join(reasons),
     )
 
 
 def _rows(member: GateMember, slot: str | None, arm: str, template: str) -> list[Row]:
-    samples = [(row["input"], row["answer"]) for row in member.heldout]
-    if not arm.startswith("gate"):
+    samples, is_gate = [(row["input"], row["answer"]) for row in member.heldout], arm.startswith("gate")
+    if not is_gate:
         samples = [(row["input"], row["target"]) for row in member.eval_rows]
     # A bare base does not know where to stop: where all answers are one line, its first line is its answer. An
     # adapter has learnt to stop; one that runs on is wrong.
     one_line = all("\n" not in answer.strip() for _, answer in samples)
     common = {"adapter": member.name, "arm": arm, "slot": slot, "template": template}
     stop = LINE_END if slot is None and one_line else None
-    return [{**common, "index": index, "input": text, "stop": stop} for index, (text, _) in enumerate(samples)]
+    return [
+        {**common, "index": index, "input": text, "stop": stop, "reference": answer if is_gate else None}
+        for index, (text, answer) in enumerate(samples)
+    ]
+
+
+def _mean_logliks(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
+    """Mean log-likelihood of the references by (adapter, arm), of the arms that have references."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row["loglik"] is not None:
+            found.setdefault((row["adapter"], row["arm"]), []).append(row["loglik"])
+    return {key: sum(values) / len(values) for key, values in found.items()}
 
 
 def _answers(rows: Sequence[Row]) -> dict[tuple[str, str], list[str | None]]:
@@ -108,6 +143,7 @@ def run_gate(
             source_rows += _rows(member, slot, arm, member.teacher_template)
 
     answers: dict[tuple[str, str], list[str | None]] = {}
+    logliks: dict[tuple[str, str], float] = {}
     settings = {"max_answer_tokens": max_answer_tokens}
     students = {f"student/{member.name}": str(member.student_dir) for member in members}
     teachers = {f"teacher/{member.name}": str(member.teacher_dir) for member in members}
@@ -123,7 +159,7 @@ def run_gate(
             with Progress(label, len(rows)) as progress:
                 computed = run_blocks(
                     blocks,
-                    answer_block,
+                    gate_block,
                     base=base,
                     adapters=adapters,
                     settings=settings,
@@ -132,11 +168,15 @@ def run_gate(
                     on_block=progress.fraction,
                 )
             answers |= _answers(computed)
-    return {member.name: _judge_member(member, answers, config) for member in members}
+            logliks |= _mean_logliks(computed)
+    return {member.name: _judge_member(member, answers, logliks, config) for member in members}
 
 
 def _judge_member(
-    member: GateMember, answers: Mapping[tuple[str, str], list[str | None]], config: GateConfig
+    member: GateMember,
+    answers: Mapping[tuple[str, str], list[str | None]],
+    logliks: Mapping[tuple[str, str], float],
+    config: GateConfig,
 ) -> tuple[GateResult, Accuracy | None]:
     labels = [sample["answer"] for sample in member.heldout]
     gate = judge(
@@ -144,6 +184,8 @@ def _judge_member(
         share_equal(answers[member.name, "gate_base"], labels),
         len(labels),
         config,
+        only_answer=member.only_answer,
+        logliks=(logliks.get((member.name, "gate_student")), logliks.get((member.name, "gate_base"))),
     )
     if not member.eval_rows:
         return gate, None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import json
 import logging
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from translora.bundle import BaseInfo, Bundle, BundleError, read_bundle, verify_bundle
-from translora.config import AdapterEntry, FleetConfig
+from translora.config import AdapterEntry, FleetConfig, GateConfig
 from translora.run.files import remove_directory, sha256_path, write_json
 from translora.run.state import AdapterState, Phase, load_state, save_state, state_path
 from translora.run.tracker import Tracker
@@ -30,7 +32,7 @@ class Member:
     state: AdapterState
     directory: Path
     num_samples: int
-    """|D_syn|."""
+    """|D_syn| of this attempt."""
     num_heldout: int
     """Samples for the gate, beyond |D_syn|."""
     eval_rows: list[dict[str, str]]
@@ -44,6 +46,11 @@ class Member:
     def name(self) -> str:
         """Name within the run: that of the bundle's directory."""
         return self.state.name
+
+    @property
+    def earlier_set(self) -> Path:
+        """The synthetic set of the attempt before."""
+        return self.directory / f"synthetic-{self.state.attempt - 1}.parquet"
 
     def samples(self, split: str) -> list[dict[str, Any]]:
         """Rows of the synthetic set: split is train, heldout or refused."""
@@ -71,13 +78,34 @@ class Run:
         state.status, state.reason = "quarantined", reason
         self.save(state)
 
+    def send_back(self, member: Member) -> None:
+        """Begin another attempt of an adapter that did not pass: its set is laid aside, to be continued."""
+        state = member.state
+        state.attempt += 1
+        member.num_samples = attempt_size(state, self.config.gate)
+        os.replace(member.directory / SYNTHETIC, member.earlier_set)
+        state.artifacts = {relative_to(self.config.run_dir, member.earlier_set): sha256_path(member.earlier_set)}
+        state.status, state.phase = "pending", "synthesis"
+        state.step, state.num_steps, state.losses = 0, 0, []
+        self.save(state)
+
     def advance(self, member: Member, phase: Phase, *artifacts: Path) -> None:
         """Record the hashes of what a phase wrote (paths below the run directory) and go on to the next one."""
         for path in artifacts:
-            relative = path.relative_to(self.config.run_dir).as_posix()
+            relative = relative_to(self.config.run_dir, path)
             member.state.artifacts[relative] = artifact_digest(self.config.run_dir, relative, self.target)
         member.state.phase = phase
         self.save(member.state)
+
+
+def relative_to(run_dir: Path, path: Path) -> str:
+    """A path below the run directory as states record it."""
+    return path.relative_to(run_dir).as_posix()
+
+
+def attempt_size(state: AdapterState, config: GateConfig) -> int:
+    """|D_syn| of an adapter's present attempt."""
+    return math.ceil(state.num_samples * config.retry_factor ** (state.attempt - 1))
 
 
 def cohort(run_dir: Path, phase: Phase, todo: list[Member], members: list[Member]) -> list[Member]:
@@ -168,6 +196,11 @@ def continue_state(run_dir: Path, fresh: AdapterState, target: BaseInfo) -> Adap
         remove_directory(run_dir / BUNDLES / fresh.name)
         return fresh
     state.bundle = fresh.bundle
+    earlier = [name for name in state.artifacts if name.startswith(f"adapters/{fresh.name}/synthetic-")]
+    if any(artifact_digest(run_dir, name, target) != state.artifacts[name] for name in earlier):
+        logger.warning("%s: the samples of its first attempt are missing or changed: migrated anew", fresh.name)
+        remove_directory(directory)
+        return fresh
     made_by: dict[str, Phase] = {
         f"adapters/{fresh.name}/{SYNTHETIC}": "synthesis",
         f"adapters/{fresh.name}/{STUDENT}": "distill",
@@ -185,7 +218,7 @@ def continue_state(run_dir: Path, fresh: AdapterState, target: BaseInfo) -> Adap
                 (run_dir / later).unlink(missing_ok=True)
             else:
                 remove_directory(run_dir / later)
-        kept: dict[str, Any] = {"phase": phase, "artifacts": state.artifacts}
+        kept: dict[str, Any] = {"phase": phase, "artifacts": state.artifacts, "attempt": state.attempt}
         if phase != "synthesis":
             kept["synthesis"] = state.synthesis
         if phase == "gate":

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from translora.run.files import write_json
 
 Phase = Literal["verify", "synthesis", "distill", "gate", "done"]
+ScreenName = Literal["discriminator", "excess", "none"]
 Status = Literal["pending", "migrated", "failed_gate", "quarantined"]
 
 
@@ -26,9 +27,18 @@ class SynthesisStats(BaseModel):
     needed: int = 0
     """|D_syn| plus the held-out samples."""
     dropped: dict[str, int] = {}
-    """Samples not used, by reason: malformed, duplicate, seed_copy, refused, empty_answer or long_answer."""
+    """Samples not used, by reason: malformed, seed_copy, duplicate, near_duplicate, refused, outranked, empty_answer or
+    long_answer."""
     shortfall: str = ""
     """Set when the budget ended before `needed` was reached."""
+    screen: str = ""
+    """Which screen was used: discriminator, excess or none."""
+    distinct: dict[str, float] = {}
+    """distinct-1, distinct-2: share of different word n-grams among the kept inputs."""
+    classes: dict[str, int] = {}
+    """The teacher's answers by frequency, where at most 20 differ; empty for free text."""
+    warning: str = ""
+    """What a person should look at: a teacher with one answer, for example."""
 
     @property
     def acceptance(self) -> float:
@@ -42,6 +52,9 @@ class GateResult(BaseModel):
     num_heldout: int
     agreement_student: float
     agreement_base: float
+    loglik_student: float | None = None
+    loglik_base: float | None = None
+    """Mean log-likelihood of a token of the teacher's answers."""
     passed: bool
     reason: str = ""
 
@@ -70,6 +83,9 @@ class AdapterState(BaseModel):
     reason: str = ""
     """Why it was quarantined or failed the gate."""
     num_samples: int = 0
+    """|D_syn| of the first attempt."""
+    attempt: int = 1
+    """Above 1 the gate sent it back for more samples."""
     synthesis: SynthesisStats = SynthesisStats()
     step: int = 0
     num_steps: int = 0

@@ -19,9 +19,10 @@ from translora.bundle.bundle import Bundle
 from translora.config import BaseModelConfig, ResourceConfig, SynthesisConfig
 from translora.run.files import digest, write_bytes
 from translora.run.progress import Progress
-from translora.run.state import SynthesisStats
+from translora.run.state import ScreenName, SynthesisStats
 from translora.synthesis.actors import Hosts, Row, cut_blocks, run_blocks
 from translora.synthesis.prompts import generation_order, generation_row, normalise
+from translora.synthesis.quality import answer_classes, distinct_ngrams, is_copy, is_near_duplicate, own_cutoff
 from translora.synthesis.stages import generate_block, screen_and_label_block
 
 logger = logging.getLogger(__name__)
@@ -36,13 +37,38 @@ class Pool:
     needed: int
     budget: int
     """Most inputs that may be generated."""
+    screen: ScreenName = "none"
+    surplus: float = 1.0
+    """Samples that are collected, as a multiple of `needed`; the best of them by score are kept."""
     accepted: list[Row] = field(default_factory=list)
     refused: list[Row] = field(default_factory=list)
     stats: SynthesisStats = field(default_factory=SynthesisStats)
     seen: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.stats.needed = self.needed
+        self.stats.needed, self.stats.screen = self.needed, self.screen
+
+    @property
+    def wanted(self) -> int:
+        """Samples to collect."""
+        return math.ceil(self.needed * self.surplus)
+
+    def carry_on(self, stats: SynthesisStats, rows: Sequence[Row]) -> None:
+        """Begin with what an earlier, smaller set of the adapter holds: its samples, counts and numbers.
+
+        Args:
+            rows: of the set, in its order: sample_id, input, answer, score, split (`refused` is not accepted).
+        """
+        counts = stats.model_dump(include={"rounds", "generated", "dropped"})
+        counts["dropped"].pop("outranked", None)
+        self.stats = self.stats.model_copy(update=counts)
+        for row in rows:
+            sample = {key: row[key] for key in ("sample_id", "input", "answer", "score")}
+            outranked = self.surplus > 1 and row["score"] is not None and row["score"] > 0
+            kept = row["split"] != "refused" or outranked
+            (self.accepted if kept else self.refused).append(sample)
+            self.seen.add(normalise(row["input"]))
+        self.stats.accepted = len(self.accepted)
 
     def drop(self, reason: str) -> None:
         """Count a sample that is not used."""
@@ -50,11 +76,24 @@ class Pool:
 
     def next_count(self, oversample: float) -> int:
         """Inputs to generate in the next round, from what was accepted so far (prior: 3 of 5)."""
-        missing = self.needed - len(self.accepted)
+        missing = self.wanted - len(self.accepted)
         if missing <= 0:
             return 0
         acceptance = (len(self.accepted) + 3) / (self.stats.generated + 5)
         return min(math.ceil(missing / acceptance * oversample), self.budget - self.stats.generated)
+
+
+def choose_screen(config: SynthesisConfig, bundle: Bundle) -> ScreenName:
+    """The screen of one adapter.
+
+    Raises:
+        ValueError: the discriminator is asked for, and the bundle has none.
+    """
+    if config.screen == "auto":
+        return "discriminator" if bundle.discriminator_dir else "excess"
+    if config.screen == "discriminator" and not bundle.discriminator_dir:
+        raise ValueError(f"{bundle.path}: has no discriminator; set synthesis.screen to auto, excess or none")
+    return config.screen
 
 
 def plan_round(pools: Sequence[Pool], config: SynthesisConfig, seed: int) -> list[Row]:
@@ -70,19 +109,26 @@ def plan_round(pools: Sequence[Pool], config: SynthesisConfig, seed: int) -> lis
     return rows
 
 
-def clean(generated: Sequence[Row], pools: Mapping[str, Pool]) -> list[Row]:
-    """Drop malformed inputs, copies of seeds and duplicates; each is counted."""
+def clean(generated: Sequence[Row], pools: Mapping[str, Pool], config: SynthesisConfig) -> list[Row]:
+    """Drop malformed inputs, copies of seeds and duplicates, also those that differ in a trifle; each is counted."""
     candidates = []
     seed_texts = {name: {normalise(text) for text in pool.bundle.seeds} for name, pool in pools.items()}
+    cutoffs = {
+        name: tuple(own_cutoff(c, pool.bundle.seeds) for c in (config.seed_similarity, config.duplicate_similarity))
+        for name, pool in pools.items()
+    }
     for row in sorted(generated, key=lambda row: (row["adapter"], row["sample_id"])):
         pool = pools[row["adapter"]]
         key = normalise(row["text"])
+        leak, duplicate = cutoffs[pool.name]
         if not row["finished"] or not key:
             pool.drop("malformed")
-        elif key in seed_texts[pool.name]:
+        elif is_copy(key, seed_texts[pool.name], leak):
             pool.drop("seed_copy")
         elif key in pool.seen:
             pool.drop("duplicate")
+        elif is_near_duplicate(key, pool.seen, duplicate):
+            pool.drop("near_duplicate")
         else:
             pool.seen.add(key)
             manifest = pool.bundle.manifest
@@ -92,7 +138,8 @@ def clean(generated: Sequence[Row], pools: Mapping[str, Pool]) -> list[Row]:
                     "sample_id": row["sample_id"],
                     "input": row["text"],
                     "slot": f"teacher/{pool.name}",
-                    "discriminator": f"discriminator/{pool.name}" if pool.bundle.discriminator_dir else None,
+                    "screen": pool.screen,
+                    "discriminator": f"discriminator/{pool.name}",
                     "task_name": manifest.task_name,
                     "template": manifest.prompt_template,
                     "stop": None,
@@ -150,20 +197,34 @@ def restore(pool: Pool, outcome: Mapping[str, Any] | None) -> bool:
 
 
 def close(pool: Pool) -> None:
-    """Cut a pool to what was asked for, or say why it is short."""
+    """Cut a pool to what was asked for, the best by score where there is a surplus, and say what it is like."""
     stats = pool.stats
+    if pool.surplus > 1:
+        ranked = sorted(pool.accepted, key=lambda row: (-(row["score"] or 0.0), row["sample_id"]))
+        pool.refused += ranked[pool.needed :]
+        pool.accepted = sorted(ranked[: pool.needed], key=lambda row: row["sample_id"])
+        if outranked := len(ranked) - len(pool.accepted):
+            stats.dropped["outranked"] = outranked
+    pool.accepted = pool.accepted[: pool.needed]
     if len(pool.accepted) < pool.needed:
         stats.shortfall = (
             f"{stats.accepted} of {pool.needed} samples after {stats.rounds} rounds and {stats.generated} "
             f"generated (acceptance {stats.acceptance:.0%}, dropped {stats.dropped})"
         )
-    pool.accepted = pool.accepted[: pool.needed]
+    texts, answers = ([row[key] for row in pool.accepted] for key in ("input", "answer"))
+    stats.distinct = {f"distinct_{n}": round(distinct_ngrams(texts, n), 4) for n in (1, 2)}
+    stats.classes = answer_classes(answers)
+    if len(stats.classes) == 1 and len(answers) > 1:
+        stats.warning = (
+            f"the teacher answers {next(iter(stats.classes))!r} to all {len(answers)} samples: nothing but that answer "
+            "can be learnt from them; ship seeds of every answer"
+        )
 
 
 def bank_adapters(pools: Sequence[Pool]) -> dict[str, str]:
     """Directories of teachers and discriminators by slot name."""
     slots = {f"teacher/{pool.name}": str(pool.bundle.path) for pool in pools}
-    judges = {pool.name: pool.bundle.discriminator_dir for pool in pools if pool.bundle.discriminator_dir}
+    judges = {pool.name: pool.bundle.discriminator_dir for pool in pools if pool.screen == "discriminator"}
     return slots | {f"discriminator/{name}": str(directory) for name, directory in judges.items()}
 
 
@@ -190,7 +251,10 @@ def synthesise(
     """
     decided_by = (config.model_dump(), generator.model_dump(), source.model_dump(), fingerprints, seed)
     known = read_outcomes(run_dir / "rounds")
-    keyed = {digest(pool.name, pool.bundle.digest, pool.needed, pool.budget, *decided_by): pool for pool in pools}
+    keyed = {
+        digest(pool.name, pool.bundle.digest, pool.needed, pool.budget, pool.screen, *decided_by): pool
+        for pool in pools
+    }
     keyed = {key: pool for key, pool in keyed.items() if not restore(pool, known.get(key))}
     if not keyed:
         return
@@ -245,7 +309,7 @@ def run_round(
             directory=run_dir / "rounds" / f"{number:03d}-generate-{key}",
             on_block=progress.fraction,
         )
-    candidates = clean(generated, by_name)
+    candidates = clean(generated, by_name, config)
     blocks = cut_blocks(candidates, config.batch_size, lambda row: len(row["input"]))
     answers = {"max_answer_tokens": config.max_answer_tokens}
     bundle_digests = {pool.name: pool.bundle.digest for pool in pools}

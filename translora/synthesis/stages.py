@@ -51,32 +51,74 @@ def answer_block(engine: TransformersEngine, rows: list[Row], settings: dict[str
     ]
 
 
-def screen_block(engine: TransformersEngine, rows: list[Row]) -> list[float | None]:
-    """log p(yes | t(x)) - log p(no | t(x)) under each row's discriminator; None for rows without one.
+def answer_likelihood(engine: TransformersEngine, rows: list[Row], slots: list[str | None]) -> list[float]:
+    """Mean log-likelihood of a token of each row's `answer`, its end among them, under the adapter of `slots`.
 
-    Rows: discriminator (slot or None), task_name, input, template.
+    Rows: input, answer, template.
     """
-    screened = [row for row in rows if row["discriminator"] is not None]
-    if not screened:
-        return [None] * len(rows)
+    samples = []
+    for row in rows:
+        prompts = prompt_format(engine.tokenizer, row["template"])
+        samples.append((prompts.encode_prompt(row["input"]), prompts.encode_answer(row["answer"])))
+    return [sum(own) / len(own) for own in engine.log_likelihood(samples, slots)]
+
+
+def gate_block(engine: TransformersEngine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
+    """As `answer_block`, and for rows with a `reference` its mean log-likelihood per token; adds `loglik`, or None.
+
+    Rows: as there, and reference (the teacher's answer to the input, or None).
+    """
+    found: list[Row] = [{**row, "loglik": None} for row in answer_block(engine, rows, settings)]
+    judged = [row for row in found if row["reference"]]
+    if judged:
+        references = [{**row, "answer": row["reference"]} for row in judged]
+        for row, value in zip(
+            judged, answer_likelihood(engine, references, [row["slot"] for row in judged]), strict=True
+        ):
+            row["loglik"] = value
+    return found
+
+
+def discriminator_scores(engine: TransformersEngine, rows: list[Row]) -> list[float]:
+    """log p(yes | t(x)) - log p(no | t(x)) under each row's discriminator (arXiv 2405.17258).
+
+    Rows: discriminator (slot), task_name, input, template.
+    """
     questions = [
         prompt_format(engine.tokenizer, row["template"]).render(discriminator_question(row["input"], row["task_name"]))
-        for row in screened
+        for row in rows
     ]
-    scores = iter(engine.log_odds(questions, [row["discriminator"] for row in screened]))
-    return [None if row["discriminator"] is None else next(scores) for row in rows]
+    return engine.log_odds(questions, [row["discriminator"] for row in rows])
+
+
+def excess_scores(engine: TransformersEngine, rows: list[Row]) -> list[float]:
+    """Contrastive excess: mean over the answer's tokens of log p(source base + adapter) - log p(source base).
+
+    How much the adapter has to say about an input, by which TiTok (arXiv 2510.04682) filters; it needs nothing of the
+    adapter's owner. Rows: slot (the teacher), input, answer, template.
+    """
+    teacher = answer_likelihood(engine, rows, [row["slot"] for row in rows])
+    base = answer_likelihood(engine, rows, [None] * len(rows))
+    return [with_adapter - without for with_adapter, without in zip(teacher, base, strict=True)]
 
 
 def screen_and_label_block(engine: TransformersEngine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
-    """Score every row, and let the teacher answer those that the screen keeps.
+    """Score every row by its own screen and let the teacher answer; what a discriminator refuses is not answered.
 
-    Rows: as for `screen_block` and `answer_block`, slot being the teacher. Adds `score`, `answer`, `finished`; a
-    refused row has answer None.
+    Rows: screen (discriminator, excess or none), and what `discriminator_scores` and `answer_block` need, slot being
+    the teacher. Adds `score`, `answer`, `finished`; a refused row has answer None.
     """
-    scored = [{**row, "score": score} for row, score in zip(rows, screen_block(engine, rows), strict=True)]
-    kept = [row for row in scored if row["score"] is None or row["score"] > 0]
-    answered = iter(answer_block(engine, kept, settings) if kept else [])
-    return [
-        next(answered) if row["score"] is None or row["score"] > 0 else {**row, "answer": None, "finished": False}
-        for row in scored
-    ]
+    found = [{**row, "score": None, "answer": None, "finished": False} for row in rows]
+    judged = [row for row in found if row["screen"] == "discriminator"]
+    if judged:
+        for row, score in zip(judged, discriminator_scores(engine, judged), strict=True):
+            row["score"] = score
+    kept = [row for row in found if row["score"] is None or row["score"] > 0]
+    if kept:
+        for row, answered in zip(kept, answer_block(engine, kept, settings), strict=True):
+            row |= {"answer": answered["answer"], "finished": answered["finished"]}
+    whole = [row for row in kept if row["screen"] == "excess" and row["answer"] and row["finished"]]
+    if whole:
+        for row, score in zip(whole, excess_scores(engine, whole), strict=True):
+            row["score"] = score
+    return found

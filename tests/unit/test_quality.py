@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from translora.synthesis.quality import (
+    MOST_CLASSES,
+    answer_classes,
+    distinct_ngrams,
+    is_copy,
+    is_near_duplicate,
+    own_cutoff,
+    similarity,
+)
+
+
+def test_similarity_is_one_for_equal_texts_alone() -> None:
+    assert similarity("pay now", "pay now") == 1 and similarity("abc", "xyz") == 0
+    assert 0.9 < similarity("please pay the bill now", "please pay the bill now.") < 1
+
+
+def test_seeds_of_one_template_raise_the_cutoff() -> None:
+    free = ["Please close my account.", "What does a card cost?"]
+    template = ["not ( True ) and ( True ) is", "not ( True ) and ( False ) is"]
+    assert own_cutoff(0.9, free) == 0.9
+    cutoff = own_cutoff(0.85, template)
+    assert 0.85 < cutoff < 1
+    assert not is_copy(template[1], {template[0]}, cutoff), "as similar as the seeds are to each other is no copy"
+    assert is_copy(template[0], {template[0]}, cutoff)
+    assert own_cutoff(0.9, ["a seed", "A  seed"]) == 1.0 and own_cutoff(0.9, ["one"]) == 0.9
+
+
+@given(st.text(max_size=30), st.lists(st.text(max_size=30), max_size=5), st.floats(0.01, 1))
+def test_a_known_text_is_always_a_copy(text: str, others: list[str], cutoff: float) -> None:
+    assert is_copy(text, {text, *others}, 1.0)
+    assert is_near_duplicate(text, {text, *others}, cutoff)
+
+
+def test_other_numbers_make_another_input() -> None:
+    known = {"i have 3 apples and 2 pears, how many fruits is that in all?"}
+    assert not is_near_duplicate("i have 4 apples and 2 pears, how many fruits is that in all?", known, 0.95)
+    assert is_near_duplicate("i have 3 apples and 2 pears; how many fruits is that in all?", known, 0.95)
+    assert not is_near_duplicate("i have 3 apples and 2 pears; how many fruits is that in all?", known, 1.0)
+
+
+def test_distinct_ngrams() -> None:
+    assert distinct_ngrams(["a b", "a c"], 1) == pytest.approx(3 / 4)
+    assert distinct_ngrams(["a b c", "A b d"], 2) == pytest.approx(3 / 4)
+    assert distinct_ngrams(["a b c", "a b c"], 3) == pytest.approx(1 / 2)
+    assert distinct_ngrams([], 1) == distinct_ngrams(["one"], 2) == 0.0
+
+
+def test_classes_are_counted_where_answers_recur() -> None:
+    assert answer_classes(["Yes", "no", "yes ", "no", "no"]) == {"no": 3, "Yes": 2}
+    assert answer_classes(["one text", "another", "a third"]) == {}, "every answer is another"
+    assert answer_classes([str(n) for n in range(MOST_CLASSES + 1)] * 3) == {}, "too many"
+    assert answer_classes(["only"] * 3) == {"only": 3} and answer_classes([]) == {}

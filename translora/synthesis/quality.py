@@ -1,0 +1,83 @@
+"""What makes a synthetic set good or bad besides the screen: copies, diversity, the classes of the answers."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from itertools import combinations, pairwise
+
+from rapidfuzz import fuzz, process
+
+from translora.synthesis.prompts import normalise
+
+MOST_CLASSES = 20
+"""More different answers than this are free text."""
+_NUMBER = re.compile(r"\d+")
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+def similarity(one: str, other: str) -> float:
+    """Normalised edit similarity in 0..1 (RapidFuzz's ratio); 1 is equal."""
+    return fuzz.ratio(one, other) / 100
+
+
+def own_cutoff(cutoff: float, seeds: Sequence[str]) -> float:
+    """The similarity from which on an input is a copy in this task.
+
+    Where the task's own inputs resemble each other more than `cutoff` allows (all of one template), resembling them
+    is no sign of a copy: it takes more than the most similar pair of seeds.
+    """
+    pairs = combinations([normalise(seed) for seed in seeds], 2)
+    most = max((similarity(one, other) for one, other in pairs), default=0.0)
+    return max(cutoff, min(1.0, most + 1e-6))
+
+
+def is_copy(text: str, known: Collection[str], cutoff: float) -> bool:
+    """Whether a normalised text is as similar as `cutoff` to one that is known; equal ones always are.
+
+    Args:
+        text: normalised.
+        known: normalised texts.
+        cutoff: in 0..1; 1 finds equal texts only.
+    """
+    if cutoff >= 1:
+        return text in known
+    return process.extractOne(text, known, scorer=fuzz.ratio, score_cutoff=100 * cutoff) is not None
+
+
+def is_near_duplicate(text: str, known: Collection[str], cutoff: float) -> bool:
+    """As `is_copy`, but a text with other numbers in it is another input: in arithmetic tasks one digit is all."""
+    if text in known:
+        return True
+    numbers = _NUMBER.findall(text)
+    return cutoff < 1 and is_copy(text, [other for other in known if _NUMBER.findall(other) == numbers], cutoff)
+
+
+def distinct_ngrams(texts: Iterable[str], n: int) -> float:
+    """distinct-n (arXiv 1510.03055): different word n-grams over all word n-grams; 0 where there is none."""
+    counts: Counter[tuple[str, ...]] = Counter()
+    for text in texts:
+        words = _WORD.findall(normalise(text))
+        counts.update([(word,) for word in words] if n == 1 else pairwise(words) if n == 2 else _ngrams(words, n))
+    return len(counts) / total if (total := counts.total()) else 0.0
+
+
+def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+
+
+def answer_classes(answers: Sequence[str]) -> dict[str, int]:
+    """The answers by frequency, as the first one spells them; empty where they are free text.
+
+    Free text: more than MOST_CLASSES different answers, or nearly every answer another.
+    """
+    spelling: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for answer in answers:
+        key = normalise(answer)
+        spelling.setdefault(key, answer)
+        counts[key] += 1
+    if len(counts) > MOST_CLASSES or len(counts) > max(1, len(answers) // 2):
+        return {}
+    return {spelling[key]: count for key, count in counts.most_common()}
