@@ -29,6 +29,14 @@ class SynthesisStats(BaseModel):
     """Samples not used, by reason: malformed, duplicate, seed_copy, refused, empty_answer or long_answer."""
     shortfall: str = ""
     """Set when the budget ended before `needed` was reached."""
+    screen: str = ""
+    """Which screen was used: discriminator, excess or none."""
+    distinct: dict[str, float] = {}
+    """distinct-1, distinct-2: share of different word n-grams among the kept inputs."""
+    classes: dict[str, int] = {}
+    """The teacher's answers by frequency, where at most 20 differ; empty for free text."""
+    warning: str = ""
+    """What a person should look at: a teacher with one answer, for example."""
 
     @property
     def acceptance(self) -> float:
@@ -44,6 +52,9 @@ class GateResult(BaseModel):
     agreement_base: float
     passed: bool
     reason: str = ""
+    loglik_student: float | None = None
+    loglik_base: float | None = None
+    """Mean log-likelihood of a token of the teacher's answers."""
 
 
 class Accuracy(BaseModel):
