@@ -25,6 +25,7 @@ from translora.distill.zero3 import read_ds_config
 from translora.engine.loading import load_tokenizer, resolve_dtype
 from translora.engine.prompts import prompt_format
 from translora.gate.agreement import GateMember, run_gate
+from translora.report.card import model_card
 from translora.run.files import derive_seed, read_jsonl, sha256_path, write_bytes
 from translora.run.member import (
     DISCRIMINATOR,
@@ -404,6 +405,13 @@ def publish(run: Run, member: Member, template: str) -> None:
             "agreement_with_teacher": gate.agreement_student,
             "agreement_of_bare_base": gate.agreement_base,
         },
+        model_card=model_card(
+            member.state,
+            source=run.source.name,
+            target=run.target.name,
+            prompt_template=template,
+            before=str(manifest.provenance.get("migrated_from", "")),
+        ),
     )
     member.state.output = f"bundles/{member.name}"
     member.state.status = "migrated"

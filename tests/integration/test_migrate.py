@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -70,6 +71,9 @@ def test_a_migrated_adapter_is_a_bundle_of_the_target_base(world: World, undistu
         assert bundle.manifest.discriminator and bundle.manifest.num_samples == 12
         assert any(lora_B.abs().max() > 1e-3 for _, lora_B in read_lora(bundle.path).modules.values())
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.target), bundle.path)
+        card = ModelCard.load(bundle.path / "README.md")
+        assert card.data.base_model == target.name and state.bundle_digest in card.text
+        assert str(world.root) not in card.content
         assert state.synthesis.accepted >= 16 and state.num_steps == len(state.losses) == 16
     assert (undisturbed / "report.html").is_file()
     assert not list(undisturbed.rglob(".tmp-*"))

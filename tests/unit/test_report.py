@@ -7,71 +7,15 @@ import json
 import re
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from translora.report.html import loss_curve, samples, write_report
-from translora.report.table import gain, notes, percent, render_table, summary, to_markdown
-from translora.run.state import Accuracy, AdapterState, GateResult, SynthesisStats, save_state
+from tests.reports import fleet, full_stats, make_run, migrated, states, write_many, write_synthetic
+from translora.report.html import read_samples, write_report
+from translora.report.table import gain, note, notes, percent, render_table, summary, to_markdown
+from translora.run.state import AdapterState
 
 VOID = {"meta", "br", "line", "polyline", "img", "input", "hr", "link"}
-HOSTILE = "<script>alert('x')</script> | a\nb"
-
-
-def migrated(name: str = "routing") -> AdapterState:
-    return AdapterState(
-        name=name,
-        bundle=f"bundles/{name}",
-        task_name="tickets",
-        phase="done",
-        status="migrated",
-        num_samples=120,
-        synthesis=SynthesisStats(
-            rounds=3, generated=200, accepted=144, needed=144, dropped={"refused": 50, "duplicate": 6}
-        ),
-        step=40,
-        num_steps=40,
-        losses=[2.0 / step for step in range(1, 41)],
-        gate=GateResult(num_heldout=24, agreement_student=0.875, agreement_base=0.125, passed=True),
-        accuracy=Accuracy(num_items=50, source_base=0.1, source_adapter=0.9, target_base=0.2, migrated=0.84),
-        seconds={"synthesis": 61.7},
-        output=f"bundles/{name}",
-    )
-
-
-def states() -> list[AdapterState]:
-    failed = migrated("tone").model_copy(
-        update={"status": "failed_gate", "reason": "agreement 0.40 is below 0.60", "accuracy": None}
-    )
-    broken = AdapterState(name="old", bundle="bundles/old", status="quarantined", reason=f"old: {HOSTILE}")
-    waiting = AdapterState(name="later", bundle="bundles/later", phase="synthesis")
-    return [migrated(), failed, broken, waiting]
-
-
-def make_run(path: Path, adapters: list[AdapterState]) -> Path:
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps({"source": {"model": "/m/old"}, "target": {"model": "org/new"}}))
-    for state in adapters:
-        save_state(path, state)
-    return path
-
-
-def write_synthetic(run_dir: Path, name: str) -> None:
-    rows = [
-        {
-            "adapter": name,
-            "sample_id": index,
-            "input": f"{HOSTILE} {index}",
-            "answer": "billing",
-            "score": 1.5,
-            "split": split,
-        }
-        for index, split in enumerate(["train"] * 6 + ["heldout"])
-    ]
-    rows += [{"adapter": name, "sample_id": 90, "input": "cats", "answer": None, "score": -2.0, "split": "refused"}]
-    pq.write_table(pa.Table.from_pylist(rows), run_dir / "adapters" / name / "synthetic.parquet")
 
 
 class Outline(html.parser.HTMLParser):
@@ -179,21 +123,53 @@ def test_a_broken_synthetic_set_does_not_cost_the_page(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run", [migrated()])
     broken = run_dir / "adapters" / "routing" / "synthetic.parquet"
     broken.write_bytes(b"PAR1 half a file")
-    assert samples(broken) == [] and samples(tmp_path / "none") == []
+    assert read_samples(broken) == [] and read_samples(tmp_path / "none") == []
     assert "From the synthetic set" not in write_report(run_dir).read_text()
 
 
-@pytest.mark.parametrize("losses", [[], [1.0], [float("nan")] * 3, [float("inf"), 1.0]])
-def test_a_curve_needs_two_finite_values(losses: list[float]) -> None:
-    assert loss_curve(losses) is None
+def test_the_page_draws_accuracies_and_screen_scores(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", fleet())
+    for seed, state in enumerate(fleet()[:-1]):
+        write_many(run_dir, state.name, seed)
+    page = write_report(run_dir).read_text()
+    Outline(page)
+    assert page.count('<figure class="card scatter">') == 1 and page.count('class="bare"') == 5
+    for number, state in enumerate(fleet()[:-1], 1):
+        assert state.accuracy is not None
+        assert re.search(rf'<a href="#a{number}" aria-label="{state.name} \(', page)
+    assert page.count('<figure class="scores">') == 5 and "<h2>Screen scores (log-odds)</h2>" in page
+    assert "1 of 5 lie on or above it" in page
 
 
-def test_a_long_curve_is_thinned_and_stays_in_its_frame() -> None:
-    curve = loss_curve([5.0 if step % 2 else 0.0 for step in range(5000)] + [float("nan")])
-    assert curve is not None and curve["num_steps"] == 5001
-    points = [tuple(map(float, point.split(","))) for point in curve["points"].split()]
-    assert 100 <= len(points) <= 160
-    assert all(curve["left"] <= x <= curve["width"] and 0 <= y <= curve["height"] for x, y in points)
-    assert [point[0] for point in points] == sorted(point[0] for point in points)
-    flat = loss_curve([0.0, 0.0])
-    assert flat is not None and flat["levels"][-1][1] == "3"
+def test_the_page_says_how_the_synthetic_set_was_made(tmp_path: Path) -> None:
+    state = migrated().model_copy(update={"synthesis": full_stats()})
+    assert state.gate is not None
+    state.gate.loglik_base, state.gate.loglik_student = -2.345, -0.5
+    page = write_report(make_run(tmp_path / "run", [state])).read_text()
+    assert "Acceptance 72%; screen: discriminator; " in page and "distinct-1 0.31, distinct-2 0.73" in page
+    assert "<h2>3 different answers of the teacher</h2>" in page
+    assert re.search(r'title="billing">billing</span>.*width:100.0%.*<span>70</span>', page)
+    assert '<p class="reason quarantined"><span>two answers of three are billing</span></p>' in page
+    assert note(state) == "two answers of three are billing"
+    assert "target base → migrated: −2.35 → −0.50." in page
+
+
+def test_a_state_of_an_older_run_has_no_empty_parts(tmp_path: Path) -> None:
+    old = migrated()
+    old.accuracy = None
+    run_dir = make_run(tmp_path / "run", [old])
+    path = run_dir / "adapters" / "routing" / "state.json"
+    raw = json.loads(path.read_text())
+    for part, fields in (
+        ("synthesis", ("screen", "distinct", "classes", "warning")),
+        ("gate", ("loglik_student", "loglik_base")),
+    ):
+        for field in fields:
+            del raw[part][field]
+    path.write_text(json.dumps(raw))
+    write_synthetic(run_dir, "routing", score=None)
+    page = write_report(run_dir).read_text()
+    Outline(page)
+    assert "Acceptance 72%." in page and "From the synthetic set" in page
+    for absent in ("screen: ", "diversity", "different answer", "log-likelihood", "<figure class=", 'class="bare"'):
+        assert absent not in page.partition("<body>")[2].replace('<figure class="loss">', ""), absent

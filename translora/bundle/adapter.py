@@ -1,17 +1,21 @@
-"""Does an adapter on disk fit a base? Checked from headers first; then its numbers are looked at."""
+"""An adapter on disk: does it fit a base (headers first, then its numbers), and its copy into a bundle."""
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from pathlib import Path
 
 from translora.bundle.base import BaseInfo, linear_modules, name_of_path, output_head
 from translora.bundle.reading import FLOATS, read_header, read_json_object
+from translora.run.files import write_json
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+README = "README.md"
 MAX_CONFIG_BYTES = 1_000_000
 _ELSEWHERE = "the adapter belongs to another base, use it with that one"
 
@@ -107,3 +111,28 @@ def check_adapter(directory: Path, base: BaseInfo) -> None:
             raise ValueError(f"{path}: {module} holds NaN or infinity; the training diverged, train the adapter again")
     if all(not lora_B.any() for _, lora_B in lora.modules.values()):
         logger.warning("%s: every B is zero, so the adapter answers as its base does", path)
+
+
+def copy_adapter(source: Path, target: Path, base: BaseInfo) -> None:
+    """Copy weights and config; the config then names the base by `base.name`, not by a path of this machine.
+
+    PEFT writes the set target_modules in an order that differs by process: it is sorted, so that hashes repeat.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
+    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    modules = config.get("target_modules")
+    if isinstance(modules, list):
+        config["target_modules"] = sorted(modules, key=str)
+    write_json(target / CONFIG, config | {"base_model_name_or_path": base.name})
+
+
+def copy_readme(source: Path, target: Path, base: BaseInfo) -> None:
+    """Copy README.md, if there is one, without the path that PEFT writes into it for a local base."""
+    if not (source / README).is_file():
+        return
+    text = (source / README).read_text(encoding="utf-8", errors="replace")
+    recorded = recorded_base(source)
+    if recorded is not None and "/" in recorded:
+        text = text.replace(recorded, base.name)
+    (target / README).write_text(text, encoding="utf-8")

@@ -23,10 +23,11 @@ from pydantic import ValidationError
 
 from translora.bundle.adapter import (
     CONFIG,
-    WEIGHTS,
+    README,
     check_adapter,
     check_recorded_base,
-    recorded_base,
+    copy_adapter,
+    copy_readme,
     same_name,
 )
 from translora.bundle.base import BaseInfo
@@ -46,7 +47,6 @@ from translora.run.files import TEMPORARY_PREFIX, read_jsonl, replace_directory,
 
 logger = logging.getLogger(__name__)
 
-README = "README.md"
 MAX_SEEDS_BYTES = 10_000_000
 MIN_SEEDS = 2
 
@@ -162,31 +162,6 @@ def verify_bundle(bundle: Bundle, base: BaseInfo) -> None:
             check_adapter(directory, base)
 
 
-def _copy_adapter(source: Path, target: Path, base: BaseInfo) -> None:
-    """Copy weights and config; the config then names the base by `base.name`, not by a path of this machine.
-
-    PEFT writes the set target_modules in an order that differs by process: it is sorted, so that hashes repeat.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
-    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
-    modules = config.get("target_modules")
-    if isinstance(modules, list):
-        config["target_modules"] = sorted(modules, key=str)
-    write_json(target / CONFIG, config | {"base_model_name_or_path": base.name})
-
-
-def _copy_readme(source: Path, target: Path, base: BaseInfo) -> None:
-    """Copy README.md, if there is one, without the path that PEFT writes into it for a local base."""
-    if not (source / README).is_file():
-        return
-    text = (source / README).read_text(encoding="utf-8", errors="replace")
-    recorded = recorded_base(source)
-    if recorded is not None and "/" in recorded:
-        text = text.replace(recorded, base.name)
-    (target / README).write_text(text, encoding="utf-8")
-
-
 def _remove_leftovers(path: Path) -> None:
     """Remove the temporary directories of `replace_directory(path)` that a killed process left."""
     name = re.compile(rf"{re.escape(f'{TEMPORARY_PREFIX}{path.name}')}-[0-9a-f]{{8}}")
@@ -211,11 +186,16 @@ def write_bundle(
     num_samples: int,
     prompt_template: str,
     provenance: dict[str, str | int | float],
+    model_card: str | None = None,
 ) -> Bundle:
     """Write a bundle: `path` is complete and verified, or unchanged.
 
     A kill in the instant of the exchange leaves none; the same command writes it again, and removes what a killed one
     left half-written beside it. One writer for a path at a time.
+
+    Args:
+        model_card: README.md, which the manifest does not cover, so that readers may change it; the adapter's own
+            where left out.
 
     Raises:
         BundleError: adapter, discriminator, seeds or a value would not pass read_bundle and verify_bundle, or
@@ -235,8 +215,11 @@ def write_bundle(
         for name, directory in parts.items():
             check_recorded_base(directory, base.name, "give an adapter of this base")
             check_adapter(directory, base)
-            _copy_adapter(directory, temporary / name, base)
-        _copy_readme(parts[""], temporary, base)
+            copy_adapter(directory, temporary / name, base)
+        if model_card is None:
+            copy_readme(parts[""], temporary, base)
+        else:
+            (temporary / README).write_text(model_card, encoding="utf-8")
         (temporary / "translora").mkdir(exist_ok=True)
         # ASCII, so that no line separator of Unicode splits a row.
         (temporary / SEEDS).write_text("".join(json.dumps({"input": seed}) + "\n" for seed in seeds), encoding="ascii")

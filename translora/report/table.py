@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from translora.run.state import AdapterState
+from translora.run.state import AdapterState, GateResult
 
 STATUS_WORDS = {
     "migrated": "migrated",
@@ -74,7 +74,20 @@ def status_text(state: AdapterState) -> str:
 
 def note(state: AdapterState) -> str:
     """Why an adapter did not migrate, or what is remarkable about one that did."""
-    return state.reason or state.synthesis.shortfall
+    return state.reason or "; ".join(remarks(state))
+
+
+def remarks(state: AdapterState) -> list[str]:
+    """What a person should look at in an adapter's synthetic set, whatever became of the adapter."""
+    return [text for text in (state.synthesis.shortfall, state.synthesis.warning) if text]
+
+
+def loglik_text(gate: GateResult) -> str:
+    """Mean log-likelihood of a token of the teacher's answers, bare target base → migrated; empty if not measured."""
+    values = (gate.loglik_base, gate.loglik_student)
+    if all(value is None for value in values):
+        return ""
+    return " → ".join(MISSING if value is None else f"{value:.2f}".replace("-", "−") for value in values)
 
 
 def summary(states: Sequence[AdapterState]) -> str:
@@ -110,7 +123,7 @@ def render_table(states: Sequence[AdapterState]) -> Table:
 
 
 def notes(states: Sequence[AdapterState]) -> list[str]:
-    """One line for each adapter that has a reason or a shortfall."""
+    """One line for each adapter that has a reason, a shortfall or a warning."""
     return [f"{state.name}: {status_text(state)}: {note(state)}" for state in states if note(state)]
 
 
