@@ -57,9 +57,6 @@ class GateResult(BaseModel):
     """Mean log-likelihood of a token of the teacher's answers."""
     passed: bool
     reason: str = ""
-    loglik_student: float | None = None
-    loglik_base: float | None = None
-    """Mean log-likelihood of a token of the teacher's answers."""
 
 
 class Accuracy(BaseModel):

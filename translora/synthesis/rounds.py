@@ -212,7 +212,7 @@ def close(pool: Pool) -> None:
             f"generated (acceptance {stats.acceptance:.0%}, dropped {stats.dropped})"
         )
     texts, answers = ([row[key] for row in pool.accepted] for key in ("input", "answer"))
-    stats.distinct = {f"distinct_{n}": round(distinct_ngrams(texts, n), 4) for n in (1, 2)}
+    stats.distinct = {f"distinct-{n}": round(distinct_ngrams(texts, n), 4) for n in (1, 2)}
     stats.classes = answer_classes(answers)
     if len(stats.classes) == 1 and len(answers) > 1:
         stats.warning = (
