@@ -33,11 +33,14 @@ class GateMember:
     """Real held-out data: `input`, `target`; empty where there is none."""
 
 
+def is_equal(answer: str | None, reference: str) -> bool:
+    """Exact match after normalisation; None is never equal."""
+    return answer is not None and normalise(answer) == normalise(reference)
+
+
 def share_equal(answers: Sequence[str | None], references: Sequence[str]) -> float:
-    """Share of answers equal to their reference after normalisation; None is never equal."""
-    pairs = zip(answers, references, strict=True)
-    equal = (answer is not None and normalise(answer) == normalise(reference) for answer, reference in pairs)
-    return sum(equal) / len(references)
+    """Share of answers equal to their reference."""
+    return sum(is_equal(*pair) for pair in zip(answers, references, strict=True)) / len(references)
 
 
 def judge(agreement_student: float, agreement_base: float, num_heldout: int, config: GateConfig) -> GateResult:
@@ -57,24 +60,55 @@ def judge(agreement_student: float, agreement_base: float, num_heldout: int, con
     )
 
 
-def _rows(member: GateMember, slot: str | None, arm: str, template: str) -> list[Row]:
-    samples = [(row["input"], row["answer"]) for row in member.heldout]
-    if not arm.startswith("gate"):
-        samples = [(row["input"], row["target"]) for row in member.eval_rows]
+def answer_rows(name: str, arm: str, samples: Sequence[tuple[str, str]], slot: str | None, template: str) -> list[Row]:
+    """Rows of `answer_block` for one arm: samples are (input, reference), slot None is the bare base."""
     # A bare base does not know where to stop: where all answers are one line, its first line is its answer. An
     # adapter has learnt to stop; one that runs on is wrong.
-    one_line = all("\n" not in answer.strip() for _, answer in samples)
-    common = {"adapter": member.name, "arm": arm, "slot": slot, "template": template}
+    one_line = all("\n" not in reference.strip() for _, reference in samples)
+    common = {"adapter": name, "arm": arm, "slot": slot, "template": template}
     stop = LINE_END if slot is None and one_line else None
     return [{**common, "index": index, "input": text, "stop": stop} for index, (text, _) in enumerate(samples)]
 
 
-def _answers(rows: Sequence[Row]) -> dict[tuple[str, str], list[str | None]]:
-    """Answers by (adapter, arm), in the order of the inputs; None for one that did not end."""
+def run_answers(
+    label: str,
+    rows: Sequence[Row],
+    *,
+    base: BaseModelConfig,
+    adapters: Mapping[str, str],
+    batch_size: int,
+    max_answer_tokens: int,
+    hosts: Hosts,
+    directory: Path,
+    digests: Mapping[str, str],
+) -> dict[tuple[str, str], list[str | None]]:
+    """Answer the rows of `answer_rows` on one base, all arms in mixed batches.
+
+    Args:
+        label: of the progress.
+        adapters: PEFT directory by slot.
+        digests: content hashes of adapters and bases: answers of the same weights alone are used again.
+
+    Returns:
+        Answers by (name, arm), in the order of the samples; None for one that did not end.
+    """
+    settings = {"max_answer_tokens": max_answer_tokens}
+    blocks = cut_blocks(rows, batch_size, lambda row: len(row["input"]))
+    key = digest(blocks, settings, base.model_dump(), dict(digests))
+    with Progress(label, len(rows)) as progress:
+        computed = run_blocks(
+            blocks,
+            answer_block,
+            base=base,
+            adapters=adapters,
+            settings=settings,
+            hosts=hosts,
+            directory=directory / key,
+            on_block=progress.fraction,
+        )
     found: dict[tuple[str, str], list[str | None]] = {}
-    for row in sorted(rows, key=lambda row: (row["adapter"], row["arm"], row["index"])):
-        answer = row["answer"] if row["finished"] else None
-        found.setdefault((row["adapter"], row["arm"]), []).append(answer)
+    for row in sorted(computed, key=lambda row: (row["adapter"], row["arm"], row["index"])):
+        found.setdefault((row["adapter"], row["arm"]), []).append(row["answer"] if row["finished"] else None)
     return found
 
 
@@ -99,16 +133,16 @@ def run_gate(
     target_rows: list[Row] = []
     source_rows: list[Row] = []
     for member in members:
-        for slot, gate_arm, eval_arm in (
-            (f"student/{member.name}", "gate_student", "migrated"),
-            (None, "gate_base", "target_base"),
-        ):
-            target_rows += _rows(member, slot, gate_arm, "auto") + _rows(member, slot, eval_arm, "auto")
-        for slot, arm in ((f"teacher/{member.name}", "source_adapter"), (None, "source_base")):
-            source_rows += _rows(member, slot, arm, member.teacher_template)
+        name, student, teacher = member.name, f"student/{member.name}", f"teacher/{member.name}"
+        heldout = [(row["input"], row["answer"]) for row in member.heldout]
+        real = [(row["input"], row["target"]) for row in member.eval_rows]
+        for slot, gate_arm, eval_arm in ((student, "gate_student", "migrated"), (None, "gate_base", "target_base")):
+            target_rows += answer_rows(name, gate_arm, heldout, slot, "auto")
+            target_rows += answer_rows(name, eval_arm, real, slot, "auto")
+        for slot, arm in ((teacher, "source_adapter"), (None, "source_base")):
+            source_rows += answer_rows(name, arm, real, slot, member.teacher_template)
 
     answers: dict[tuple[str, str], list[str | None]] = {}
-    settings = {"max_answer_tokens": max_answer_tokens}
     students = {f"student/{member.name}": str(member.student_dir) for member in members}
     teachers = {f"teacher/{member.name}": str(member.teacher_dir) for member in members}
     with Hosts(resources) as hosts:
@@ -116,22 +150,18 @@ def run_gate(
             ("gate: target base", target, students, target_rows),
             ("gate: source base", source, teachers, source_rows),
         ):
-            if not rows:
-                continue
-            blocks = cut_blocks(rows, batch_size, lambda row: len(row["input"]))
-            key = digest(blocks, settings, base.model_dump(), dict(digests))
-            with Progress(label, len(rows)) as progress:
-                computed = run_blocks(
-                    blocks,
-                    answer_block,
+            if rows:
+                answers |= run_answers(
+                    label,
+                    rows,
                     base=base,
                     adapters=adapters,
-                    settings=settings,
+                    batch_size=batch_size,
+                    max_answer_tokens=max_answer_tokens,
                     hosts=hosts,
-                    directory=run_dir / "gate" / key,
-                    on_block=progress.fraction,
+                    directory=run_dir / "gate",
+                    digests=digests,
                 )
-            answers |= _answers(computed)
     return {member.name: _judge_member(member, answers, config) for member in members}
 
 
