@@ -1,4 +1,4 @@
-"""The command line: translora migrate | prepare | status | report.
+"""The command line: translora migrate | prepare | evaluate | status | report.
 
 Exit codes: 0 all adapters migrated, 1 some failed the gate or were quarantined, 2 the input cannot be used,
 3 a worker or the cluster failed, 130 Ctrl-C, 143 SIGTERM (after these three the same command continues).
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from translora import __version__
 from translora.config import FleetConfig, PrepareConfig, ResourceConfig, load_config
+from translora.evaluate.config import EvaluateConfig
 from translora.run.rundir import check_free
 from translora.run.signals import INTERRUPTED, exit_code, unwind_on_sigterm
 
@@ -63,6 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
     prepare = commands.add_parser("prepare", help="the owner's side: make bundles from task data")
     prepare.add_argument("config", type=Path, help="prepare.yaml")
     prepare.set_defaults(work=run_prepare)
+    evaluate = commands.add_parser("evaluate", help="measure on real task data what migrations keep, and report it")
+    evaluate.add_argument("config", type=Path, help="evaluate.yaml")
+    evaluate.add_argument("--report-only", action="store_true", help="write the report again from its JSON")
+    evaluate.set_defaults(work=run_evaluate)
     status = commands.add_parser("status", help="show where a run stands, also while it goes on")
     status.add_argument("run", type=Path, help="run directory")
     status.add_argument("--json", action="store_true", help="print JSON")
@@ -70,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write the HTML report of a run again and print its table")
     report.add_argument("run", type=Path, help="run directory")
     report.set_defaults(work=run_report)
-    for command in (migrate, prepare):
+    for command in (migrate, prepare, evaluate):
         command.add_argument("--verbose", action="store_true", help="show the libraries' own logs too")
     return parser
 
@@ -133,6 +138,30 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     for bundle in bundles:
         sys.stdout.write(f"{bundle.path}\n")
     return MIGRATED
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    """`translora evaluate evaluate.yaml`."""
+    from translora.run.log import setup_logging
+
+    setup_logging(arguments.verbose)
+    unwind_on_sigterm()
+    config = load_config(arguments.config, EvaluateConfig)
+    from translora.evaluate.render import read_results, write_report, write_results
+
+    if arguments.report_only:
+        results = read_results(config.output)
+        write_report(results, config.output)
+    else:
+        check_free(config.run_dir)
+        from translora.evaluate.run import evaluate
+
+        num_workers = max(config.train.num_workers, config.distill.num_workers)
+        with cluster_faults():
+            results = evaluate(config, lambda: start_cluster(config.resources, num_workers, arguments.verbose))
+        write_results(results, config.output)
+    sys.stdout.write(f"{config.output}\n")
+    return MIGRATED if all(one.status == "migrated" for one in results.migrations) else FAILED
 
 
 def run_status(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Typed configuration of `translora migrate` and `translora prepare`.
+"""Typed configuration of `translora migrate` and `translora prepare`, and how every config file is read.
 
 Importing this module loads neither torch nor ray. Every field is checked before a model is
 touched; unknown keys are refused.
@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -26,6 +26,13 @@ class Strict(BaseModel):
     """A config object: unknown keys are errors, the docstring under a field describes it."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+
+
+class ConfigFile(Strict):
+    """A config that is a file of its own."""
+
+    command: ClassVar[str]
+    """The command that reads it."""
 
 
 class BaseModelConfig(Strict):
@@ -191,9 +198,10 @@ class ResourceConfig(Strict):
     """Address of a running Ray cluster; unset starts or joins as `ray.init` does."""
 
 
-class FleetConfig(Strict):
+class FleetConfig(ConfigFile):
     """`translora migrate fleet.yaml`: one hop of many bundles."""
 
+    command = "migrate"
     run_dir: Path
     """Run directory; a rerun on it continues where it stopped."""
     source: BaseModelConfig
@@ -218,10 +226,13 @@ class FleetConfig(Strict):
     """Actors."""
 
 
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+
+
 class PrepareEntry(Strict):
     """One bundle to make from task data."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+    name: str = Field(pattern=NAME_PATTERN)
     """Task name: the <NAME> of the discriminator's question, and the bundle's directory."""
     data: str
     """JSONL with `input` and `target`."""
@@ -231,9 +242,10 @@ class PrepareEntry(Strict):
     """JSONL with five (cleaned) `input` lines to ship as seeds; chosen from `data` when unset."""
 
 
-class PrepareConfig(Strict):
+class PrepareConfig(ConfigFile):
     """`translora prepare prepare.yaml`: the owner's side, run once while the data is at hand."""
 
+    command = "prepare"
     output_dir: Path
     """Bundles are written to output_dir/name."""
     run_dir: Path
@@ -261,11 +273,19 @@ class PrepareConfig(Strict):
 
     @model_validator(mode="after")
     def _unique_names(self) -> Self:
-        names = [task.name for task in self.tasks]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"task names appear twice: {', '.join(twice)}; give each task its own `name`")
+        refuse_same_names([task.name for task in self.tasks])
         return self
+
+
+def refuse_same_names(names: Sequence[str]) -> None:
+    """Each task has a directory of its own name.
+
+    Raises:
+        ValueError: a name appears twice.
+    """
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"task names appear twice: {', '.join(twice)}; give each task its own `name`")
 
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)  # what os.path.expandvars looks for
@@ -313,21 +333,26 @@ def _resolve_ds_config(raw: Any, relative_to: Path) -> None:
 
 
 def _resolve_paths(raw: dict[str, Any], here: Path) -> None:
-    """Expand every path of a fleet or prepare file in place, whatever its values are: they are checked afterwards.
+    """Expand every path of a config file in place, whatever its values are: they are checked afterwards.
 
     Raises:
         ValueError: an environment variable is not set.
     """
-    for key in ("run_dir", "output_dir"):
+    for key in ("run_dir", "output_dir", "output"):
         if isinstance(raw.get(key), str):
             raw[key] = expand(raw[key], here)
-    synthesis = raw.get("synthesis")
-    generator = synthesis.get("generator") if isinstance(synthesis, dict) else None
-    for model in (raw.get("source"), raw.get("target"), generator):
+    for model in (raw.get("source"), raw.get("target")):
         if isinstance(model, dict):
             _resolve_model(model, here)
-    for section in ("distill", "train"):
-        _resolve_ds_config(raw.get(section), here)
+    arms = raw.get("arms")
+    for sections in (raw, *(arms.values() if isinstance(arms, dict) else ())):
+        if not isinstance(sections, dict):
+            continue
+        synthesis = sections.get("synthesis")
+        if isinstance(synthesis, dict) and isinstance(synthesis.get("generator"), dict):
+            _resolve_model(synthesis["generator"], here)
+        for section in ("distill", "train"):
+            _resolve_ds_config(sections.get(section), here)
     entries = raw.get("adapters") or raw.get("tasks") or []
     for index, entry in enumerate(entries if isinstance(entries, list) else []):
         if isinstance(entry, str) and "adapters" in raw:
@@ -337,7 +362,13 @@ def _resolve_paths(raw: dict[str, Any], here: Path) -> None:
                 entry[key] = expand(entry[key], here, is_pattern=key == "bundle")
 
 
-ConfigT = TypeVar("ConfigT", FleetConfig, PrepareConfig)
+_KINDS = {
+    "adapters": ("a fleet", "migrate"),
+    "arms": ("an evaluate", "evaluate"),
+    "output_dir": ("a prepare", "prepare"),
+}
+"""What a file is by the first of these keys that it has, and the command that reads it."""
+ConfigT = TypeVar("ConfigT", bound=ConfigFile)
 
 
 def load_config(path: str | Path, kind: type[ConfigT]) -> ConfigT:
@@ -355,13 +386,9 @@ def load_config(path: str | Path, kind: type[ConfigT]) -> ConfigT:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
-    own, others, what, command = (
-        ("adapters", "tasks", "prepare", "prepare")
-        if kind is FleetConfig
-        else ("tasks", "adapters", "fleet", "migrate")
-    )
-    if others in raw and own not in raw:
-        raise ValueError(f"{path}: this is a {what} file; use `translora {command}`")
+    found = next((_KINDS[key] for key in _KINDS if key in raw), None)
+    if found is not None and found[1] != kind.command:
+        raise ValueError(f"{path}: this is {found[0]} file; use `translora {found[1]}`")
     try:
         _resolve_paths(raw, path.resolve().parent)
     except ValueError as error:
@@ -369,10 +396,10 @@ def load_config(path: str | Path, kind: type[ConfigT]) -> ConfigT:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        raise ValueError(f"{path}: {'; '.join(_fault_text(kind, fault) for fault in error.errors())}") from error
+        raise ValueError(f"{path}: {'; '.join(fault_text(kind, fault) for fault in error.errors())}") from error
 
 
-def _fault_text(kind: type[BaseModel], fault: ErrorDetails) -> str:
+def fault_text(kind: type[BaseModel], fault: ErrorDetails) -> str:
     """One fault as `where: what`; an unknown setting comes with those that are known there."""
     where = ".".join(str(part) for part in fault["loc"]) or "config"
     if fault["type"] != "extra_forbidden":

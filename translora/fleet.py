@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from translora.bundle import BaseInfo, Bundle, BundleError, inspect_base, read_bundle, verify_bundle, write_bundle
 from translora.bundle.base import linear_modules
-from translora.config import AdapterEntry, FleetConfig
+from translora.config import AdapterEntry, FleetConfig, TrainConfig
 from translora.distill.job import FAILURE, TrainJob, make_job
 from translora.distill.launch import train_adapters
 from translora.distill.zero3 import read_ds_config
@@ -109,12 +109,21 @@ def check_training(config: FleetConfig, target: BaseInfo) -> None:
     Raises:
         ValueError: the DeepSpeed config cannot be used, or a target module is no linear module of the target base.
     """
-    read_ds_config(config.distill.ds_config, resolve_dtype(config.distill.dtype))
-    linears = {name.rpartition(".")[2] for name in linear_modules(target)}
-    missing = [name for name in config.distill.lora.target_modules if name not in linears]
+    check_section(config.distill, target, "distill")
+
+
+def check_section(settings: TrainConfig, base: BaseInfo, section: str) -> None:
+    """Check what a training on `base` will need; `section` is where the settings come from.
+
+    Raises:
+        ValueError: the DeepSpeed config cannot be used, or a target module is no linear module of the base.
+    """
+    read_ds_config(settings.ds_config, resolve_dtype(settings.dtype))
+    linears = {name.rpartition(".")[2] for name in linear_modules(base)}
+    missing = [name for name in settings.lora.target_modules if name not in linears]
     if missing:
         raise ValueError(
-            f"distill.lora.target_modules: {', '.join(missing)} not in {target.name}; "
+            f"{section}.lora.target_modules: {', '.join(missing)} not in {base.name}; "
             f"it has {', '.join(sorted(linears))}"
         )
 

@@ -6,7 +6,6 @@ seeds -> negatives (invented by the source base) -> adapter where there is none,
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import random
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from translora.bundle.base import BaseInfo
 from translora.bundle.bundle import MIN_SEEDS, is_foreign
 from translora.bundle.manifest import MANIFEST, SEEDS
 from translora.config import DiscriminatorConfig, PrepareConfig, PrepareEntry, TrainConfig
-from translora.distill.job import FAILURE, TrainJob, make_job
+from translora.distill.job import TrainJob, make_job, refuse_failures
 from translora.distill.launch import train_adapters
 from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
@@ -278,10 +277,7 @@ def train(
 
     with Progress("train", total_steps) as progress:
         train_adapters(config.source, base.name, jobs, config.train, config.resources, config.run_dir, on_step)
-    for job in jobs:
-        failure = Path(job.work_dir) / FAILURE
-        if failure.is_file():
-            raise ValueError(json.loads(failure.read_text(encoding="utf-8"))["reason"])
+    refuse_failures(jobs)
 
 
 def make_bundle(config: PrepareConfig, task: Task, base: BaseInfo, template: str) -> None:

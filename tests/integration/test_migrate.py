@@ -1,21 +1,16 @@
 """The command line on a tiny world: prepare, migrate, kill it in every phase, damage a bundle."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.integration.world import ROOT, TASKS, World, command, environment, make_world
+from tests.integration.world import TASKS, World, kill_when, make_world
 from translora.bundle import inspect_base, read_bundle, verify_bundle, write_bundle
 from translora.lora.peft_io import read_lora
 from translora.run.files import sha256_path
@@ -91,25 +86,6 @@ def test_metrics_are_in_the_jsonl_file_and_in_the_offline_wandb_run(undisturbed:
 def test_students_learn_from_their_teachers(undisturbed: Path) -> None:
     for state in load_states(undisturbed):
         assert sum(state.losses[-4:]) < 0.9 * sum(state.losses[:4])
-
-
-def kill_when(world: World, verb: str, config: Path, pattern: str, count: int = 1) -> None:
-    """Start the run and SIGKILL its driver as soon as `count` files of the world match `pattern`."""
-    driver = subprocess.Popen(
-        command(verb, config), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 240
-    while len(list(world.root.glob(pattern))) < count:
-        assert driver.poll() is None, f"the run ended before {pattern} appeared"
-        assert time.monotonic() < deadline, f"{pattern} never appeared"
-        time.sleep(0.02)
-    # Ray's own agents outlive a killed raylet for a while; what must not is a worker, which holds a base and writes.
-    agents = {"ray::RuntimeEnvAgent", "ray::DashboardAgent"}
-    family = [child for child in psutil.Process(driver.pid).children(recursive=True) if child.name() not in agents]
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    _, alive = psutil.wait_procs(family, timeout=60)
-    assert not alive, f"orphans: {alive}"
 
 
 def test_a_run_killed_in_every_phase_ends_as_if_it_had_not_been(world: World, undisturbed: Path) -> None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -152,3 +155,22 @@ def environment() -> dict[str, str]:
 
 def make_world(root: Path) -> World:
     return World(root, make_trained_base(root / "source", "llama", 1), make_trained_base(root / "target", "gemma3", 2))
+
+
+def kill_when(world: World, verb: str, config: Path, pattern: str, count: int = 1) -> None:
+    """Start the run and SIGKILL its driver as soon as `count` files of the world match `pattern`."""
+    driver = subprocess.Popen(
+        command(verb, config), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 240
+    while len(list(world.root.glob(pattern))) < count:
+        assert driver.poll() is None, f"the run ended before {pattern} appeared"
+        assert time.monotonic() < deadline, f"{pattern} never appeared"
+        time.sleep(0.02)
+    # Ray's own agents outlive a killed raylet for a while; what must not is a worker, which holds a base and writes.
+    agents = {"ray::RuntimeEnvAgent", "ray::DashboardAgent"}
+    family = [child for child in psutil.Process(driver.pid).children(recursive=True) if child.name() not in agents]
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive, f"orphans: {alive}"

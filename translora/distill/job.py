@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,3 +111,15 @@ def make_job(
         template=template,
         with_end=with_end,
     )
+
+
+def refuse_failures(jobs: Sequence[TrainJob]) -> None:
+    """End where one training that was given up spoils the whole.
+
+    Raises:
+        ValueError: why the first of these jobs was given up.
+    """
+    for job in jobs:
+        failure = Path(job.work_dir) / FAILURE
+        if failure.is_file():
+            raise ValueError(json.loads(failure.read_text(encoding="utf-8"))["reason"])

@@ -18,6 +18,9 @@ from translora.synthesis.actors import Hosts, Row, cut_blocks, run_blocks
 from translora.synthesis.prompts import LINE_END, normalise
 from translora.synthesis.stages import gate_block
 
+Answers = dict[tuple[str, str], list[str | None]]
+"""By name and arm, in the order of the samples; None for one that did not end."""
+
 
 @dataclass(frozen=True)
 class GateMember:
@@ -35,11 +38,14 @@ class GateMember:
     """The teacher's answer to every synthetic sample, where it has only one."""
 
 
+def is_equal(answer: str | None, reference: str) -> bool:
+    """Exact match after normalisation; None is never equal."""
+    return answer is not None and normalise(answer) == normalise(reference)
+
+
 def share_equal(answers: Sequence[str | None], references: Sequence[str]) -> float:
-    """Share of answers equal to their reference after normalisation; None is never equal."""
-    pairs = zip(answers, references, strict=True)
-    equal = (answer is not None and normalise(answer) == normalise(reference) for answer, reference in pairs)
-    return sum(equal) / len(references)
+    """Share of answers equal to their reference."""
+    return sum(is_equal(*pair) for pair in zip(answers, references, strict=True)) / len(references)
 
 
 def judge(
@@ -80,18 +86,27 @@ def judge(
     )
 
 
-def _rows(member: GateMember, slot: str | None, arm: str, template: str) -> list[Row]:
-    samples, is_gate = [(row["input"], row["answer"]) for row in member.heldout], arm.startswith("gate")
-    if not is_gate:
-        samples = [(row["input"], row["target"]) for row in member.eval_rows]
+def answer_rows(
+    name: str,
+    arm: str,
+    samples: Sequence[tuple[str, str]],
+    slot: str | None,
+    template: str,
+    *,
+    with_likelihood: bool = False,
+) -> list[Row]:
+    """Rows of `gate_block` for one arm: samples are (input, reference), slot None is the bare base.
+
+    `with_likelihood` asks for the references' log-likelihood under the arm, too.
+    """
     # A bare base does not know where to stop: where all answers are one line, its first line is its answer. An
     # adapter has learnt to stop; one that runs on is wrong.
-    one_line = all("\n" not in answer.strip() for _, answer in samples)
-    common = {"adapter": member.name, "arm": arm, "slot": slot, "template": template}
+    one_line = all("\n" not in reference.strip() for _, reference in samples)
+    common = {"adapter": name, "arm": arm, "slot": slot, "template": template}
     stop = LINE_END if slot is None and one_line else None
     return [
-        {**common, "index": index, "input": text, "stop": stop, "reference": answer if is_gate else None}
-        for index, (text, answer) in enumerate(samples)
+        {**common, "index": index, "input": text, "stop": stop, "reference": reference if with_likelihood else None}
+        for index, (text, reference) in enumerate(samples)
     ]
 
 
@@ -104,13 +119,47 @@ def _mean_logliks(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
     return {key: sum(values) / len(values) for key, values in found.items()}
 
 
-def _answers(rows: Sequence[Row]) -> dict[tuple[str, str], list[str | None]]:
-    """Answers by (adapter, arm), in the order of the inputs; None for one that did not end."""
-    found: dict[tuple[str, str], list[str | None]] = {}
-    for row in sorted(rows, key=lambda row: (row["adapter"], row["arm"], row["index"])):
-        answer = row["answer"] if row["finished"] else None
-        found.setdefault((row["adapter"], row["arm"]), []).append(answer)
-    return found
+def run_answers(
+    label: str,
+    rows: Sequence[Row],
+    *,
+    base: BaseModelConfig,
+    adapters: Mapping[str, str],
+    batch_size: int,
+    max_answer_tokens: int,
+    hosts: Hosts,
+    directory: Path,
+    digests: Mapping[str, str],
+) -> tuple[Answers, dict[tuple[str, str], float]]:
+    """Answer the rows of `answer_rows` on one base, all arms in mixed batches.
+
+    Args:
+        label: of the progress.
+        adapters: PEFT directory by slot.
+        digests: content hashes of adapters and bases: answers of the same weights alone are used again.
+
+    Returns:
+        Answers by (name, arm), in the order of the samples, and the mean log-likelihood of a token of the references
+        of the arms that ask for it.
+    """
+    settings = {"max_answer_tokens": max_answer_tokens}
+    blocks = cut_blocks(rows, batch_size, lambda row: len(row["input"]))
+    key = digest(blocks, settings, base.model_dump(), dict(digests))
+    with Progress(label, len(rows)) as progress:
+        computed = run_blocks(
+            blocks,
+            gate_block,
+            base=base,
+            adapters=adapters,
+            settings=settings,
+            hosts=hosts,
+            directory=directory / key,
+            on_block=progress.fraction,
+        )
+    found: Answers = {}
+    for row in sorted(computed, key=lambda row: (row["adapter"], row["arm"], row["index"])):
+        found.setdefault((row["adapter"], row["arm"]), []).append(row["answer"] if row["finished"] else None)
+    return found, _mean_logliks(computed)
 
 
 def run_gate(
@@ -134,17 +183,17 @@ def run_gate(
     target_rows: list[Row] = []
     source_rows: list[Row] = []
     for member in members:
-        for slot, gate_arm, eval_arm in (
-            (f"student/{member.name}", "gate_student", "migrated"),
-            (None, "gate_base", "target_base"),
-        ):
-            target_rows += _rows(member, slot, gate_arm, "auto") + _rows(member, slot, eval_arm, "auto")
-        for slot, arm in ((f"teacher/{member.name}", "source_adapter"), (None, "source_base")):
-            source_rows += _rows(member, slot, arm, member.teacher_template)
+        name, student, teacher = member.name, f"student/{member.name}", f"teacher/{member.name}"
+        heldout = [(row["input"], row["answer"]) for row in member.heldout]
+        real = [(row["input"], row["target"]) for row in member.eval_rows]
+        for slot, gate_arm, eval_arm in ((student, "gate_student", "migrated"), (None, "gate_base", "target_base")):
+            target_rows += answer_rows(name, gate_arm, heldout, slot, "auto", with_likelihood=True)
+            target_rows += answer_rows(name, eval_arm, real, slot, "auto")
+        for slot, arm in ((teacher, "source_adapter"), (None, "source_base")):
+            source_rows += answer_rows(name, arm, real, slot, member.teacher_template)
 
-    answers: dict[tuple[str, str], list[str | None]] = {}
+    answers: Answers = {}
     logliks: dict[tuple[str, str], float] = {}
-    settings = {"max_answer_tokens": max_answer_tokens}
     students = {f"student/{member.name}": str(member.student_dir) for member in members}
     teachers = {f"teacher/{member.name}": str(member.teacher_dir) for member in members}
     with Hosts(resources) as hosts:
@@ -154,27 +203,25 @@ def run_gate(
         ):
             if not rows:
                 continue
-            blocks = cut_blocks(rows, batch_size, lambda row: len(row["input"]))
-            key = digest(blocks, settings, base.model_dump(), dict(digests))
-            with Progress(label, len(rows)) as progress:
-                computed = run_blocks(
-                    blocks,
-                    gate_block,
-                    base=base,
-                    adapters=adapters,
-                    settings=settings,
-                    hosts=hosts,
-                    directory=run_dir / "gate" / key,
-                    on_block=progress.fraction,
-                )
-            answers |= _answers(computed)
-            logliks |= _mean_logliks(computed)
+            found, means = run_answers(
+                label,
+                rows,
+                base=base,
+                adapters=adapters,
+                batch_size=batch_size,
+                max_answer_tokens=max_answer_tokens,
+                hosts=hosts,
+                directory=run_dir / "gate",
+                digests=digests,
+            )
+            answers |= found
+            logliks |= means
     return {member.name: _judge_member(member, answers, logliks, config) for member in members}
 
 
 def _judge_member(
     member: GateMember,
-    answers: Mapping[tuple[str, str], list[str | None]],
+    answers: Mapping[tuple[str, str], Sequence[str | None]],
     logliks: Mapping[tuple[str, str], float],
     config: GateConfig,
 ) -> tuple[GateResult, Accuracy | None]:

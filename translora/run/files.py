@@ -123,14 +123,23 @@ def read_jsonl(path: str | Path, required: tuple[str, ...]) -> list[dict[str, An
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error}); write one JSON object a line") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-        for field in required:
-            if not isinstance(row.get(field), str) or not row[field].strip():
-                raise ValueError(f'{path}, line {number}: "{field}" must be a non-empty string')
-            if any("\ud800" <= character <= "\udfff" for character in row[field]):
-                raise ValueError(f'{path}, line {number}: "{field}" holds half a surrogate pair; write it as UTF-8')
-        rows.append(row)
+        rows.append(check_row(row, required, f"{path}, line {number}"))
     if not rows:
         raise ValueError(f"{path}: no rows; expected JSONL with {', '.join(required)}")
     return rows
+
+
+def check_row(row: Any, required: tuple[str, ...], where: str) -> dict[str, Any]:
+    """The row itself, an object whose `required` fields are non-empty strings.
+
+    Raises:
+        ValueError: says `where` and what is wrong with it.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    for field in required:
+        if not isinstance(row.get(field), str) or not row[field].strip():
+            raise ValueError(f'{where}: "{field}" must be a non-empty string')
+        if any("\ud800" <= character <= "\udfff" for character in row[field]):
+            raise ValueError(f'{where}: "{field}" holds half a surrogate pair; write it as UTF-8')
+    return row

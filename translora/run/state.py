@@ -144,6 +144,11 @@ def load_states(run_dir: Path) -> list[AdapterState]:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); give the `run_dir` of a fleet file") from error
+    if isinstance(config, dict) and "arms" in config:
+        raise ValueError(
+            f"{run_dir}: the run of a `translora evaluate`, whose migrations are runs of their own; "
+            f"give one of {run_dir}/seed-*/arms/*, or read {config.get('output')}"
+        )
     if isinstance(config, dict) and "tasks" in config:
         raise ValueError(
             f"{run_dir}: the run of a `translora prepare`, which has no states; "

@@ -1,0 +1,219 @@
+"""From right and wrong answers to tables, JSON, Markdown and plot."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from translora.cli import main
+from translora.evaluate.render import read_results, to_markdown, write_results
+from translora.evaluate.results import BaseSize, Migration, Results, Setup, TaskItems, summarise
+from translora.run.state import GateResult, SynthesisStats
+
+SEEDS = [0, 1]
+NUM_TEST = 50
+ARMS: dict[str, dict[str, Any]] = {"plain": {}, "other": {"synthesis": {"batch_size": 3}}}
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def setup() -> Setup:
+    training = {
+        "lora": {"rank": 4, "target_modules": ["q_proj"]},
+        "epochs": 2.0,
+        "learning_rate": 1e-3,
+        "batch_size": 8,
+    }
+    return Setup(
+        source=BaseSize(name="old-base", num_parameters=135_000_000),
+        target=BaseSize(name="new-base", num_parameters=268_000_000),
+        seeds=SEEDS,
+        num_samples=100,
+        arms=ARMS,
+        train=training,
+        distill=training,
+        gate={"min_agreement": 0.6},
+        num_replicates=2000,
+        versions={"torch": "2.13", "python": "3.12"},
+    )
+
+
+def items(name: str, majority: float = 0.5, **counts: int) -> TaskItems:
+    """A task whose arms answer the first `count` items right, in both seeds."""
+    right = {
+        arm: {seed: [index < count for index in range(NUM_TEST)] for seed in SEEDS} for arm, count in counts.items()
+    }
+    return TaskItems(name, 60, NUM_TEST, majority, 0.25, right)
+
+
+SKILL = items("skill", source_base=10, source_adapter=40, target_base=10, real=45, plain=38, other=24)
+TRIVIAL = items("trivial", 0.7, source_base=0, source_adapter=35, target_base=0, real=36, plain=35, other=35)
+NO_GAIN = items("no-gain", source_base=10, source_adapter=40, target_base=40, real=40, plain=40, other=41)
+
+
+def migration(task: str, arm: str, seed: int, agreement: float, accuracy: float | None, note: str = "") -> Migration:
+    gate = GateResult(num_heldout=20, agreement_student=agreement, agreement_base=0, passed=agreement >= 0.6)
+    return Migration(
+        task=task,
+        seed=seed,
+        arm=arm,
+        status="migrated" if accuracy is not None else "quarantined",
+        note=note,
+        synthesis=SynthesisStats(generated=200, accepted=100, needed=100),
+        gate=gate if accuracy is not None else None,
+        accuracy=accuracy,
+        source_accuracy=0.8,
+    )
+
+
+MIGRATIONS = [
+    migration("skill", "plain", 0, 0.9, 0.76),
+    migration("skill", "plain", 1, 0.8, 0.74),
+    migration("skill", "other", 0, 0.5, 0.5),
+    migration("trivial", "other", 0, 0.55, 0.45),
+    migration("trivial", "plain", 0, 0.95, 0.8),
+]
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return summarise(setup(), [SKILL, TRIVIAL, NO_GAIN], MIGRATIONS)
+
+
+def test_a_task_counts_where_the_source_adapter_beats_the_majority_class(results: Results) -> None:
+    assert {task.name: task.counted for task in results.tasks} == {"skill": True, "trivial": False, "no-gain": True}
+    skill, trivial, _ = results.tasks
+    assert skill.accuracy["source_adapter"].value == 0.8
+    assert skill.accuracy["source_adapter"].low > 0.7
+    assert trivial.accuracy["source_adapter"].value == pytest.approx(0.7), "no better than the majority"
+
+
+def test_retention_by_task_and_its_mean(results: Results) -> None:
+    skill, _, no_gain = results.tasks
+    kept, lost = skill.retention["plain"], skill.retention["other"]
+    assert kept is not None and kept.value == pytest.approx(28 / 35) and kept.low < kept.value < kept.high
+    assert lost is not None and lost.value == pytest.approx(14 / 35)
+    assert no_gain.retention == {"plain": None, "other": None} and no_gain.gain.low <= 0
+    plain = results.arms["plain"]
+    assert plain.retention is not None and plain.retention.value == pytest.approx(28 / 35)
+    assert plain.num_defined == 1
+
+
+def test_means_are_over_the_tasks_that_count(results: Results) -> None:
+    found = results.references["real"]
+    assert found is not None and found.value == pytest.approx((45 + 40) / 100)
+    plain, other = results.arms["plain"], results.arms["other"]
+    assert plain.accuracy is not None and plain.accuracy.value == pytest.approx((38 + 40) / 100)
+    assert (plain.num_not_below_source, other.num_not_below_source) == (1, 1)
+    assert plain.against_first is None
+    assert other.against_first is not None and other.against_first.value == pytest.approx((24 + 41 - 38 - 40) / 100)
+
+
+def test_the_gate_is_calibrated_on_every_migrated_adapter(results: Results) -> None:
+    found = results.calibration
+    assert (found.num_kept, found.num_lost) == (3, 2), "at least 0.72 of 0.8"
+    assert found.best is not None and found.best.threshold == pytest.approx(0.675)
+    assert found.best.balanced_accuracy == 1 and found.configured is not None
+    assert found.configured.threshold == 0.6 and found.configured.balanced_accuracy == 1
+    assert found.with_accuracy is not None and found.with_accuracy.value == pytest.approx(0.9)
+
+
+def test_an_arm_without_an_adapter_in_a_seed_is_compared_where_it_has_one() -> None:
+    missing = {**SKILL.correct, "other": {1: SKILL.correct["other"][1]}}
+    # In seed 0, which `other` lacks, every other arm is worse: a mean over unequal seeds would show it.
+    missing["plain"] = {0: [False] * NUM_TEST, 1: SKILL.correct["plain"][1]}
+    task = TaskItems("skill", 60, NUM_TEST, 0.5, 0.25, missing)
+    found = summarise(setup(), [task], [migration("skill", "other", 0, 0, None, note="too few samples")])
+    other = found.arms["other"]
+    assert other.against_first is not None and other.against_first.value == pytest.approx((24 - 38) / 50)
+    text = to_markdown(found, "results.json")
+    assert "| other | 0 of 1 |" in text.replace('`other` | `{"synthesis": {"batch_size": 3}}`', "other")
+    assert "| skill | 0 | other | quarantined | too few samples |" in text
+
+
+def test_an_arm_without_any_adapter_has_no_numbers() -> None:
+    task = TaskItems(
+        "skill", 60, NUM_TEST, 0.5, 0.25, {arm: SKILL.correct[arm] for arm in SKILL.correct if arm != "other"}
+    )
+    found = summarise(setup(), [task], [migration("skill", "other", seed, 0, None) for seed in SEEDS])
+    other = found.arms["other"]
+    assert (other.accuracy, other.retention, other.num_defined, other.num_not_below_source) == (None, None, 0, 0)
+    assert "| migrated: other | – | – | 0 of 1 | 0 of 1 |" in to_markdown(found, "results.json")
+
+
+def test_the_page_says_what_was_measured(results: Results) -> None:
+    text = to_markdown(results, "results.json")
+    assert (
+        "**old-base (135 M parameters) → new-base (268 M parameters), 3 tasks, 2 seeds (0, 1), \\|D_syn\\| = 100.**"
+        in text
+    )
+    assert "60 training rows and 50 test items" in text
+    assert "2 of 3 tasks count" in text
+    headline = text.split("## Headline")[1].split("## Task by task")[0]
+    assert "| migrated: plain | 78.0 [" in headline and "| 0.80 [" in headline and "| 1 of 2 | 1 of 2 |" in headline
+    assert "0, by definition" in headline and "ρ is left undefined where" in headline
+    counted, apart = text.split("## Task by task")[1].split("## Tasks listed apart")
+    assert "| skill | 25.0 | 50.0 | 20.0 [" in counted and "| trivial |" not in counted
+    assert "| trivial | 25.0 | 70.0 |" in apart.split("## The arms")[0] and "| skill |" not in apart
+    assert "| no-gain | +0.0 [+0.0, +0.0] | undefined | undefined |" in counted
+    assert "2 did not" in text and "| configured | 0.60 | 100 % |" in text
+    widths = [line.count(" | ") for line in counted.splitlines() if line.startswith("| skill")]
+    assert widths == [8, 3], "chance, majority, four references, two arms; gain, two arms"
+
+
+def test_without_a_task_that_counts_there_is_no_headline() -> None:
+    found = summarise(setup(), [TRIVIAL], MIGRATIONS[-1:])
+    assert set(found.references.values()) == {None} and found.arms["plain"].retention is None
+    text = to_markdown(found, "results.json")
+    assert "0 of 1 task count: no source adapter beats" in text and "## Task by task" not in text
+    assert "no threshold of agreement can be told from these" in text
+
+
+def test_the_plot_is_whole_and_has_a_point_for_each_migrated_adapter(results: Results, tmp_path: Path) -> None:
+    write_results(results, tmp_path / "results.md")
+    root = ElementTree.parse(tmp_path / "calibration.svg").getroot()
+    marks = [group for group in root.findall(f"{SVG}g") if group.find(f"{SVG}title") is not None]
+    assert len(marks) == 5
+    assert sum("apart" in (group.get("class") or "") for group in marks) == 2
+    tips = [title.text for group in marks if (title := group.find(f"{SVG}title")) is not None]
+    assert "skill, seed 0, other: agreement 0.50, accuracy -0.30" in tips
+    circles = [circle for group in marks for circle in group.findall(f"{SVG}circle")]
+    assert len(circles) == 3, "the arms differ in shape, not in colour alone"
+    for shape in circles:
+        assert 62 <= float(shape.get("cx", 0)) <= 624 and 58 <= float(shape.get("cy", 0)) <= 374
+    assert "prefers-color-scheme:dark" in (tmp_path / "calibration.svg").read_text()
+
+
+def test_the_report_is_written_again_from_its_json_alone(
+    results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "evaluate.yaml"
+    config.write_text(
+        "run_dir: run\noutput: results.md\nsource: {model: ./a}\ntarget: {model: ./b}\n"
+        "tasks: [{name: skill, data: skill.jsonl}]\narms: {plain: {}}\n"
+    )
+    assert main(["evaluate", str(config), "--report-only"]) == 2
+    assert "results.json: cannot be read (No such file or directory); run without" in capsys.readouterr().err
+    write_results(results, tmp_path / "results.md")
+    assert read_results(tmp_path / "results.md") == results
+    written = {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}
+    for name in ("results.md", "calibration.svg"):
+        (tmp_path / name).unlink()
+    assert main(["evaluate", str(config), "--report-only"]) == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*")} == written
+    assert summarise(setup(), [SKILL, TRIVIAL, NO_GAIN], MIGRATIONS) == results, "the bootstrap is seeded"
+    (tmp_path / "results.json").write_text('{"schema_version": 1}')
+    assert main(["evaluate", str(config), "--report-only"]) == 2
+    assert "damaged, or of another version" in capsys.readouterr().err
+
+
+def test_an_adapter_that_did_not_migrate_shows_in_the_exit_code(results: Results, tmp_path: Path) -> None:
+    lost = results.model_copy(update={"migrations": [*MIGRATIONS, migration("skill", "other", 1, 0, None)]})
+    write_results(lost, tmp_path / "results.md")
+    (tmp_path / "evaluate.yaml").write_text(
+        "run_dir: run\noutput: results.md\nsource: {model: ./a}\ntarget: {model: ./b}\n"
+        "tasks: [{name: skill, data: skill.jsonl}]\narms: {plain: {}}\n"
+    )
+    assert main(["evaluate", str(tmp_path / "evaluate.yaml"), "--report-only"]) == 1

@@ -1,0 +1,174 @@
+"""Typed configuration of `translora evaluate`, and the prepare and fleet configs that it makes of itself.
+
+Importing this module loads neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from translora.config import (
+    NAME_PATTERN,
+    AdapterEntry,
+    BaseModelConfig,
+    ConfigFile,
+    DiscriminatorConfig,
+    FleetConfig,
+    GateConfig,
+    PrepareConfig,
+    PrepareEntry,
+    ResourceConfig,
+    Strict,
+    SynthesisConfig,
+    TrainConfig,
+    fault_text,
+    refuse_same_names,
+)
+
+SOURCE_BASE, SOURCE_ADAPTER, TARGET_BASE, REAL = "source_base", "source_adapter", "target_base", "real"
+REFERENCE_ARMS = (SOURCE_BASE, SOURCE_ADAPTER, TARGET_BASE, REAL)
+"""What the migrations are compared with; `real` is a LoRA trained on the target base with the real data."""
+SECTIONS = ("synthesis", "distill", "gate")
+"""Sections of a fleet file that an arm may override."""
+_UNUSED_DISCRIMINATOR = {"epochs": 1, "max_samples": 4}
+
+
+class EvaluateTask(Strict):
+    """One task with real data."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    """Task name: the <NAME> of the discriminator's question, and the bundle's directory."""
+    data: str
+    """JSONL with `input` and `target`, or a JSON file of BIG-Bench-Hard."""
+    num_train: int = Field(default=100, ge=2)
+    """Rows that the source adapter, its discriminator and the real-data LoRA are trained on; another draw per seed."""
+    num_test: int = Field(default=100, ge=2)
+    """Rows, none of them a training row, that every arm answers."""
+
+
+class EvaluateConfig(ConfigFile):
+    """`translora evaluate evaluate.yaml`: what a migration keeps, measured on tasks whose real data is at hand."""
+
+    command = "evaluate"
+    run_dir: Path
+    """Run directory; a rerun on it continues where it stopped."""
+    output: Path
+    """The Markdown file to write; a .json of the same name and calibration.svg are written beside it."""
+    source: BaseModelConfig
+    """The base that is retired."""
+    target: BaseModelConfig
+    """The base that replaces it."""
+    tasks: list[EvaluateTask] = Field(min_length=1)
+    """The tasks; each becomes one adapter per seed and arm."""
+    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    """One whole repetition each: split of the data, seed examples, source adapter, migrations."""
+    arms: dict[str, dict[str, Any]] = Field(min_length=1)
+    """Migrations of the same bundles by name; values override sections of the fleet file: synthesis, distill, gate."""
+    num_samples: int = Field(default=100, ge=2)
+    """|D_syn| of every adapter."""
+    train: TrainConfig = TrainConfig()
+    """Training of the source adapters, and of the real-data LoRAs on the target base."""
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    """Training of the source adapters' discriminators."""
+    synthesis: SynthesisConfig = SynthesisConfig()
+    """Generate, screen, label; also batch size and longest answer of the measurement."""
+    distill: TrainConfig = TrainConfig()
+    """Training of the students."""
+    gate: GateConfig = GateConfig()
+    """The verdicts that are compared with real accuracy; nothing is withheld from the measurement."""
+    resources: ResourceConfig = ResourceConfig()
+    """Actors."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        refuse_same_names([task.name for task in self.tasks])
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: {self.seeds} names one twice; a repetition counts once")
+        if self.output.suffix != ".md":
+            raise ValueError(f"output: {self.output.name} does not end in .md; name the Markdown file to write")
+        for arm in self.arms:
+            if not re.match(NAME_PATTERN, arm) or arm in REFERENCE_ARMS:
+                raise ValueError(
+                    f"arms.{arm}: not a name for an arm; use letters, digits, '.', '_' and '-', "
+                    f"and none of {', '.join(REFERENCE_ARMS)}"
+                )
+            self.fleet(self.seeds[0], arm)
+        return self
+
+    def seed_dir(self, seed: int) -> Path:
+        """Where one repetition lies."""
+        return self.run_dir / f"seed-{seed}"
+
+    def arm_dir(self, seed: int, arm: str) -> Path:
+        """The run directory of one migration."""
+        return self.seed_dir(seed) / "arms" / arm
+
+    def bundle_dir(self, seed: int, task: str) -> Path:
+        """The source adapter of a task as a bundle."""
+        return self.seed_dir(seed) / "bundles" / task
+
+    def train_file(self, seed: int, task: str) -> Path:
+        """The training rows of a task in one repetition."""
+        return self.seed_dir(seed) / "data" / f"{task}.train.jsonl"
+
+    def prepare(self, seed: int) -> PrepareConfig:
+        """The owner's side of one repetition."""
+        return PrepareConfig(
+            output_dir=self.seed_dir(seed) / "bundles",
+            run_dir=self.seed_dir(seed) / "prepare",
+            source=self.source,
+            tasks=[PrepareEntry(name=task.name, data=str(self.train_file(seed, task.name))) for task in self.tasks],
+            seed=seed,
+            train=self.train,
+            discriminator=self.discriminator,
+            synthesis=self.synthesis,
+            resources=self.resources,
+        )
+
+    def fleet(self, seed: int, arm: str) -> FleetConfig:
+        """The migration of one arm, with its own gate thresholds.
+
+        The next hop's discriminators are not measured: their training is cut to one step.
+
+        Raises:
+            ValueError: the arm overrides what it may not, or with what is no value of a setting.
+        """
+        overrides = self.arms[arm]
+        for section in overrides:
+            if section not in SECTIONS:
+                raise ValueError(f"arms.{arm}.{section}: an arm overrides settings of {', '.join(SECTIONS)} alone")
+        bundles = [self.bundle_dir(seed, task.name) for task in self.tasks]
+        whole = {
+            "run_dir": self.arm_dir(seed, arm),
+            "source": self.source.model_dump(),
+            "target": self.target.model_dump(),
+            "adapters": [AdapterEntry(bundle=str(path), num_samples=self.num_samples) for path in bundles],
+            "seed": seed,
+            "discriminator": _UNUSED_DISCRIMINATOR,
+            "resources": self.resources.model_dump(),
+        }
+        own = {section: getattr(self, section).model_dump() for section in SECTIONS}
+        try:
+            return FleetConfig.model_validate(whole | merge(own, overrides))
+        except ValidationError as error:
+            faults = "; ".join(f"arms.{arm}.{fault_text(FleetConfig, fault)}" for fault in error.errors())
+            raise ValueError(faults) from error
+
+
+def without_gate(fleet: FleetConfig) -> FleetConfig:
+    """The same migration with thresholds that hold nothing back and no second attempts, so that all is measured."""
+    gate = fleet.gate.model_copy(update={"min_agreement": 0.0, "min_gain": -1.0, "retries": 0})
+    return fleet.model_copy(update={"gate": gate})
+
+
+def merge(settings: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the overrides put in, section by section; lists and values are replaced whole."""
+    merged = dict(settings)
+    for key, value in overrides.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if nested else value
+    return merged

@@ -1,0 +1,120 @@
+"""The gate's calibration as a plain SVG: readable on a light and on a dark page, and without colours."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+
+from translora.evaluate.results import Results
+
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 420, 62, 16, 58, 46
+_COLOURS = (("#2f6db5", "#6aa5e8"), ("#b8560f", "#f0964a"), ("#2b7d4f", "#5cc08a"), ("#8a4a9e", "#c690d8"))
+"""Of the arms in turn, on a light and on a dark page."""
+_SHAPES = ("circle", "square", "triangle", "diamond")
+_SIZE = 5.0
+
+
+def draw_calibration(results: Results) -> str:
+    """Agreement (x) against migrated − source accuracy (y); a point per adapter, hollow where its task is apart."""
+    counted = {task.name for task in results.tasks if task.counted}
+    arms = list(results.arms)
+    points = [
+        (one, one.gate.agreement_student, one.accuracy - one.source_accuracy)
+        for one in results.migrations
+        if one.gate is not None and one.accuracy is not None
+    ]
+    low = min([-0.1, *(math.floor(10 * y) / 10 for _, _, y in points)])
+    high = max([0.1, *(math.ceil(10 * y) / 10 for _, _, y in points)])
+    parts = [*_head(results), *_axes(low, high)]
+    thresholds = [("configured", results.setup.gate["min_agreement"])]
+    if results.calibration.best is not None:
+        thresholds.append(("best", results.calibration.best.threshold))
+    for word, threshold in thresholds:
+        parts.append(f'<path class="{word}" d="M{_x(threshold)} {_TOP}V{_HEIGHT - _BOTTOM}"/>')
+    for one, x, y in points:
+        style = f"arm{arms.index(one.arm) % len(_COLOURS)}" + ("" if one.task in counted else " apart")
+        tip = f"{one.task}, seed {one.seed}, {one.arm}: agreement {x:.2f}, accuracy {y:+.2f}"
+        shape = _shape(arms.index(one.arm), _x(x), _y(y, low, high))
+        parts.append(f'<g class="{style}"><title>{escape(tip)}</title>{shape}</g>')
+    parts += _legend(arms, any(one.task not in counted for one, _, _ in points), [word for word, _ in thresholds])
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _head(results: Results) -> list[str]:
+    light = [f".arm{index}{{fill:{pair[0]};stroke:{pair[0]}}}" for index, pair in enumerate(_COLOURS)]
+    dark = [f".arm{index}{{fill:{pair[1]};stroke:{pair[1]}}}" for index, pair in enumerate(_COLOURS)]
+    style = (
+        "text{font:12px system-ui,sans-serif;fill:#3c434a}.grid{stroke:#8a939c;stroke-opacity:.3;fill:none}"
+        ".zero,.best,.configured{stroke:#3c434a;fill:none}.best{stroke-width:1.5}.configured{stroke-dasharray:5 4}"
+        f"{''.join(light)}"
+        "@media (prefers-color-scheme:dark){text{fill:#c9d0d6}.zero,.best,.configured{stroke:#c9d0d6}"
+        f"{''.join(dark)}}}"
+        "[class^=arm]{fill-opacity:.7}.apart{fill-opacity:0}"
+    )
+    title = f"Agreement with the teacher and accuracy kept, {results.setup.source.name} to {results.setup.target.name}"
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">',
+        f"<title>{escape(title)}</title>",
+        f"<style>{style}</style>",
+    ]
+
+
+def _axes(low: float, high: float) -> list[str]:
+    """Grid, labels and the line at which nothing was lost."""
+    parts = []
+    for tick in range(0, 11, 2):
+        x = _x(tick / 10)
+        parts.append(f'<path class="grid" d="M{x} {_TOP}V{_HEIGHT - _BOTTOM}"/>')
+        parts.append(f'<text x="{x}" y="{_HEIGHT - _BOTTOM + 17}" text-anchor="middle">{tick * 10}</text>')
+    step = 1 if high - low <= 0.8 else 2
+    for tick in range(math.ceil(round(10 * low, 6)), math.floor(round(10 * high, 6)) + 1):
+        if tick % step:
+            continue
+        y, kind = _y(tick / 10, low, high), "zero" if tick == 0 else "grid"
+        parts.append(f'<path class="{kind}" d="M{_LEFT} {y}H{_WIDTH - _RIGHT}"/>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4}" text-anchor="end">{10 * tick:+d}</text>')
+    middle = (_TOP + _HEIGHT - _BOTTOM) / 2
+    x_label, y_label = "agreement with the teacher, %", "accuracy, migrated − source adapter, points"
+    return [
+        *parts,
+        f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">{x_label}</text>',
+        f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">{y_label}</text>',
+    ]
+
+
+def _legend(arms: list[str], any_apart: bool, lines: list[str]) -> list[str]:
+    """The arms in the first row; below them what hollow points and the lines are."""
+    parts, x = [], float(_LEFT)
+    for index, arm in enumerate(arms):
+        parts.append(f'<g class="arm{index % len(_COLOURS)}">{_shape(index, x + 6, 16)}</g>')
+        parts.append(f'<text x="{x + 17}" y="20">{escape(arm)}</text>')
+        x += 17 + 7.5 * len(arm) + 18
+    x = float(_LEFT)
+    for kind in lines:
+        word = f"min_agreement, {kind}"
+        parts.append(f'<path class="{kind}" d="M{x} 38h22"/><text x="{x + 28}" y="42">{word}</text>')
+        x += 28 + 6.6 * len(word) + 18
+    if any_apart:
+        parts.append(f'<text x="{x}" y="42">hollow: task listed apart</text>')
+    return parts
+
+
+def _shape(index: int, x: float, y: float) -> str:
+    kind = _SHAPES[index % len(_SHAPES)]
+    if kind == "circle":
+        return f'<circle cx="{x}" cy="{y}" r="{_SIZE}"/>'
+    corners = {
+        "square": ((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)),
+        "triangle": ((0.0, -1.15), (1.05, 0.8), (-1.05, 0.8)),
+        "diamond": ((0.0, -1.25), (1.1, 0.0), (0.0, 1.25), (-1.1, 0.0)),
+    }[kind]
+    path = " ".join(f"{round(x + _SIZE * dx, 2)},{round(y + _SIZE * dy, 2)}" for dx, dy in corners)
+    return f'<polygon points="{path}"/>'
+
+
+def _x(agreement: float) -> float:
+    return round(_LEFT + agreement * (_WIDTH - _LEFT - _RIGHT), 1)
+
+
+def _y(difference: float, low: float, high: float) -> float:
+    return round(_TOP + (high - difference) / (high - low) * (_HEIGHT - _BOTTOM - _TOP), 1)

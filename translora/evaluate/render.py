@@ -1,0 +1,297 @@
+"""results.json as Markdown: every number of it comes from there, and the same results make the same text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, TARGET_BASE
+from translora.evaluate.plot import draw_calibration
+from translora.evaluate.results import KEPT_SHARE, ArmResult, BaseSize, Migration, Results, Setup, TaskResult
+from translora.evaluate.statistics import Estimate, Separation
+from translora.run.files import write_bytes, write_json
+
+MISSING = "–"
+PLOT = "calibration.svg"
+ARM_WORDS = {
+    "source_base": "source base",
+    SOURCE_ADAPTER: "source adapter",
+    TARGET_BASE: "target base",
+    REAL: "real-data LoRA on the target",
+}
+
+
+def write_results(results: Results, output: Path) -> None:
+    """Write the JSON, the plot and the Markdown; the Markdown last, so that it never speaks of what is not there."""
+    write_json(output.with_suffix(".json"), results.model_dump(mode="json"))
+    write_report(results, output)
+
+
+def write_report(results: Results, output: Path) -> None:
+    """Write the plot and the Markdown."""
+    write_bytes(output.with_name(PLOT), draw_calibration(results).encode())
+    write_bytes(output, to_markdown(results, output.with_suffix(".json").name).encode())
+
+
+def read_results(output: Path) -> Results:
+    """The results that an earlier evaluation wrote beside the Markdown.
+
+    Raises:
+        ValueError: there are none, or they are damaged or of another version.
+    """
+    path = output.with_suffix(".json")
+    try:
+        return Results.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        fault = error.strerror if isinstance(error, OSError) else "damaged, or of another version of translora"
+        raise ValueError(f"{path}: cannot be read ({fault}); run without --report-only") from error
+
+
+def to_markdown(results: Results, json_name: str) -> str:
+    """The whole page."""
+    setup = results.setup
+    counted = [task for task in results.tasks if task.counted]
+    apart = [task for task in results.tasks if not task.counted]
+    lines = ["# What a migration keeps", "", *_setup(setup, results.tasks, json_name), "", "## Headline", ""]
+    lines += _headline(results, len(counted))
+    if counted:
+        lines += ["", "## Task by task", "", *_accuracies(setup, counted), "", *_retentions(setup, counted)]
+    if apart:
+        lines += [
+            "",
+            "## Tasks listed apart",
+            "",
+            "Here the source adapter does not beat the majority class beyond its interval: there is no skill whose "
+            "survival could be measured, and none of these tasks is part of the headline.",
+            "",
+            *_accuracies(setup, apart),
+            "",
+            *_retentions(setup, apart),
+        ]
+    lines += ["", "## The arms side by side", "", *_arms(results)]
+    lines += ["", "## What the gate's agreement says about real accuracy", "", *_calibration(results)]
+    if remarks := [one for one in results.migrations if one.note]:
+        lines += ["", "## Adapters that did not migrate, or with fewer samples", "", *_remarks(remarks)]
+    return "\n".join(lines) + "\n"
+
+
+def _setup(setup: Setup, tasks: Sequence[TaskResult], json_name: str) -> list[str]:
+    sizes = sorted({(task.num_train, task.num_test) for task in tasks})
+    rows = "; ".join(f"{num_train} training rows and {num_test} test items" for num_train, num_test in sizes)
+    seeds = ", ".join(map(str, setup.seeds))
+    return [
+        f"**{_base(setup.source)} → {_base(setup.target)}, {_count(len(tasks), 'task')}, "
+        f"{_count(len(setup.seeds), 'seed')} ({seeds}), \\|D_syn\\| = {setup.num_samples}.** "
+        f"Per task and seed: {rows}, no input in both, and a source adapter, seed examples and migrations of its own.",
+        "",
+        "Accuracy is exact match, case and white space aside, in percent; a bare base is cut at its first line. In "
+        f"brackets are 95 % bootstrap intervals ({setup.num_replicates} replicates): of accuracies over the test "
+        "items, of retention and differences over seeds and the items within, the same items for all arms. Retention "
+        "ρ = (migrated − target base) / (real-data LoRA on the target − target base): 0 is nothing kept, 1 is as "
+        "good as training on the real data. An arm that answers all items alike right or wrong has an interval of "
+        "width zero, which is the bootstrap's limit, not certainty.",
+        "",
+        f"Source adapter and real-data LoRA: {_training(setup.train)}. Students: {_training(setup.distill)}. "
+        f"Written by `translora evaluate` from [`{json_name}`]({json_name}); "
+        + ", ".join(f"{name} {version}" for name, version in setup.versions.items() if name in SHOWN_VERSIONS)
+        + ".",
+    ]
+
+
+SHOWN_VERSIONS = ("translora", "torch", "transformers", "peft", "deepspeed", "ray")
+
+
+def _base(base: BaseSize) -> str:
+    return f"{base.name} ({base.num_parameters / 1e6:,.{1 if base.num_parameters < 1e7 else 0}f} M parameters)"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" + ("" if number == 1 else "s")
+
+
+def _training(settings: dict[str, object]) -> str:
+    lora = settings["lora"]
+    assert isinstance(lora, dict)
+    return (
+        f"rank {lora['rank']} on {', '.join(lora['target_modules'])}, {settings['epochs']:g} epochs, "
+        f"learning rate {settings['learning_rate']:g}, batch {settings['batch_size']}"
+    )
+
+
+def _headline(results: Results, num_counted: int) -> list[str]:
+    of_tasks = f"{num_counted} of {_count(len(results.tasks), 'task')} count"
+    if num_counted == 0:
+        return [f"{of_tasks}: no source adapter beats the majority class beyond its interval."]
+    rows = []
+    for arm in REFERENCE_ARMS:
+        fixed = {TARGET_BASE: "0, by definition", REAL: "1, by definition"}.get(arm, MISSING)
+        rows.append([ARM_WORDS[arm], _points(results.references[arm]), fixed, MISSING, MISSING])
+    for arm, found in results.arms.items():
+        rows.append(
+            [
+                f"migrated: {arm}",
+                _points(found.accuracy),
+                _ratio(found.retention),
+                f"{found.num_defined} of {num_counted}",
+                f"{found.num_not_below_source} of {num_counted}",
+            ]
+        )
+    headers = ["", "mean accuracy", "mean retention ρ", "tasks with ρ", "tasks ≥ source adapter"]
+    lines = [
+        f"{of_tasks}: their source adapter beats the majority class beyond its interval. Means are over these tasks.",
+        "",
+        *_table(headers, rows),
+    ]
+    if any(found.num_defined < num_counted for found in results.arms.values()):
+        lines += ["", UNDEFINED]
+    return lines
+
+
+UNDEFINED = (
+    "ρ is left undefined where the real-data LoRA does not beat the target base beyond its interval: there is no gain "
+    "of which a share could be kept."
+)
+
+
+def _accuracies(setup: Setup, tasks: Sequence[TaskResult]) -> list[str]:
+    arms = [*REFERENCE_ARMS, *setup.arms]
+    headers = ["accuracy", "chance", "majority", *(ARM_WORDS.get(arm, arm) for arm in arms)]
+    rows = [
+        [task.name, f"{100 * task.chance:.1f}", f"{100 * task.majority:.1f}"]
+        + [_points(task.accuracy.get(arm)) for arm in arms]
+        for task in tasks
+    ]
+    return _table(headers, rows)
+
+
+def _retentions(setup: Setup, tasks: Sequence[TaskResult]) -> list[str]:
+    headers = ["retention ρ", "gain of the real-data LoRA", *setup.arms]
+    rows = []
+    for task in tasks:
+        undefined = "undefined" if task.gain.low <= 0 else MISSING
+        kept = [task.retention.get(arm) for arm in setup.arms]
+        rows.append([task.name, _points(task.gain, signed=True), *(_ratio(one, undefined) for one in kept)])
+    lines = _table(headers, rows)
+    return [*lines, "", UNDEFINED] if any(task.gain.low <= 0 for task in tasks) else lines
+
+
+def _arms(results: Results) -> list[str]:
+    first = next(iter(results.arms))
+    headers = [
+        "arm",
+        "settings",
+        "migrated",
+        "accepted of generated",
+        "agreement",
+        "passes the gate",
+        "accuracy",
+        "retention ρ",
+        f"accuracy − {first}",
+    ]
+    rows = []
+    for arm, found in results.arms.items():
+        own = [one for one in results.migrations if one.arm == arm]
+        rows.append([f"`{arm}`", _settings(results.setup.arms[arm]), *_migration_cells(own), *_arm_cells(found)])
+    return [
+        "Every arm migrates the same bundles. Counts and agreement are of all adapters (tasks × seeds), accuracy and "
+        "retention of the tasks that count; the last column is paired by test item.",
+        "",
+        *_table(headers, rows, num_text=2),
+    ]
+
+
+def _settings(overrides: dict[str, object]) -> str:
+    return f"`{json.dumps(overrides)}`" if overrides else "as configured"
+
+
+def _migration_cells(migrations: Sequence[Migration]) -> list[str]:
+    accepted = sum(one.synthesis.accepted for one in migrations)
+    generated = sum(one.synthesis.generated for one in migrations)
+    gates = [one.gate for one in migrations if one.gate is not None]
+    agreement = f"{100 * sum(gate.agreement_student for gate in gates) / len(gates):.1f}" if gates else MISSING
+    return [
+        f"{sum(one.accuracy is not None for one in migrations)} of {len(migrations)}",
+        f"{accepted}/{generated} ({100 * accepted / generated:.0f} %)" if generated else MISSING,
+        agreement,
+        f"{sum(gate.passed for gate in gates)} of {len(gates)}",
+    ]
+
+
+def _arm_cells(found: ArmResult) -> list[str]:
+    return [_points(found.accuracy), _ratio(found.retention), _points(found.against_first, signed=True)]
+
+
+def _calibration(results: Results) -> list[str]:
+    found, gate = results.calibration, results.setup.gate
+    num_points = sum(one.gate is not None and one.accuracy is not None for one in results.migrations)
+    kept = f"{100 * KEPT_SHARE:.0f} %"
+    lines = [
+        f"![Agreement with the teacher against migrated − source accuracy, one point per adapter]({PLOT})",
+        "",
+        f"{_count(num_points, 'migrated adapter')} (tasks × seeds × arms), nothing withheld. Agreement is what the "
+        "gate sees: the share of held-out synthetic prompts on which the student gives the teacher's answer. "
+        "Intervals of the correlations draw whole tasks.",
+        "",
+        *_table(
+            ["Spearman correlation of the agreement with", ""],
+            [
+                ["accuracy of the migrated adapter", _ratio(found.with_accuracy, "undefined")],
+                ["accuracy, migrated − source adapter", _ratio(found.with_difference, "undefined")],
+            ],
+        ),
+        "",
+    ]
+    if found.best is None or found.configured is None:
+        return [
+            *lines,
+            f"{found.num_kept} adapters kept at least {kept} of their source adapter's accuracy and {found.num_lost} "
+            "did not: no threshold of agreement can be told from these.",
+        ]
+    return [
+        *lines,
+        f"{found.num_kept} adapters kept at least {kept} of their source adapter's accuracy, {found.num_lost} did not.",
+        "",
+        *_table(
+            ["gate.min_agreement", "threshold", "balanced accuracy of its verdicts"],
+            [
+                ["configured", f"{gate['min_agreement']:.2f}", _balanced(found.configured)],
+                ["best on these adapters, chosen after the fact", f"{found.best.threshold:.2f}", _balanced(found.best)],
+            ],
+        ),
+    ]
+
+
+def _balanced(found: Separation) -> str:
+    return f"{100 * found.balanced_accuracy:.0f} %"
+
+
+def _remarks(migrations: Sequence[Migration]) -> list[str]:
+    rows = [[one.task, str(one.seed), one.arm, one.status, one.note] for one in migrations]
+    return _table(["task", "seed", "arm", "status", "why"], rows, num_text=5)
+
+
+def _points(found: Estimate | None, signed: bool = False) -> str:
+    """A share in percent with its interval."""
+    return _interval(found, 100.0, 1, "+" if signed else "")
+
+
+def _ratio(found: Estimate | None, undefined: str = MISSING) -> str:
+    """A ratio or a correlation with its interval."""
+    return _interval(found, 1.0, 2, "") if found is not None else undefined
+
+
+def _interval(found: Estimate | None, scale: float, digits: int, sign: str) -> str:
+    if found is None:
+        return MISSING
+    value, low, high = (round(scale * part, digits) + 0.0 for part in (found.value, found.low, found.high))
+    return f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], num_text: int = 1) -> list[str]:
+    """A Markdown table; the first columns are text, the others are set to the right."""
+    rule = ["---" if column < num_text else "---:" for column in range(len(headers))]
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in (headers, *rows)]
+    return ["| " + " | ".join(row) + " |" for row in (cells[0], rule, *cells[1:])]

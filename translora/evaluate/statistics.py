@@ -1,0 +1,184 @@
+"""The statistics of an evaluation: bootstrap intervals, retention, rank correlation, the gate's best threshold.
+
+numpy alone, and seeded: the same answers give the same numbers. In names of arrays R is the number of bootstrap
+replicates, S of seeds (repetitions), N of test items in each.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from translora.run.files import derive_seed
+from translora.synthesis.prompts import normalise
+
+Floats = npt.NDArray[np.floating[Any]]
+NUM_REPLICATES = 2000
+TAILS = (0.025, 0.975)
+"""Quantiles of the replicates that end a 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Resample:
+    """One bootstrap of a task's items, the same draws for every arm: differences between arms are paired.
+
+    Args:
+        num_seeds: S.
+        num_items: N.
+        key: what the draws depend on, beside the sizes.
+        over_seeds: draw seeds first and items within each of them (hierarchical); else items of every seed alone.
+    """
+
+    def __init__(self, num_seeds: int, num_items: int, key: str, *, over_seeds: bool) -> None:
+        rng = np.random.default_rng(derive_seed("bootstrap", key, num_seeds, num_items, over_seeds))
+        shape = (NUM_REPLICATES, num_seeds)
+        self.seeds_RS = rng.integers(num_seeds, size=shape) if over_seeds else np.indices(shape)[1]
+        self.items_RSN = rng.integers(num_items, size=(*shape, num_items), dtype=np.int32)
+
+    def means(self, correct_SN: Floats) -> Floats:
+        """The mean of every replicate, [R]."""
+        return correct_SN[self.seeds_RS[:, :, None], self.items_RSN].mean(axis=(1, 2))
+
+    def estimate(self, correct_SN: Floats) -> Estimate:
+        """The mean with its interval; of differences where `correct_SN` is one array minus another."""
+        return estimate(float(correct_SN.mean()), self.means(correct_SN))
+
+
+def estimate(value: float, replicates_R: Floats) -> Estimate:
+    """A value with the percentile interval of its replicates; those that are NaN are left out."""
+    low, high = np.nanquantile(replicates_R, TAILS)
+    return Estimate(value, float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What a migration kept of the gain that real data would have brought."""
+
+    gain: Estimate
+    """Real-data LoRA minus target base: what is divided by."""
+    value: float | None
+    """rho; None where the gain is not positive beyond its interval."""
+    replicates_R: Floats
+    """rho of every replicate, NaN where the replicate's gain is not positive."""
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """rho with its interval."""
+        return None if self.value is None else estimate(self.value, self.replicates_R)
+
+
+def retention(base_SN: Floats, real_SN: Floats, migrated_SN: Floats, resample: Resample) -> Retention:
+    """rho = (migrated - target base) / (real-data LoRA - target base), accuracies over the same items."""
+    gain = resample.estimate(real_SN - base_SN)
+    if gain.low <= 0:
+        return Retention(gain, None, np.full(NUM_REPLICATES, np.nan))
+    gains_R = resample.means(real_SN - base_SN)
+    kept_R = resample.means(migrated_SN - base_SN)
+    replicates_R = np.divide(kept_R, gains_R, out=np.full(NUM_REPLICATES, np.nan), where=gains_R > 0)
+    return Retention(gain, float((migrated_SN - base_SN).mean()) / gain.value, replicates_R)
+
+
+def mean_retention(retentions: Sequence[Retention]) -> Estimate | None:
+    """Mean of the tasks' rho where it is defined; None where it is nowhere."""
+    defined = [found for found in retentions if found.value is not None]
+    if not defined:
+        return None
+    return _mean([found.value or 0.0 for found in defined], [found.replicates_R for found in defined])
+
+
+def mean_estimate(values: Sequence[float], replicates: Sequence[Floats]) -> Estimate | None:
+    """Mean over tasks, with the interval of the replicates' means: the tasks are given, their items are drawn."""
+    return _mean(values, replicates) if values else None
+
+
+def _mean(values: Sequence[float], replicates: Sequence[Floats]) -> Estimate:
+    stacked = np.stack(replicates)
+    counts_R = np.maximum((~np.isnan(stacked)).sum(axis=0), 1)
+    means_R = np.where(np.isnan(stacked).all(axis=0), np.nan, np.nansum(stacked, axis=0) / counts_R)
+    return estimate(float(np.mean(values)), means_R)
+
+
+def majority_share(targets: Sequence[str]) -> float:
+    """Share of the commonest target: the most that one answer to every item can reach."""
+    return Counter(map(normalise, targets)).most_common(1)[0][1] / len(targets)
+
+
+def chance_share(targets: Sequence[str]) -> float:
+    """What guessing evenly among the targets that occur would reach."""
+    return 1 / len({normalise(target) for target in targets})
+
+
+def ranks(values: Sequence[float]) -> Floats:
+    """Ranks from 1, ties sharing their mean rank."""
+    _, inverse, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    mean_rank: Floats = (last - (counts - 1) / 2)[inverse]
+    return mean_rank
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Spearman's rank correlation; None where either side is constant or there are fewer than three points."""
+    if len(x) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
+        return None
+    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+
+
+def spearman_estimate(x: Sequence[float], y: Sequence[float], groups: Sequence[str]) -> Estimate | None:
+    """Spearman's correlation with an interval that draws whole groups (tasks), whose points belong together.
+
+    None where there is no correlation, or one group alone: nothing could be said of its uncertainty.
+    """
+    value = spearman(x, y)
+    members: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    if value is None or len(members) < 2:
+        return None
+    rng = np.random.default_rng(derive_seed("spearman", len(x), *members))
+    parts = list(members.values())
+    replicates = []
+    for chosen in rng.integers(len(parts), size=(NUM_REPLICATES, len(parts))):
+        indices = list(itertools.chain.from_iterable(parts[index] for index in chosen))
+        drawn = spearman([x[index] for index in indices], [y[index] for index in indices])
+        replicates.append(np.nan if drawn is None else drawn)
+    return None if np.isnan(replicates).all() else estimate(value, np.asarray(replicates))
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How well `agreement >= threshold` tells the adapters that kept their accuracy from those that lost it."""
+
+    threshold: float
+    balanced_accuracy: float
+    """Mean of the share of kept adapters that pass and of lost adapters that do not; 0.5 is no better than chance."""
+
+
+def separation(agreements: Sequence[float], kept: Sequence[bool], threshold: float) -> Separation | None:
+    """The balanced accuracy of one threshold; None where all adapters kept their accuracy, or all lost it."""
+    if len(set(kept)) < 2:
+        return None
+    passed, good = np.asarray(agreements) >= threshold, np.asarray(kept)
+    return Separation(threshold, float((passed[good].mean() + (~passed[~good]).mean()) / 2))
+
+
+def best_separation(agreements: Sequence[float], kept: Sequence[bool]) -> Separation | None:
+    """The best threshold, of equals the lowest: 0, which lets all pass, or half-way between neighbouring agreements."""
+    values = sorted(set(agreements))
+    thresholds = [0.0, *((low + high) / 2 for low, high in itertools.pairwise(values))]
+    found = [separation(agreements, kept, threshold) for threshold in thresholds]
+    rated = [one for one in found if one is not None]
+    return max(rated, key=lambda one: one.balanced_accuracy) if rated else None
