@@ -379,12 +379,11 @@ def gate_phase(run: Run, members: list[Member]) -> None:
     for member in failed:
         state = member.state
         assert state.gate is not None
-        state.reason = state.gate.reason
         if state.attempt <= config.gate.retries:
-            logger.warning("%s: did not pass the gate (%s): again with more samples", member.name, state.reason)
+            logger.warning("%s: did not pass the gate (%s): again with more samples", member.name, state.gate.reason)
             run.send_back(member)
         else:
-            state.status = "failed_gate"
+            state.status, state.reason = "failed_gate", state.gate.reason
             run.advance(member, "done")
 
 
@@ -406,7 +405,7 @@ def publish(run: Run, member: Member, template: str) -> None:
         seeds=member.bundle.seeds,
         task_name=manifest.task_name,
         base=run.target,
-        num_samples=member.num_samples,
+        num_samples=member.state.num_samples,
         prompt_template=template,
         provenance={
             "migrated_from": manifest.base_name,

@@ -13,8 +13,9 @@ from translora.bundle import BaseInfo, Bundle, inspect_base
 from translora.config import AdapterEntry, FleetConfig, load_config
 from translora.engine.loading import load_tokenizer
 from translora.fleet import check_training, verify
+from translora.report.table import note
 from translora.run.files import read_jsonl, replace_directory, sha256_path, write_json
-from translora.run.member import Member, Run, continue_state, expand_entries
+from translora.run.member import Member, Run, attempt_size, continue_state, expand_entries
 from translora.run.rundir import check_free, open_run
 from translora.run.state import AdapterState, load_state, save_state
 from translora.run.tracker import Tracker
@@ -211,6 +212,23 @@ def run(tmp_path: Path, target: BaseInfo) -> Iterator[Run]:
     settings = config(tmp_path, source={"model": str(target.path)}, target={"model": str(target.path)})
     with Tracker(tmp_path, settings.tracking, {}, "test") as tracker:
         yield Run(settings, target, target, tracker, tokenizer, tokenizer)
+
+
+def test_another_attempt_lays_the_first_set_aside_and_survives_a_kill(
+    tmp_path: Path, run: Run, bundle: Bundle, finished: AdapterState, target: BaseInfo
+) -> None:
+    judged = {"phase": "gate", "status": "pending", "reason": "", "losses": [1.0], "step": 1, "num_steps": 1}
+    state = finished.model_copy(update=judged)
+    first = (tmp_path / "adapters/a/synthetic.parquet").read_bytes()
+    member = Member(bundle, state, tmp_path / "adapters/a", 4, 2, [])
+    run.send_back(member)
+    assert member.waits_for("synthesis") and member.num_samples == 8 and state.losses == []
+    assert member.earlier_set.read_bytes() == first and not (tmp_path / "adapters/a/synthetic.parquet").exists()
+    assert "attempt 2: the gate sent it back for more samples" in note(state)
+    again = continue_state(tmp_path, fresh(), target)
+    assert again == state and attempt_size(again, run.config.gate) == 8
+    member.earlier_set.write_bytes(b"damaged")
+    assert continue_state(tmp_path, fresh(), target) == fresh(), "without the first set everything is made anew"
 
 
 @pytest.mark.parametrize("content", ["", '{"name": "a", "bun', '{"name": "a", "bundle": "x", "of_the_future": 1}'])

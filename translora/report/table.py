@@ -78,8 +78,9 @@ def note(state: AdapterState) -> str:
 
 
 def remarks(state: AdapterState) -> list[str]:
-    """What a person should look at in an adapter's synthetic set, whatever became of the adapter."""
-    return [text for text in (state.synthesis.shortfall, state.synthesis.warning) if text]
+    """What a person should know of how an adapter was made, whatever became of it."""
+    again = f"attempt {state.attempt}: the gate sent it back for more samples" if state.attempt > 1 else ""
+    return [text for text in (again, state.synthesis.shortfall, state.synthesis.warning) if text]
 
 
 def loglik_text(gate: GateResult) -> str:

@@ -85,7 +85,7 @@ class Run:
         member.num_samples = attempt_size(state, self.config.gate)
         os.replace(member.directory / SYNTHETIC, member.earlier_set)
         state.artifacts = {relative_to(self.config.run_dir, member.earlier_set): sha256_path(member.earlier_set)}
-        state.status, state.phase = "pending", "synthesis"
+        state.status, state.phase, state.reason = "pending", "synthesis", ""
         state.step, state.num_steps, state.losses = 0, 0, []
         self.save(state)
 

@@ -32,6 +32,7 @@ def progress_of(run_dir: Path, state: AdapterState) -> dict[str, Any]:
         "name": state.name,
         "status": state.status,
         "phase": state.phase,
+        "attempt": state.attempt,
         "accepted": state.synthesis.accepted,
         "needed": state.synthesis.needed,
         "generated": state.synthesis.generated,
