@@ -231,8 +231,9 @@ def _calibration(results: Results) -> list[str]:
     lines = [
         f"![Agreement with the teacher against migrated − source accuracy, one point per adapter]({PLOT})",
         "",
-        f"{_count(num_points, 'migrated adapter')} (tasks × seeds × arms), nothing withheld, one attempt each. Agreement "
-        "is what the gate sees: the share of held-out synthetic prompts on which the student gives the teacher's answer. "
+        f"{_count(num_points, 'migrated adapter')} (tasks × seeds × arms), nothing withheld, one attempt each. "
+        "Agreement is what the gate sees: the share of held-out synthetic prompts on which the student gives the "
+        "teacher's answer. "
         "Intervals of the correlations draw whole tasks.",
         "",
         *_table(
