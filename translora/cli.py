@@ -161,7 +161,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
             results = evaluate(config, lambda: start_cluster(config.resources, num_workers, arguments.verbose))
         write_results(results, config.output)
     sys.stdout.write(f"{config.output}\n")
-    return MIGRATED if all(one.status == "migrated" for one in results.migrations) else FAILED
+    return MIGRATED if all(one.accuracy is not None for one in results.migrations) else FAILED
 
 
 def run_status(arguments: argparse.Namespace) -> int:

@@ -41,7 +41,7 @@ from translora.run.member import (
 )
 from translora.run.progress import Progress
 from translora.run.rundir import open_run
-from translora.run.state import AdapterState, Phase, load_state, state_path
+from translora.run.state import AdapterState, Phase, SynthesisStats, load_state, state_path
 from translora.run.tracker import Tracker
 from translora.synthesis.discriminator import discriminator_rows
 from translora.synthesis.prompts import generation_prompt
@@ -342,7 +342,7 @@ def gate_phase(run: Run, members: list[Member]) -> None:
             teacher_template=member.bundle.manifest.prompt_template,
             heldout=member.samples("heldout"),
             eval_rows=member.eval_rows,
-            only_answer=only_answer(member),
+            only_answer=only_answer(member.state.synthesis),
         )
         for member in members
     ]
@@ -387,10 +387,9 @@ def gate_phase(run: Run, members: list[Member]) -> None:
             run.advance(member, "done")
 
 
-def only_answer(member: Member) -> str | None:
+def only_answer(stats: SynthesisStats) -> str | None:
     """The teacher's answer to every sample, if it has only one."""
-    classes = member.state.synthesis.classes
-    return next(iter(classes)) if len(classes) == 1 else None
+    return next(iter(stats.classes)) if len(stats.classes) == 1 else None
 
 
 def publish(run: Run, member: Member, template: str) -> None:

@@ -61,7 +61,7 @@ def run_dir(world: World) -> Path:
     kill_when(world, "evaluate", config, "runs/evaluate/seed-0/arms/long/rounds/000-label-*/*.parquet")
     run_dir = world.root / "runs" / "evaluate"
     before = made(run_dir)
-    assert any("seed-0/real/" in str(path) for path in before) and not (world.root / "docs").exists()
+    assert any("seed-0/real/" in str(path) for path in before) and not list((world.root / "docs").iterdir())
     world.run("evaluate", config)
     assert before.items() <= made(run_dir).items(), "what was finished before the kill is not made again"
     return run_dir
@@ -104,14 +104,15 @@ def test_every_arm_answers_the_same_items_and_saw_none_of_them(run_dir: Path) ->
 
 
 def test_each_arm_has_adapters_of_its_own(world: World, run_dir: Path) -> None:
-    source, target = inspect_base(str(world.source)), inspect_base(str(world.target))
+    source = inspect_base(str(world.source))
     for seed in SEEDS:
         directory = run_dir / f"seed-{seed}"
         for task in TASKS:
             verify_bundle(read_bundle(directory / f"bundles/{task}"), source)
-            for arm in ARMS:
-                verify_bundle(read_bundle(directory / f"arms/{arm}/bundles/{task}"), target)
-            assert len(read_lora(directory / f"real/adapters/{task}").modules) > 0
+            for adapter in (f"real/adapters/{task}", *(f"arms/{arm}/adapters/{task}/student" for arm in ARMS)):
+                assert any(lora_B.abs().max() > 1e-3 for _, lora_B in read_lora(directory / adapter).modules.values())
+                written = json.loads((directory / adapter / "adapter_config.json").read_text())
+                assert written["base_model_name_or_path"] == world.target.name
         steps = {arm: {state.num_steps for state in load_states(directory / f"arms/{arm}")} for arm in ARMS}
         assert steps == {"long": {16}, "short": {4}}
 
@@ -130,11 +131,10 @@ def test_the_gate_is_recorded_and_withholds_nothing(results: Results) -> None:
         (task, seed, arm) for task in TASKS for seed in SEEDS for arm in ARMS
     }
     for one in results.migrations:
-        assert one.status == "migrated" and one.accuracy is not None
+        assert one.accuracy is not None
         assert one.gate is not None and one.gate.num_heldout >= 4
-        reachable = one.gate.agreement_student == 1 and one.gate.agreement_base == 0
-        assert one.gate.passed == reachable
-        assert one.gate.passed or "gate.min_agreement 1.00" in one.gate.reason or "gate.min_gain" in one.gate.reason
+        assert one.gate.agreement_student < 1 or one.gate.agreement_base > 0, "no longer out of reach"
+        assert not one.gate.passed and "gate.min_gain +1.00" in one.gate.reason
 
 
 def test_the_tables_are_the_items_means(run_dir: Path, results: Results) -> None:
@@ -162,18 +162,3 @@ def test_a_finished_evaluation_makes_nothing_again(world: World, run_dir: Path, 
     assert done.stdout == f"{output / 'results.md'}\n"
     assert "round 1" not in done.stderr and "starting 2 workers" not in done.stderr
     assert str(world.root) not in "".join(page.decode() for page in pages.values())
-
-
-def test_what_cannot_be_measured_is_refused_before_the_first_step(world: World, run_dir: Path) -> None:
-    config = evaluate_config(world) | {"run_dir": "runs/early"}
-    same = config | {"target": {"model": "./source"}}
-    modules = config | {"train": train_settings() | {"lora": {"target_modules": ["qkv_proj"]}}}
-    small = config | {"tasks": [config["tasks"][0] | {"num_test": 500}]}
-    for wrong, message in (
-        (same, "source and target are the same base"),
-        (modules, "train.lora.target_modules: qkv_proj not in source; it has"),
-        (small, "colour.json: 40 different inputs, but num_train + num_test of colour is 524"),
-    ):
-        done = world.run("evaluate", world.write("early.yaml", wrong), check=False)
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
-        assert not (world.root / "runs" / "early").exists()

@@ -59,7 +59,6 @@ def migration(task: str, arm: str, seed: int, agreement: float, accuracy: float 
         task=task,
         seed=seed,
         arm=arm,
-        status="migrated" if accuracy is not None else "quarantined",
         note=note,
         synthesis=SynthesisStats(generated=200, accepted=100, needed=100),
         gate=gate if accuracy is not None else None,
@@ -130,7 +129,7 @@ def test_an_arm_without_an_adapter_in_a_seed_is_compared_where_it_has_one() -> N
     assert other.against_first is not None and other.against_first.value == pytest.approx((24 - 38) / 50)
     text = to_markdown(found, "results.json")
     assert "| other | 0 of 1 |" in text.replace('`other` | `{"synthesis": {"batch_size": 3}}`', "other")
-    assert "| skill | 0 | other | quarantined | too few samples |" in text
+    assert "| skill | 0 | other | – | too few samples |" in text
 
 
 def test_an_arm_without_any_adapter_has_no_numbers() -> None:

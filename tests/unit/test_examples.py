@@ -11,11 +11,15 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from examples import bases, tasks
+from translora.bundle import Bundle
 from translora.config import FleetConfig, PrepareConfig, load_config
+from translora.evaluate.config import EvaluateConfig
+from translora.synthesis.rounds import Pool
 
 ROOT = Path(__file__).resolve().parents[2]
 LABELS = {"ticket-routing": set(tasks.TEAMS), "review-weather": set(tasks.WEATHERS)}
@@ -141,3 +145,31 @@ def test_example_configs_are_valid_and_name_every_task() -> None:
     assert [Path(entry.bundle).name for entry in fleet.adapters] == list(tasks.TASKS)
     assert all(entry.eval_data and entry.eval_data.endswith(".test.jsonl") for entry in fleet.adapters)
     assert prepare.source.model == fleet.source.model
+
+
+def test_the_example_evaluation_is_of_the_same_bases_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="the environment variable BBH is not set"):
+        load_config(ROOT / "examples" / "evaluate.yaml", EvaluateConfig)
+    monkeypatch.setenv("BBH", "/data/bbh")
+    evaluate = load_config(ROOT / "examples" / "evaluate.yaml", EvaluateConfig)
+    assert [task.data for task in evaluate.tasks] == [f"/data/bbh/{task.name}.json" for task in evaluate.tasks]
+    fleet = load_config(ROOT / "examples" / "fleet.yaml", FleetConfig)
+    prepare = load_config(ROOT / "examples" / "prepare.yaml", PrepareConfig)
+    assert (evaluate.source, evaluate.target) == (fleet.source, fleet.target)
+    assert evaluate.discriminator == prepare.discriminator
+    longer = {"max_length": 256}  # than the demo's inputs
+    assert evaluate.train == prepare.train.model_copy(update=longer)
+    assert evaluate.distill == fleet.distill.model_copy(update=longer)
+
+
+def test_the_arms_of_the_example_evaluation_share_their_first_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BBH", "/data/bbh")
+    evaluate = load_config(ROOT / "examples" / "evaluate.yaml", EvaluateConfig)
+    counts = set()
+    for arm in evaluate.arms:
+        config = evaluate.fleet(0, arm)
+        needed = evaluate.num_samples + max(config.gate.min_holdout, round(config.gate.holdout_fraction * 100))
+        surplus = config.synthesis.excess_surplus if config.synthesis.screen == "excess" else 1.0
+        pool = Pool("a", cast(Bundle, None), needed, 10 * needed, surplus=surplus)
+        counts.add(pool.next_count(config.synthesis.oversample))
+    assert len(counts) == 1

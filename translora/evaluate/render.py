@@ -74,7 +74,7 @@ def to_markdown(results: Results, json_name: str) -> str:
     lines += ["", "## The arms side by side", "", *_arms(results)]
     lines += ["", "## What the gate's agreement says about real accuracy", "", *_calibration(results)]
     if remarks := [one for one in results.migrations if one.note]:
-        lines += ["", "## Adapters that did not migrate, or with fewer samples", "", *_remarks(remarks)]
+        lines += ["", "## Remarks on single adapters", "", *_remarks(remarks)]
     return "\n".join(lines) + "\n"
 
 
@@ -183,7 +183,7 @@ def _arms(results: Results) -> list[str]:
     headers = [
         "arm",
         "settings",
-        "migrated",
+        "measured",
         "accepted of generated",
         "agreement",
         "passes the gate",
@@ -231,8 +231,9 @@ def _calibration(results: Results) -> list[str]:
     lines = [
         f"![Agreement with the teacher against migrated − source accuracy, one point per adapter]({PLOT})",
         "",
-        f"{_count(num_points, 'migrated adapter')} (tasks × seeds × arms), nothing withheld. Agreement is what the "
-        "gate sees: the share of held-out synthetic prompts on which the student gives the teacher's answer. "
+        f"{_count(num_points, 'migrated adapter')} (tasks × seeds × arms), nothing withheld, one attempt each. "
+        "Agreement is what the gate sees: the share of held-out synthetic prompts on which the student gives the "
+        "teacher's answer. "
         "Intervals of the correlations draw whole tasks.",
         "",
         *_table(
@@ -269,8 +270,10 @@ def _balanced(found: Separation) -> str:
 
 
 def _remarks(migrations: Sequence[Migration]) -> list[str]:
-    rows = [[one.task, str(one.seed), one.arm, one.status, one.note] for one in migrations]
-    return _table(["task", "seed", "arm", "status", "why"], rows, num_text=5)
+    rows = [
+        [one.task, str(one.seed), one.arm, MISSING if one.accuracy is None else "yes", one.note] for one in migrations
+    ]
+    return _table(["task", "seed", "arm", "measured", "remark"], rows, num_text=5)
 
 
 def _points(found: Estimate | None, signed: bool = False) -> str:

@@ -70,9 +70,8 @@ class Migration(Record):
     task: str
     seed: int
     arm: str
-    status: str
     note: str
-    """Why it was quarantined, or short of samples."""
+    """Why there is none, or what is remarkable about it."""
     synthesis: SynthesisStats
     gate: GateResult | None
     """Judged by the arm's own thresholds."""

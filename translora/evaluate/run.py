@@ -11,58 +11,29 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from translora.bundle import BaseInfo, inspect_base, read_bundle
+from translora.bundle import BaseInfo, inspect_base
+from translora.bundle.base import name_of_path
 from translora.distill.job import make_job, refuse_failures
 from translora.distill.launch import train_adapters
-from translora.evaluate.config import (
-    REAL,
-    SOURCE_ADAPTER,
-    SOURCE_BASE,
-    TARGET_BASE,
-    EvaluateConfig,
-    without_gate,
-)
+from translora.evaluate.answers import Repetition, answer, migrations, task_items, write_items
+from translora.evaluate.config import REAL, EvaluateConfig, without_gate
 from translora.evaluate.data import Split, read_task_data, split
-from translora.evaluate.results import BaseSize, Migration, Results, Setup, TaskItems, summarise
-from translora.evaluate.statistics import NUM_REPLICATES, chance_share, majority_share
+from translora.evaluate.results import BaseSize, Results, Setup, summarise
+from translora.evaluate.statistics import NUM_REPLICATES
 from translora.fleet import check_section, check_training, migrate
-from translora.gate.agreement import Answers, answer_rows, is_equal, judge, run_answers
 from translora.prepare import prepare
-from translora.run.files import digest, sha256_path, write_bytes, write_jsonl
+from translora.run.files import digest, write_bytes, write_jsonl
 from translora.run.member import STUDENT
 from translora.run.progress import Progress
 from translora.run.rundir import open_run, versions
 from translora.run.state import AdapterState
-from translora.synthesis.actors import Hosts, Row
 
 logger = logging.getLogger(__name__)
 ITEMS = "items.parquet"
 """In a repetition's directory: every arm's answer to every test item."""
-
-
-@dataclass(frozen=True)
-class Repetition:
-    """What one seed came to."""
-
-    seed: int
-    splits: Mapping[str, Split]
-    """By task."""
-    states: Mapping[str, Sequence[AdapterState]]
-    """What became of the migrations, by arm."""
-    answers: Answers
-
-    def correct(self, task: str, arm: str) -> list[bool] | None:
-        """Which test items the arm got right; None where it has no adapter."""
-        if (task, arm) not in self.answers:
-            return None
-        rows = self.splits[task].test
-        return [is_equal(answer, row["target"]) for answer, row in zip(self.answers[task, arm], rows, strict=True)]
 
 
 def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda: None) -> Results:
@@ -84,6 +55,7 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
         check_section(config.train, base, "train")
     for arm in config.arms:
         check_training(config.fleet(config.seeds[0], arm), target)
+    check_output(config.output)
     with open_run(config.run_dir, config):
         start_cluster()
         repetitions = [repeat(config, seed, splits[seed], source, target) for seed in config.seeds]
@@ -92,7 +64,7 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
         target=base_size(target),
         seeds=config.seeds,
         num_samples=config.num_samples,
-        arms=config.arms,
+        arms=without_places(config.arms),
         train=config.train.model_dump(include={"lora", "epochs", "learning_rate", "batch_size"}),
         distill=config.distill.model_dump(include={"lora", "epochs", "learning_rate", "batch_size"}),
         gate=config.gate.model_dump(),
@@ -101,6 +73,21 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
     )
     items = [task_items(config, task.name, repetitions) for task in config.tasks]
     return summarise(setup, items, [one for repetition in repetitions for one in migrations(config, repetition)])
+
+
+def check_output(output: Path) -> None:
+    """Refuse at once what could not be written at the end.
+
+    Raises:
+        ValueError: the directory of the results cannot be made or written.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        fault = "" if os.access(output.parent, os.W_OK) else "Permission denied"
+    except OSError as error:
+        fault = error.strerror or str(error)
+    if fault:
+        raise ValueError(f"{output}: cannot be written ({fault}); change `output`")
 
 
 def repeat(
@@ -176,108 +163,11 @@ def share_generation(earlier: Sequence[Path], run_dir: Path) -> None:
             write_bytes(own, block.read_bytes())
 
 
-def answer(
-    config: EvaluateConfig,
-    seed: int,
-    splits: Mapping[str, Split],
-    adapters: Mapping[str, Path],
-    source: BaseInfo,
-    target: BaseInfo,
-) -> Answers:
-    """Let every arm answer the test items: one pass on the source base, one on the target base.
-
-    Args:
-        adapters: PEFT directory on the target base by `arm/task`.
-    """
-    bundles = {task: read_bundle(config.bundle_dir(seed, task)) for task in splits}
-    teachers = {f"{SOURCE_ADAPTER}/{task}": bundle.path for task, bundle in bundles.items()}
-    source_rows: list[Row] = []
-    target_rows: list[Row] = []
-    for task, part in splits.items():
-        samples = [(row["input"], row["target"]) for row in part.test]
-        template = bundles[task].manifest.prompt_template
-        for arm, slot in ((SOURCE_BASE, None), (SOURCE_ADAPTER, f"{SOURCE_ADAPTER}/{task}")):
-            source_rows += answer_rows(task, arm, samples, slot, template)
-        target_rows += answer_rows(task, TARGET_BASE, samples, None, "auto")
-        for arm in (REAL, *config.arms):
-            if f"{arm}/{task}" in adapters:
-                target_rows += answer_rows(task, arm, samples, f"{arm}/{task}", "auto")
-    answers: Answers = {}
-    with Hosts(config.resources) as hosts:
-        for info, base, slots, rows in (
-            (source, config.source, teachers, source_rows),
-            (target, config.target, dict(adapters), target_rows),
-        ):
-            found, _ = run_answers(
-                f"seed {seed}: test items on {info.name}",
-                rows,
-                base=base,
-                adapters={slot: str(path) for slot, path in slots.items()},
-                batch_size=config.synthesis.batch_size,
-                max_answer_tokens=config.synthesis.max_answer_tokens,
-                hosts=hosts,
-                directory=config.seed_dir(seed) / "answers",
-                digests={slot: sha256_path(path) for slot, path in slots.items()} | {"base": info.fingerprint},
-            )
-            answers |= found
-    return answers
-
-
-def write_items(path: Path, repetition: Repetition) -> None:
-    """Write every arm's answer to every test item: seed, task, arm, index, input, target, answer, correct."""
-    rows = []
-    for (task, arm), answers in sorted(repetition.answers.items()):
-        correct = repetition.correct(task, arm) or []
-        for index, (row, text, good) in enumerate(zip(repetition.splits[task].test, answers, correct, strict=True)):
-            own = {"seed": repetition.seed, "task": task, "arm": arm, "index": index}
-            rows.append({**own, **row, "answer": text, "correct": good})
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows), sink)
-    write_bytes(path, sink.getvalue().to_pybytes())
-
-
-def task_items(config: EvaluateConfig, name: str, repetitions: Sequence[Repetition]) -> TaskItems:
-    """One task's items over all seeds."""
-    (task,) = [task for task in config.tasks if task.name == name]
-    correct: dict[str, dict[int, list[bool]]] = {}
-    for repetition in repetitions:
-        for arm in (SOURCE_BASE, SOURCE_ADAPTER, TARGET_BASE, REAL, *config.arms):
-            if (good := repetition.correct(name, arm)) is not None:
-                correct.setdefault(arm, {})[repetition.seed] = good
-    targets = [[row["target"] for row in repetition.splits[name].test] for repetition in repetitions]
-    return TaskItems(
-        name=name,
-        num_train=task.num_train,
-        num_test=task.num_test,
-        majority=sum(map(majority_share, targets)) / len(targets),
-        chance=chance_share([target for part in targets for target in part]),
-        correct=correct,
-    )
-
-
-def migrations(config: EvaluateConfig, repetition: Repetition) -> list[Migration]:
-    """Every adapter of a repetition: the gate's verdict by the configured thresholds beside its real accuracy."""
-    found = []
-    for arm, states in repetition.states.items():
-        thresholds = config.fleet(repetition.seed, arm).gate
-        for state in states:
-            gate = state.gate
-            good, source = repetition.correct(state.name, arm), repetition.correct(state.name, SOURCE_ADAPTER) or []
-            judged = gate and judge(gate.agreement_student, gate.agreement_base, gate.num_heldout, thresholds)
-            found.append(
-                Migration(
-                    task=state.name,
-                    seed=repetition.seed,
-                    arm=arm,
-                    status=state.status,
-                    note=state.reason or state.synthesis.shortfall,
-                    synthesis=state.synthesis,
-                    gate=judged,
-                    accuracy=sum(good) / len(good) if good else None,
-                    source_accuracy=sum(source) / len(source),
-                )
-            )
-    return found
+def without_places(value: Any) -> Any:
+    """Settings with the last component of each absolute path: the results say nothing of this machine."""
+    if isinstance(value, dict):
+        return {key: without_places(item) for key, item in value.items()}
+    return name_of_path(value) if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def base_size(base: BaseInfo) -> BaseSize:

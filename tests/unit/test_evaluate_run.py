@@ -1,0 +1,208 @@
+"""The evaluation's own steps without its trainings: what is refused at once, shared, asked and recorded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.tiny import make_base, make_bundle
+from translora.bundle import inspect_base
+from translora.config import BaseModelConfig
+from translora.evaluate.answers import Repetition, answer, migrations, task_items, write_items
+from translora.evaluate.config import EvaluateConfig
+from translora.evaluate.data import Split
+from translora.evaluate.run import evaluate, share_generation, without_places
+from translora.gate import agreement
+from translora.run.state import AdapterState, GateResult, SynthesisStats
+
+COLOURS = ["red", "blue", "green", "black", "white", "grey", "pink"]
+RIGHT = {"source_base": 0, "source_adapter": 6, "target_base": 1, "real": 5, "plain": 4, "hot": 3}
+"""Of seven items, how many each arm answers right: all different, so that no two can be swapped."""
+SPLITS = {
+    "paint": Split(
+        train=[{"input": f"train {word}", "target": word} for word in COLOURS],
+        test=[{"input": f"real {word}", "target": word.upper()} for word in COLOURS],
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
+    root = tmp_path_factory.mktemp("evaluate")
+    make_base(root / "source", "llama", 1)
+    make_base(root / "target", "gemma3", 2)
+    rows = [row for part in (SPLITS["paint"].train, SPLITS["paint"].test) for row in part]
+    (root / "paint.json").write_text(json.dumps({"examples": rows}))
+    config = EvaluateConfig.model_validate(
+        {
+            "run_dir": root / "run",
+            "output": root / "results.md",
+            "source": {"model": str(root / "source")},
+            "target": {"model": str(root / "target")},
+            "tasks": [{"name": "paint", "data": str(root / "paint.json"), "num_train": 7, "num_test": 7}],
+            "seeds": [3],
+            "arms": {"plain": {}, "hot": {"gate": {"min_agreement": 0.9}}},
+        }
+    )
+    make_bundle(config.bundle_dir(3, "paint"), root / "source", "paint")
+    return config
+
+
+@pytest.fixture
+def answers(config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> agreement.Answers:
+    """Six models, known by base and slot, that answer different numbers of items right."""
+    slots = {
+        (config.source.model, None): "source_base",
+        (config.source.model, "source_adapter/paint"): "source_adapter",
+        (config.target.model, None): "target_base",
+        **{(config.target.model, f"{arm}/paint"): arm for arm in ("real", "plain", "hot")},
+    }
+    passes: list[str] = []
+
+    def run_blocks(blocks: list[list[dict[str, Any]]], _: object, *, base: BaseModelConfig, **rest: Any) -> list[Any]:
+        passes.append(base.model)
+        found = []
+        for row in (row for block in reversed(blocks) for row in block):
+            arm = slots[base.model, row["slot"]]
+            assert row["arm"] == arm
+            assert row["template"] == ("chat" if base.model == config.source.model else "auto")
+            assert (row["stop"] is None) == (row["slot"] is not None)
+            if row["slot"] is not None:
+                place = config.bundle_dir(3, "paint") if arm == "source_adapter" else Path(arm)
+                assert rest["adapters"][row["slot"]] == str(place)
+            right = row["index"] < RIGHT[arm]
+            # Of the wrong ones, the last has the right words and does not end.
+            text = COLOURS[row["index"]] if right or row["index"] == 6 else "no idea"
+            found.append({**row, "answer": text, "finished": row["index"] < 6, "loglik": None})
+        return found
+
+    monkeypatch.setattr(agreement, "run_blocks", run_blocks)
+    adapters = {f"{arm}/paint": Path(arm) for arm in ("real", "plain", "hot")}
+    source, target = inspect_base(config.source.model), inspect_base(config.target.model)
+    found = answer(config, 3, SPLITS, adapters, source, target)
+    assert passes == [config.source.model, config.target.model], "one pass on each base"
+    return found
+
+
+def gate(student: float, base: float = 0.0, **more: Any) -> GateResult:
+    return GateResult(num_heldout=20, agreement_student=student, agreement_base=base, passed=True, **more)
+
+
+def repetition(answers: agreement.Answers, **states: AdapterState) -> Repetition:
+    return Repetition(3, SPLITS, {arm: [state] for arm, state in states.items()}, answers)
+
+
+def state(**fields: Any) -> AdapterState:
+    return AdapterState(name="paint", bundle="paint", **fields)
+
+
+def test_each_arm_is_answered_by_its_own_model(config: EvaluateConfig, answers: agreement.Answers) -> None:
+    whole = repetition(answers)
+    assert {arm: sum(whole.correct("paint", arm) or []) for arm in RIGHT} == RIGHT
+    assert whole.correct("paint", "no such arm") is None
+    items = task_items(config, "paint", [whole])
+    assert {arm: sum(seeds[3]) for arm, seeds in items.correct.items()} == RIGHT
+    assert (items.majority, items.chance) == (1 / 7, 1 / 7)
+
+
+def test_the_items_file_holds_every_answer(config: EvaluateConfig, answers: agreement.Answers, tmp_path: Path) -> None:
+    write_items(tmp_path / "items.parquet", repetition(answers))
+    rows = pq.read_table(tmp_path / "items.parquet").to_pylist()
+    assert len(rows) == 6 * 7 and {row["seed"] for row in rows} == {3}
+    assert {arm: sum(row["correct"] for row in rows if row["arm"] == arm) for arm in RIGHT} == RIGHT
+    cut = [row for row in rows if row["index"] == 6]
+    assert {row["answer"] for row in cut} == {None} and {row["target"] for row in cut} == {"PINK"}
+    first = rows[0]
+    write_items(tmp_path / "again.parquet", repetition(answers))
+    assert first["input"] == "real red"
+    assert (tmp_path / "again.parquet").read_bytes() == (tmp_path / "items.parquet").read_bytes()
+
+
+def test_the_verdict_is_that_of_each_arms_own_thresholds(config: EvaluateConfig, answers: agreement.Answers) -> None:
+    moved = gate(0.8, loglik_student=-0.1, loglik_base=-2.0)
+    whole = repetition(answers, plain=state(gate=moved), hot=state(gate=moved))
+    plain, hot = migrations(config, whole)
+    assert plain.gate == moved
+    assert hot.gate is not None and not hot.gate.passed
+    assert hot.gate.reason == "agreement 0.80 < gate.min_agreement 0.90"
+    assert (plain.accuracy, hot.accuracy, plain.source_accuracy) == (4 / 7, 3 / 7, 6 / 7)
+
+
+def test_a_teacher_of_one_answer_passes_no_gate(config: EvaluateConfig, answers: agreement.Answers) -> None:
+    stats = SynthesisStats(classes={"red": 40}, warning="one answer")
+    (found,) = migrations(config, repetition(answers, plain=state(gate=gate(1.0), synthesis=stats)))
+    assert found.gate is not None and not found.gate.passed and "answers 'red' to every sample" in found.gate.reason
+    assert found.accuracy == 4 / 7 and found.note == "one answer"
+
+
+def test_a_quarantined_adapter_has_a_reason_and_no_accuracy(config: EvaluateConfig, answers: agreement.Answers) -> None:
+    without = {key: value for key, value in answers.items() if key[1] != "hot"}
+    whole = repetition(without, plain=state(gate=gate(0.8)), hot=state(status="quarantined", reason="too few samples"))
+    _, hot = migrations(config, whole)
+    assert (hot.accuracy, hot.gate, hot.note) == (None, None, "too few samples")
+    assert "hot" not in task_items(config, "paint", [whole]).correct
+
+
+def test_generated_blocks_are_shared_and_labels_are_not(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for name in ("000-generate-aa/000000.parquet", "000-generate-aa/000001.parquet", "000-label-bb/000000.parquet"):
+        (first / "rounds" / name).parent.mkdir(parents=True, exist_ok=True)
+        (first / "rounds" / name).write_text(name)
+    own = second / "rounds/000-generate-aa/000001.parquet"
+    own.parent.mkdir(parents=True)
+    own.write_text("its own")
+    share_generation([tmp_path / "none", first], second)
+    share_generation([first], second)
+    found = {path.relative_to(second).as_posix(): path.read_text() for path in second.rglob("*.parquet")}
+    assert found == {
+        "rounds/000-generate-aa/000000.parquet": "000-generate-aa/000000.parquet",
+        "rounds/000-generate-aa/000001.parquet": "its own",
+    }
+    assert (second / "rounds/000-generate-aa/000000.parquet").samefile(first / "rounds/000-generate-aa/000000.parquet")
+
+
+def test_without_hard_links_blocks_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = tmp_path / "first/rounds/000-generate-aa/000000.parquet"
+    block.parent.mkdir(parents=True)
+    block.write_text("generated")
+
+    def refuse(*_: object) -> None:
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr("translora.evaluate.run.os.link", refuse)
+    share_generation([tmp_path / "first"], tmp_path / "second")
+    assert (tmp_path / "second/rounds/000-generate-aa/000000.parquet").read_text() == "generated"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target": {"model": "{root}/source"}}, "source and target are the same base"),
+        ({"train": {"lora": {"target_modules": ["qkv_proj"]}}}, "train.lora.target_modules: qkv_proj not in source"),
+        ({"arms": {"wide": {"distill": {"lora": {"target_modules": ["qkv_proj"]}}}}}, "distill.lora.target_modules"),
+        ({"distill": {"ds_config": "zero4.json"}}, "zero4.json is no file and not in ds_configs/"),
+        ({"tasks": [{"name": "a", "data": "{root}/paint.json"}]}, "14 different inputs, but num_train + num_test of a"),
+        ({"tasks": [{"name": "a", "data": "{root}/none.json"}]}, "none.json: cannot be read"),
+        ({"output": "{root}/paint.json/results.md"}, "results.md: cannot be written (File exists); change `output`"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_made(
+    config: EvaluateConfig, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    here = json.dumps(changes).replace("{root}", str(config.output.parent))
+    raw = json.loads(config.model_dump_json()) | {"run_dir": str(tmp_path / "run")} | json.loads(here)
+    started: list[bool] = []
+    with pytest.raises(ValueError) as fault:
+        evaluate(EvaluateConfig.model_validate(raw), lambda: started.append(True))
+    assert message in str(fault.value)
+    assert not started and not (tmp_path / "run").exists()
+
+
+def test_results_say_nothing_of_this_machine() -> None:
+    arms = {"own": {"synthesis": {"generator": {"model": "/home/me/bases/writer"}, "screen": "none"}, "distill": {}}}
+    shown = {"own": {"synthesis": {"generator": {"model": "writer"}, "screen": "none"}, "distill": {}}}
+    assert without_places(arms) == shown
