@@ -26,7 +26,7 @@ from translora.engine.loading import load_tokenizer, resolve_dtype
 from translora.engine.prompts import prompt_format
 from translora.gate.agreement import GateMember, run_gate
 from translora.report.card import model_card
-from translora.run.files import derive_seed, read_jsonl, sha256_path, write_bytes
+from translora.run.files import derive_seed, read_jsonl, sha256_path, write_parquet
 from translora.run.member import (
     DISCRIMINATOR,
     STUDENT,
@@ -41,7 +41,7 @@ from translora.run.member import (
 )
 from translora.run.progress import Progress
 from translora.run.rundir import open_run
-from translora.run.state import AdapterState, Phase, SynthesisStats, load_state, state_path
+from translora.run.state import AdapterState, Phase, load_state, state_path
 from translora.run.tracker import Tracker
 from translora.synthesis.discriminator import discriminator_rows
 from translora.synthesis.prompts import generation_prompt
@@ -254,9 +254,8 @@ def write_synthetic(member: Member, pool: Pool, seed: int, min_holdout: int) -> 
     ] + [{"adapter": member.name, **row, "split": "refused"} for row in pool.refused]
     names = ("adapter", "sample_id", "input", "answer", "score", "split")
     types = (pa.string(), pa.int64(), pa.string(), pa.string(), pa.float64(), pa.string())
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, pa.schema(list(zip(names, types, strict=True)))), sink)
-    write_bytes(member.directory / SYNTHETIC, sink.getvalue().to_pybytes())
+    table = pa.Table.from_pylist(rows, pa.schema(list(zip(names, types, strict=True))))
+    write_parquet(member.directory / SYNTHETIC, table)
 
 
 def train_jobs(run: Run, member: Member) -> list[TrainJob]:
@@ -342,7 +341,7 @@ def gate_phase(run: Run, members: list[Member]) -> None:
             teacher_template=member.bundle.manifest.prompt_template,
             heldout=member.samples("heldout"),
             eval_rows=member.eval_rows,
-            only_answer=only_answer(member.state.synthesis),
+            only_answer=member.state.synthesis.only_answer,
         )
         for member in members
     ]
@@ -385,11 +384,6 @@ def gate_phase(run: Run, members: list[Member]) -> None:
         else:
             state.status, state.reason = "failed_gate", state.gate.reason
             run.advance(member, "done")
-
-
-def only_answer(stats: SynthesisStats) -> str | None:
-    """The teacher's answer to every sample, if it has only one."""
-    return next(iter(stats.classes)) if len(stats.classes) == 1 else None
 
 
 def publish(run: Run, member: Member, template: str) -> None:

@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 
 from translora.synthesis.quality import (
     MOST_CLASSES,
+    KnownInputs,
     answer_classes,
     distinct_ngrams,
     is_copy,
-    is_near_duplicate,
     own_cutoff,
     similarity,
 )
@@ -34,14 +34,14 @@ def test_seeds_of_one_template_raise_the_cutoff() -> None:
 @given(st.text(max_size=30), st.lists(st.text(max_size=30), max_size=5), st.floats(0.01, 1))
 def test_a_known_text_is_always_a_copy(text: str, others: list[str], cutoff: float) -> None:
     assert is_copy(text, {text, *others}, 1.0)
-    assert is_near_duplicate(text, {text, *others}, cutoff)
+    assert KnownInputs([text, *others]).has_near(text, cutoff)
 
 
 def test_other_numbers_make_another_input() -> None:
-    known = {"i have 3 apples and 2 pears, how many fruits is that in all?"}
-    assert not is_near_duplicate("i have 4 apples and 2 pears, how many fruits is that in all?", known, 0.95)
-    assert is_near_duplicate("i have 3 apples and 2 pears; how many fruits is that in all?", known, 0.95)
-    assert not is_near_duplicate("i have 3 apples and 2 pears; how many fruits is that in all?", known, 1.0)
+    known = KnownInputs(["i have 3 apples and 2 pears, how many fruits is that in all?"])
+    assert not known.has_near("i have 4 apples and 2 pears, how many fruits is that in all?", 0.95)
+    assert known.has_near("i have 3 apples and 2 pears; how many fruits is that in all?", 0.95)
+    assert not known.has_near("i have 3 apples and 2 pears; how many fruits is that in all?", 1.0)
 
 
 def test_distinct_ngrams() -> None:

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from translora.bundle import BaseInfo, read_bundle
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, SOURCE_BASE, TARGET_BASE, EvaluateConfig
 from translora.evaluate.data import Split
 from translora.evaluate.results import Migration, TaskItems
 from translora.evaluate.statistics import chance_share, majority_share
-from translora.fleet import only_answer
 from translora.gate.agreement import Answers, answer_rows, is_equal, judge, run_answers
-from translora.run.files import sha256_path, write_bytes
+from translora.run.files import sha256_path, write_parquet
 from translora.run.state import AdapterState
 from translora.synthesis.actors import Hosts, Row
 
@@ -95,9 +93,7 @@ def write_items(path: Path, repetition: Repetition) -> None:
         for index, (row, text, good) in enumerate(zip(repetition.splits[task].test, answers, correct, strict=True)):
             own = {"seed": repetition.seed, "task": task, "arm": arm, "index": index}
             rows.append({**own, **row, "answer": text, "correct": good})
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows), sink)
-    write_bytes(path, sink.getvalue().to_pybytes())
+    write_parquet(path, pa.Table.from_pylist(rows))
 
 
 def task_items(config: EvaluateConfig, name: str, repetitions: Sequence[Repetition]) -> TaskItems:
@@ -133,7 +129,7 @@ def migrations(config: EvaluateConfig, repetition: Repetition) -> list[Migration
                     gate.agreement_base,
                     gate.num_heldout,
                     thresholds,
-                    only_answer=only_answer(state.synthesis),
+                    only_answer=state.synthesis.only_answer,
                     logliks=(gate.loglik_student, gate.loglik_base),
                 )
             found.append(

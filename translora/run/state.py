@@ -45,6 +45,11 @@ class SynthesisStats(BaseModel):
         """Accepted share of what was generated."""
         return self.accepted / self.generated if self.generated else 0.0
 
+    @property
+    def only_answer(self) -> str | None:
+        """The teacher's answer to every kept sample, where it has only one."""
+        return next(iter(self.classes)) if len(self.classes) == 1 else None
+
 
 class GateResult(BaseModel):
     """Agreement with the teacher on held-out synthetic prompts."""

@@ -26,7 +26,7 @@ import ray.data
 from ray.data import TaskPoolStrategy
 
 from translora.config import BaseModelConfig, ResourceConfig
-from translora.run.files import write_bytes
+from translora.run.files import write_parquet
 
 if TYPE_CHECKING:
     from translora.engine.host import BlockFunction
@@ -161,9 +161,7 @@ def run_blocks(
         for result in dataset.iter_rows():
             index, rows = int(result["block"]), json.loads(result["rows"])
             assert len(rows) == len(blocks[index]), f"block {index} came back with {len(rows)} rows"
-            sink = pa.BufferOutputStream()
-            pq.write_table(pa.Table.from_pylist(rows), sink)
-            write_bytes(paths[index], sink.getvalue().to_pybytes())
+            write_parquet(paths[index], pa.Table.from_pylist(rows))
             finished += 1
             if on_block is not None:
                 on_block(finished, len(blocks))

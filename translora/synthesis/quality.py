@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from itertools import combinations, pairwise
+from itertools import combinations
 
 from rapidfuzz import fuzz, process
 
@@ -46,12 +46,27 @@ def is_copy(text: str, known: Collection[str], cutoff: float) -> bool:
     return process.extractOne(text, known, scorer=fuzz.ratio, score_cutoff=100 * cutoff) is not None
 
 
-def is_near_duplicate(text: str, known: Collection[str], cutoff: float) -> bool:
-    """As `is_copy`, but a text with other numbers in it is another input: in arithmetic tasks one digit is all."""
-    if text in known:
-        return True
-    numbers = _NUMBER.findall(text)
-    return cutoff < 1 and is_copy(text, [other for other in known if _NUMBER.findall(other) == numbers], cutoff)
+class KnownInputs:
+    """Normalised inputs, kept by the numbers in them: a text is compared with those of the same numbers alone."""
+
+    def __init__(self, texts: Iterable[str] = ()) -> None:
+        self._by_numbers: defaultdict[tuple[str, ...], set[str]] = defaultdict(set)
+        for text in texts:
+            self.add(text)
+
+    def add(self, text: str) -> None:
+        """Know one more."""
+        self._alike(text).add(text)
+
+    def __contains__(self, text: str) -> bool:
+        return text in self._alike(text)
+
+    def has_near(self, text: str, cutoff: float) -> bool:
+        """As `is_copy`, but a text with other numbers is another input: in arithmetic tasks one digit is all."""
+        return text in self or is_copy(text, self._alike(text), cutoff)
+
+    def _alike(self, text: str) -> set[str]:
+        return self._by_numbers[tuple(_NUMBER.findall(text))]
 
 
 def distinct_ngrams(texts: Iterable[str], n: int) -> float:
@@ -59,12 +74,8 @@ def distinct_ngrams(texts: Iterable[str], n: int) -> float:
     counts: Counter[tuple[str, ...]] = Counter()
     for text in texts:
         words = _WORD.findall(normalise(text))
-        counts.update([(word,) for word in words] if n == 1 else pairwise(words) if n == 2 else _ngrams(words, n))
+        counts.update(zip(*(words[start:] for start in range(n)), strict=False))
     return len(counts) / total if (total := counts.total()) else 0.0
-
-
-def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
 
 
 def answer_classes(answers: Sequence[str]) -> dict[str, int]:

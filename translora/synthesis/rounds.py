@@ -22,7 +22,7 @@ from translora.run.progress import Progress
 from translora.run.state import ScreenName, SynthesisStats
 from translora.synthesis.actors import Hosts, Row, cut_blocks, run_blocks
 from translora.synthesis.prompts import generation_order, generation_row, normalise
-from translora.synthesis.quality import answer_classes, distinct_ngrams, is_copy, is_near_duplicate, own_cutoff
+from translora.synthesis.quality import KnownInputs, answer_classes, distinct_ngrams, is_copy, own_cutoff
 from translora.synthesis.stages import generate_block, screen_and_label_block
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Pool:
     accepted: list[Row] = field(default_factory=list)
     refused: list[Row] = field(default_factory=list)
     stats: SynthesisStats = field(default_factory=SynthesisStats)
-    seen: set[str] = field(default_factory=set)
+    seen: KnownInputs = field(default_factory=KnownInputs)
 
     def __post_init__(self) -> None:
         self.stats.needed, self.stats.screen = self.needed, self.screen
@@ -127,7 +127,7 @@ def clean(generated: Sequence[Row], pools: Mapping[str, Pool], config: Synthesis
             pool.drop("seed_copy")
         elif key in pool.seen:
             pool.drop("duplicate")
-        elif is_near_duplicate(key, pool.seen, duplicate):
+        elif pool.seen.has_near(key, duplicate):
             pool.drop("near_duplicate")
         else:
             pool.seen.add(key)
@@ -214,9 +214,9 @@ def close(pool: Pool) -> None:
     texts, answers = ([row[key] for row in pool.accepted] for key in ("input", "answer"))
     stats.distinct = {f"distinct-{n}": round(distinct_ngrams(texts, n), 4) for n in (1, 2)}
     stats.classes = answer_classes(answers)
-    if len(stats.classes) == 1 and len(answers) > 1:
+    if stats.only_answer is not None and len(answers) > 1:
         stats.warning = (
-            f"the teacher answers {next(iter(stats.classes))!r} to all {len(answers)} samples: nothing but that answer "
+            f"the teacher answers {stats.only_answer!r} to all {len(answers)} samples: nothing but that answer "
             "can be learnt from them; ship seeds of every answer"
         )
 
