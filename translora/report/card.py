@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from huggingface_hub import ModelCard, ModelCardData
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from translora import __version__
 from translora.report.table import ACCURACY_FIELDS, loglik_text, percent, remarks
+from translora.report.templates import environment
 from translora.run.state import AdapterState
 
 
@@ -26,15 +24,9 @@ def model_card(state: AdapterState, *, source: str, target: str, prompt_template
     metadata = ModelCardData(
         base_model=target, library_name="peft", tags=["translora", "lora"], pipeline_tag="text-generation"
     )
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"percent": percent, "code": _code, "line": _line}
-    body = environment.get_template("card.md.j2").render(
+    templates = environment(keep_trailing_newline=True)
+    templates.filters |= {"percent": percent, "code": _code, "line": _line}
+    body = templates.get_template("card.md.j2").render(
         state=state,
         source=source,
         target=target,

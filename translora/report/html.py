@@ -8,8 +8,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from translora import __version__
 from translora.report.charts import histogram, loss_curve, scatter
 from translora.report.table import (
@@ -25,6 +23,7 @@ from translora.report.table import (
     status_text,
     summary,
 )
+from translora.report.templates import environment
 from translora.run.files import write_bytes
 from translora.run.state import AdapterState, load_states
 
@@ -32,7 +31,6 @@ REPORT_FILE = "report.html"
 NUM_KEPT, NUM_REFUSED = 4, 2
 """Examples shown of each adapter's synthetic set."""
 _MOST_TEXT = 600
-_MOST_CLASSES = 20
 _OPEN_SECTIONS = 12
 """A fleet larger than this is shown with its sections closed."""
 
@@ -45,15 +43,9 @@ def write_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     states = load_states(run_dir)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = percent
-    page = environment.get_template("template.html.j2").render(
+    templates = environment(autoescape=True)
+    templates.filters["percent"] = percent
+    page = templates.get_template("template.html.j2").render(
         title=run_dir.resolve().name,
         version=__version__,
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -123,7 +115,7 @@ def describe(run_dir: Path, state: AdapterState) -> dict[str, Any]:
         "flow": flow,
         "flow_most": max((count for _, count, _ in flow), default=1) or 1,
         "distinct": ", ".join(f"{name} {share:.2f}" for name, share in sorted(stats.distinct.items())),
-        "classes": sorted(stats.classes.items(), key=_falling)[:_MOST_CLASSES],
+        "classes": sorted(stats.classes.items(), key=_falling),
         "agreement": [("target base", gate.agreement_base), ("migrated", gate.agreement_student)] if gate else [],
         "loglik": loglik_text(gate) if gate else "",
         "accuracy": [(field.replace("_", " "), getattr(accuracy, field)) for field in ACCURACY_FIELDS if accuracy],
