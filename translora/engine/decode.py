@@ -1,19 +1,21 @@
 """Token-by-token generation of a batch whose rows begin alike and end at different times.
 
 Rows with the same prompt and adapter are computed once up to the prompt's end, and share that part of the key-value
-cache by copying it. A row that has ended leaves the batch, so that nobody computes its padding.
+cache by copying it (for what different prompts have in common, see prefix.py). A row that has ended leaves the batch,
+so that nobody computes its padding.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from translora.config import SamplingConfig
+from translora.engine.prefix import Route, begin
 
 COMPACT_BELOW = 0.75
 """Ended rows are taken out when fewer than this share of the batch still runs: taking out copies the cache."""
@@ -79,7 +81,7 @@ def decode(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[Request],
-    route: Callable[[Sequence[str | None]], None],
+    route: Route,
     end_ids: set[int],
     sampling: SamplingConfig,
 ) -> list[Row]:
@@ -87,25 +89,23 @@ def decode(
 
     Args:
         model: causal LM in eval mode; call this in inference mode.
-        tokenizer: pads on the left.
+        tokenizer: has a padding token.
         route: routes the rows of the next passes to these adapters.
         end_ids: tokens that end a completion.
         sampling: for the rows that have a seed.
     """
     device = model.device
     prompts = list(dict.fromkeys((request.prompt, request.adapter) for request in requests))
-    batch = tokenizer([text for text, _ in prompts], add_special_tokens=False, padding=True, return_tensors="pt")
-    mask_BT = batch["attention_mask"].to(device)
-    cache = DynamicCache(config=model.config)
-    route([adapter for _, adapter in prompts])
-    logits_BV = model(
-        input_ids=batch["input_ids"].to(device),
-        attention_mask=mask_BT,
-        position_ids=(mask_BT.cumsum(-1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
+    inputs = begin(
+        model,
+        tokenizer([text for text, _ in prompts], add_special_tokens=False)["input_ids"],
+        [adapter for _, adapter in prompts],
+        route,
+        int(tokenizer.pad_token_id),
+        num_new=max(request.max_new_tokens for request in requests),
+    )
+    cache, mask_BT = inputs["past_key_values"], inputs["attention_mask"]
+    logits_BV = model(**inputs, logits_to_keep=1).logits[:, -1]
 
     rows = [Row(r, None if r.seed is None else torch.Generator().manual_seed(r.seed)) for r in requests]
     running = rows

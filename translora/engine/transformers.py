@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request, Row, decode
 from translora.engine.head import Head, log_probabilities
 from translora.engine.loading import device, load_model, load_tokenizer, resolve_dtype
+from translora.engine.prefix import begin
 from translora.engine.prompts import prompt_format
 from translora.lora.bank import load_bank
 from translora.lora.peft_io import read_lora
@@ -62,12 +64,17 @@ class TransformersEngine:
             self.bank = load_bank(self.model, weights)
             self._adapters = wanted
 
-    def _encode(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        batch = self.tokenizer(list(prompts), add_special_tokens=False, padding=True, return_tensors="pt")
-        return {
-            "input_ids": batch["input_ids"].to(self.device),
-            "attention_mask": batch["attention_mask"].to(self.device),
-        }
+    def _route(self, adapters: Sequence[str | None]) -> None:
+        self.bank.route_rows(adapters, self.device)
+
+    def _begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        adapters: Sequence[str | None],
+        num_own: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
+        pad_id = int(self.tokenizer.pad_token_id)
+        return begin(self.model, prompts, adapters, self._route, pad_id, num_own=num_own)
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], sampling: SamplingConfig | None = None) -> list[Completion]:
@@ -82,7 +89,7 @@ class TransformersEngine:
             self.model,
             self.tokenizer,
             requests,
-            lambda adapters: self.bank.route_rows(adapters, self.device),
+            self._route,
             end_ids,
             sampling or SamplingConfig(),
         )
@@ -123,14 +130,12 @@ class TransformersEngine:
         """
         if not self._answer_ids:
             self._answer_ids = {"yes": self._variants(["yes"]), "no": self._variants(["no"])}
-        self.bank.route_rows(adapters, self.device)
-        inputs = self._encode(prompts)
-        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        inputs = self._begin(self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"], adapters)
         head = self.model.get_output_embeddings()
         seen: list[torch.Tensor] = []
         hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -1].float()))
         try:
-            self.model(**inputs, position_ids=positions, logits_to_keep=1, use_cache=False)
+            self.model(**inputs, logits_to_keep=1)
         finally:
             hook.remove()
         head_of_model = Head.of(self.model)
@@ -147,19 +152,9 @@ class TransformersEngine:
             samples: token ids of prompt and answer, neither of them empty.
             adapters: each sample's own.
         """
-        self.bank.route_rows(adapters, self.device)
         rows = [[*prompt, *answer][:-1] for prompt, answer in samples]  # the last token predicts nothing
-        width = max(len(row) for row in rows)
-        pad = int(self.tokenizer.pad_token_id)
-        ids_BT = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=self.device)
-        mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device)
-        hidden_BTD = self.model.base_model(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            position_ids=(mask_BT.cumsum(-1) - 1).clamp(min=0),
-            use_cache=False,
-        ).last_hidden_state
         lengths = [len(answer) for _, answer in samples]
+        hidden_BTD = self.model.base_model(**self._begin(rows, adapters, lengths)).last_hidden_state
         hidden_LD = torch.cat([hidden_TD[-length:] for hidden_TD, length in zip(hidden_BTD, lengths, strict=True)])
         labels_L = torch.tensor([token for _, answer in samples for token in answer], device=self.device)
         found = log_probabilities(hidden_LD, Head.of(self.model), labels_L)
