@@ -3,12 +3,14 @@
     python -m examples.bases && python -m benchmarks.fleet [--adapters 16] [--samples 8]
 
 The adapters are copies of the example bundles under names of their own; real bases, the demo's settings. The plain
-script (benchmarks/plain.py) gets the same counts of samples. Both use all cores.
+script (benchmarks/plain.py) gets the same counts of samples. Both use all cores; each is a process of its own, in an
+environment that says nothing of threads, as a user would start it on a machine that he has for himself.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -17,13 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.plain import PlainMigration, Result
-from translora.config import FleetConfig, load_config
+from benchmarks.plain import Result
 from translora.run.state import load_states
 
 ROOT = Path(__file__).parents[1]
@@ -46,13 +46,18 @@ def make_fleet(directory: Path, num_adapters: int, num_samples: int, num_heldout
     return path
 
 
+def run(*command: str) -> tuple[float, int]:
+    """Seconds from the start of a command to its end, and its exit code."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    start = time.monotonic()
+    code = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=own, check=False).returncode
+    return time.monotonic() - start, code
+
+
 def run_translora(path: Path) -> tuple[float, list[Result], dict[str, float]]:
     """Seconds from the command's start to its end, what came of each adapter, and the phases' seconds."""
-    start = time.monotonic()
-    command = [sys.executable, "-m", "translora", "migrate", str(path)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}, check=False)
-    seconds = time.monotonic() - start
-    assert done.returncode in (0, 1), f"translora migrate ended with {done.returncode}"
+    seconds, code = run("translora", "migrate", str(path))
+    assert code in (0, 1), f"translora migrate ended with {code}"
     states = load_states(path.parent / "run")
     results = [
         Result(s.name, s.synthesis.generated, s.synthesis.accepted, s.gate.agreement_student if s.gate else 0.0)
@@ -63,15 +68,10 @@ def run_translora(path: Path) -> tuple[float, list[Result], dict[str, float]]:
 
 def run_plain(path: Path, num_heldout: int) -> tuple[float, list[Result]]:
     """The same for the plain script."""
-    config = load_config(path, FleetConfig)
-    torch.set_num_threads(os.cpu_count() or 1)
-    start = time.monotonic()
-    migration = PlainMigration(config)
-    results = []
-    for entry in config.adapters:
-        results.append(migration.migrate(Path(entry.bundle), entry.num_samples or 0, num_heldout))
-        print(f"plain: {Path(entry.bundle).name} after {time.monotonic() - start:.0f} s", flush=True)
-    return time.monotonic() - start, results
+    output = path.parent / "plain.json"
+    seconds, code = run("benchmarks.plain", str(path), str(num_heldout), str(output))
+    assert code == 0, f"the plain script ended with {code}"
+    return seconds, [Result(**row) for row in json.loads(output.read_text())]
 
 
 def main() -> None:

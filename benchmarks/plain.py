@@ -3,12 +3,18 @@
 One adapter after the other; both bases are loaded once and stay in memory; every batch is as large as the adapter's
 own rows allow; bfloat16 where translora uses it. It does what a migration does: generate, screen, label, distill,
 train the next hop's discriminator, and measure agreement on held-out prompts.
+
+    python -m benchmarks.plain fleet.yaml HELDOUT results.json
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import random
 import re
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from translora.bundle import Bundle, read_bundle
-from translora.config import FleetConfig
+from translora.config import FleetConfig, load_config
 
 
 @dataclass
@@ -191,3 +197,19 @@ class PlainMigration:
         """Greedy answers of the bare target base, which the gate compares with."""
         with model.disable_adapter():
             return self.answer(model, texts)
+
+
+def main() -> None:
+    """Migrate the adapters of a fleet file one after the other."""
+    path, num_heldout, output = sys.argv[1:]
+    config, start = load_config(path, FleetConfig), time.monotonic()
+    migration = PlainMigration(config)
+    results = []
+    for entry in config.adapters:
+        results.append(migration.migrate(Path(entry.bundle), entry.num_samples or 0, int(num_heldout)))
+        print(f"plain: {Path(entry.bundle).name} after {time.monotonic() - start:.0f} s", flush=True)
+    Path(output).write_text(json.dumps([dataclasses.asdict(result) for result in results]))
+
+
+if __name__ == "__main__":
+    main()
