@@ -22,20 +22,24 @@ ray job submit --submission-id "$job" -- python -m translora migrate "$fleet" "$
 # Ray 2.60 exits with 1 whatever the job's exit code was, and with 0 for a job that was stopped.
 exec python -c '
 import sys
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-job, submitted = sys.argv[1], int(sys.argv[2])
+job, submitted = sys.argv[1], sys.argv[2] == "0"
 try:
     info = JobSubmissionClient().get_job_info(job)
-except (RuntimeError, ConnectionError) as error:
-    sys.exit(submitted or f"{job}: its exit code cannot be read ({error})")
+except (AuthenticationError, RuntimeError, ConnectionError) as error:
+    outcome = "its end is not known" if submitted else "not submitted"
+    reason = str(error).strip().splitlines()[0]
+    sys.stderr.write(f"{job}: {outcome}: {reason}\n")
+    sys.exit(3)
+if not info.status.is_terminal():
+    sys.stderr.write(f"{job}: the connection is lost, the job goes on: ray job logs --follow {job}\n")
+    sys.exit(3)
 if info.status == JobStatus.STOPPED:
     sys.exit(143)
-if info.status == JobStatus.FAILED and info.driver_exit_code is None:
-    sys.exit(3)  # it never started, or its node was lost
-if not info.status.is_terminal():
-    sys.stderr.write(f"{job}: the connection is lost, the job goes on; ray job logs --follow {job}\n")
+if info.driver_exit_code is None:
+    sys.stderr.write(f"{job}: {info.message}\n")  # it never started, or its node was lost
     sys.exit(3)
-code = info.driver_exit_code
-sys.exit(128 - code if code < 0 else code)
+sys.exit(info.driver_exit_code if info.driver_exit_code >= 0 else 128 - info.driver_exit_code)
 ' "$job" "$submitted"

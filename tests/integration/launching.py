@@ -20,7 +20,8 @@ NAMES = ("orders", "returns")
 
 def make_fleet_world(root: Path) -> World:
     """Two bases that write lists and answer; bundles with almost no adapter: launching is tested, not learning."""
-    world = World(root, make_trained_base(root / "source", "llama", 1), make_trained_base(root / "target", "gemma3", 2))
+    source, target = root / "source", root / "target"
+    world = World(root, make_trained_base(source, "llama", 1, 200), make_trained_base(target, "gemma3", 2, 200))
     rng = random.Random(0)
     for seed, name in enumerate(NAMES):
         seeds = [sentence(rng) for _ in range(5)]
@@ -31,8 +32,8 @@ def make_fleet_world(root: Path) -> World:
 def fleet(world: World, name: str, **sections: Any) -> Path:
     """A fleet file whose adapters pass every gate; runs below `runs/NAME`."""
     config = world.fleet_config(name) | {
-        "adapters": ["bundles/*"],
-        "distill": train_settings() | {"epochs": 4},
+        "adapters": [{"bundle": f"bundles/{name}"} for name in NAMES],
+        "distill": train_settings() | {"epochs": 6, "num_workers": 1},
         "gate": {"min_holdout": 2, "min_agreement": 0.0, "min_gain": -1.0},
     }
     config["synthesis"] |= {"screen": "none"}

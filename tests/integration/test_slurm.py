@@ -10,17 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.launching import NAMES, fleet, make_fleet_world, statuses, wait_until
+from tests.integration.launching import NAMES, fleet, statuses, wait_until
 from tests.integration.slurm import Slurm, running_slurm, why_not
 from tests.integration.world import ROOT, World
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.skipif(why_not() is not None, reason=f"no Slurm: {why_not()}")]
 LAUNCH = ROOT / "launch"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_fleet_world(tmp_path_factory.mktemp("slurm"))
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +40,10 @@ def finish(slurm: Slurm, job: str, seconds: float) -> dict[str, str]:
 
 
 def test_a_preempted_job_is_queued_again_and_finishes_and_the_night_after_has_nothing_to_do(
-    world: World, slurm: Slurm
+    fleet_world: World, slurm: Slurm
 ) -> None:
-    run = world.root / "runs" / "preempted"
-    job = slurm.submit(LAUNCH / "migrate.sbatch", fleet(world, "preempted"))
+    run = fleet_world.root / "runs" / "preempted"
+    job = slurm.submit(LAUNCH / "migrate.sbatch", fleet(fleet_world, "preempted"))
 
     # The warning of --signal=B:TERM, in the middle of the synthesis: translora ends, the script asks for more time.
     wait_until(lambda: list(run.glob("rounds/*/*.parquet")), "blocks of the synthesis", 120)
@@ -63,12 +58,12 @@ def test_a_preempted_job_is_queued_again_and_finishes_and_the_night_after_has_no
 
     assert (end := finish(slurm, job, 240))["JobState"] == "COMPLETED", log_of(slurm, job)
     assert (end["Restarts"], end["ExitCode"]) == ("2", "0:0")
-    assert statuses(world, "preempted") == dict.fromkeys(NAMES, "migrated")
+    assert statuses(fleet_world, "preempted") == dict.fromkeys(NAMES, "migrated")
     assert all(path.stat().st_mtime_ns == written for path, written in kept.items()), "nothing was computed twice"
     token = slurm.root / ".ray" / "auth_token"
     assert token.stat().st_mode & 0o077 == 0 and token.read_text() not in log_of(slurm, job)
 
-    night = nightly(slurm, world.root / "preempted.yaml")
+    night = nightly(slurm, fleet_world.root / "preempted.yaml")
     assert finish(slurm, night, 90)["JobState"] == "COMPLETED"
     assert f"{len(NAMES)} of {len(NAMES)} migrated" in (log := (slurm.root / "shared" / "nightly.log").read_text())
     assert "generate" not in log and "training" not in log
@@ -88,9 +83,11 @@ def nightly(slurm: Slurm, config: Path) -> str:
     return said.split()[-1]
 
 
-def test_each_task_of_an_array_takes_its_own_fleet_and_ends_with_its_exit_code(world: World, slurm: Slurm) -> None:
-    bad = fleet(world, "bad", distill={"num_workers": 0})
-    worse = fleet(world, "worse", gate={"retries": -1})
+def test_each_task_of_an_array_takes_its_own_fleet_and_ends_with_its_exit_code(
+    fleet_world: World, slurm: Slurm
+) -> None:
+    bad = fleet(fleet_world, "bad", distill={"num_workers": 0})
+    worse = fleet(fleet_world, "worse", gate={"retries": -1})
     job = slurm.submit("--array=0-1", LAUNCH / "migrate.sbatch", bad, worse)
     for task, word in (("0", "num_workers"), ("1", "retries")):
         end = finish(slurm, f"{job}_{task}", 120)
