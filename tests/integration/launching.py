@@ -58,8 +58,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until(done: Callable[[], object], what: str, seconds: float) -> None:
+def wait_until(done: Callable[[], object], what: str, seconds: float, every: float = 0.05) -> None:
     deadline = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(0.05)
+        time.sleep(every)

@@ -14,7 +14,7 @@ from tests.integration.launching import NAMES, fleet, statuses, wait_until
 from tests.integration.slurm import Slurm, running_slurm, why_not
 from tests.integration.world import ROOT, World
 
-pytestmark = [pytest.mark.timeout(400), pytest.mark.skipif(why_not() is not None, reason=f"no Slurm: {why_not()}")]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.skipif(why_not() is not None, reason=f"no Slurm: {why_not()}")]
 LAUNCH = ROOT / "launch"
 
 
@@ -35,7 +35,7 @@ def log_of(slurm: Slurm, job: str) -> str:
 def finish(slurm: Slurm, job: str, seconds: float) -> dict[str, str]:
     """Wait for the job's last state."""
     active = ("PENDING", "RUNNING", "COMPLETING")
-    wait_until(lambda: slurm.job(job)["JobState"] not in active, f"job {job} ends", seconds)
+    wait_until(lambda: slurm.job(job)["JobState"] not in active, f"job {job} ends", seconds, every=0.5)
     return slurm.job(job)
 
 
@@ -48,7 +48,7 @@ def test_a_preempted_job_is_queued_again_and_finishes_and_the_night_after_has_no
     # The warning of --signal=B:TERM, in the middle of the synthesis: translora ends, the script asks for more time.
     wait_until(lambda: list(run.glob("rounds/*/*.parquet")), "blocks of the synthesis", 120)
     slurm.run("scancel", "--batch", "--signal=TERM", job)
-    wait_until(lambda: slurm.job(job)["Restarts"] == "1", "requeued", 60)
+    wait_until(lambda: slurm.job(job)["Restarts"] == "1", "queued again", 90, every=0.5)
     assert "translora: terminated; what is finished is kept" in log_of(slurm, job)
     kept = {path: path.stat().st_mtime_ns for path in run.glob("rounds/*/*.parquet")}
 
@@ -56,7 +56,7 @@ def test_a_preempted_job_is_queued_again_and_finishes_and_the_night_after_has_no
     wait_until(lambda: list(run.glob("gangs/*/gang-*.safetensors")), "a checkpoint", 180)
     slurm.run("scontrol", "requeue", job)
 
-    assert (end := finish(slurm, job, 240))["JobState"] == "COMPLETED", log_of(slurm, job)
+    assert (end := finish(slurm, job, 300))["JobState"] == "COMPLETED", log_of(slurm, job)
     assert (end["Restarts"], end["ExitCode"]) == ("2", "0:0")
     assert statuses(fleet_world, "preempted") == dict.fromkeys(NAMES, "migrated")
     assert all(path.stat().st_mtime_ns == written for path, written in kept.items()), "nothing was computed twice"
@@ -64,7 +64,7 @@ def test_a_preempted_job_is_queued_again_and_finishes_and_the_night_after_has_no
     assert token.stat().st_mode & 0o077 == 0 and token.read_text() not in log_of(slurm, job)
 
     night = nightly(slurm, fleet_world.root / "preempted.yaml")
-    assert finish(slurm, night, 90)["JobState"] == "COMPLETED"
+    assert finish(slurm, night, 180)["JobState"] == "COMPLETED"
     assert f"{len(NAMES)} of {len(NAMES)} migrated" in (log := (slurm.root / "shared" / "nightly.log").read_text())
     assert "generate" not in log and "training" not in log
 
@@ -90,7 +90,7 @@ def test_each_task_of_an_array_takes_its_own_fleet_and_ends_with_its_exit_code(
     worse = fleet(fleet_world, "worse", gate={"retries": -1})
     job = slurm.submit("--array=0-1", LAUNCH / "migrate.sbatch", bad, worse)
     for task, word in (("0", "num_workers"), ("1", "retries")):
-        end = finish(slurm, f"{job}_{task}", 120)
+        end = finish(slurm, f"{job}_{task}", 180)
         assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "2:0", "0")
         assert word in log_of(slurm, f"{job}_{task}")
     done = subprocess.run(["bash", LAUNCH / "migrate.sbatch"], capture_output=True, text=True)

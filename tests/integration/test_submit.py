@@ -23,7 +23,7 @@ from tests.integration.launching import (
 )
 from tests.integration.world import ROOT, World
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @dataclass(frozen=True)
