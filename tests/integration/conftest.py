@@ -1,8 +1,14 @@
+from __future__ import annotations
+
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from translora.run.log import setup_logging
+
+if TYPE_CHECKING:
+    from tests.integration.world import World
 
 
 @pytest.fixture(scope="module")
@@ -16,3 +22,11 @@ def ray_cluster() -> Iterator[None]:
     ray.init(**ray_arguments(), num_cpus=3)  # one test trains on three workers, whatever the machine has
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def fleet_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Bases and bundles for the tests of the launchers; each test has run directories of its own in it."""
+    from tests.integration.launching import make_fleet_world
+
+    return make_fleet_world(tmp_path_factory.mktemp("fleet"))
