@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from tests.integration.launching import free_port, user_environment, wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
@@ -120,6 +122,13 @@ def running_slurm(root: Path) -> Iterator[Slurm]:
     finally:
         daemons.kill()  # and with it, by --kill-child, the namespace's first process and all the others
         daemons.wait()
+    wait_until(lambda: not _left(root), "every process of the namespace has ended", 20, every=0.5)
+
+
+def _left(root: Path) -> list[str]:
+    """Command lines on this machine that name a file below `root`."""
+    lines = (" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"]))
+    return [line for line in lines if str(root) in line]
 
 
 def _stands(slurm: Slurm, daemons: subprocess.Popen[bytes]) -> bool:
