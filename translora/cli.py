@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def say(text: str) -> None:
     """One line on stderr on how the command ended."""
-    shown = printable(redact(text), keep="\n")
+    shown = printable(redact(text))
     sys.stderr.write(f"translora: {shown}\n")
 
 
