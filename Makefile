@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV   ?= .venv
 RUN    ?= runs/demo
 BIN    := $(VENV)/bin
+AUDIT  := .venv-audit
 STAMP  := $(VENV)/.translora-setup
 
 # Idle worker threads sleep instead of spinning: several processes share the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup bases tasks bundles demo report lint test clean
+.PHONY: setup bases tasks bundles demo report lint test audit clean
 
 setup: $(STAMP)
 
@@ -42,5 +43,11 @@ lint: setup
 test: bases lint
 	$(BIN)/python -m pytest -q --durations=15
 
+# In an environment of its own: what is audited must not be what audits. Writes one line where PyPI cannot be reached.
+audit:
+	test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && \
+	    $(AUDIT)/bin/python -m pip install -q --disable-pip-version-check pip-audit==2.10.1; }
+	@$(PYTHON) -m tests.audit $(AUDIT)/bin/pip-audit
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(AUDIT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -25,7 +25,7 @@ class WholeBase:
         self.model = load_model(BaseModelConfig(model=str(path)), dtype, self.place)
         self.model.set_attn_implementation(PACKED)
         self.bank = new_bank(self.model, target_modules)
-        self.head, self.tokenizer = Head.of(self.model), load_tokenizer(str(path))
+        self.head, self.tokenizer = Head.of(self.model), load_tokenizer(BaseModelConfig(model=str(path)))
         self.fingerprint = inspect_base(str(path)).fingerprint
 
     def __call__(self, inputs: dict[str, object]) -> torch.Tensor:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from translora import __version__
 from translora.config import FleetConfig, PrepareConfig, ResourceConfig, load_config
 from translora.evaluate.config import EvaluateConfig
+from translora.run.redact import printable, redact
 from translora.run.rundir import check_free
 from translora.run.signals import INTERRUPTED, exit_code, unwind_on_sigterm
 
@@ -86,16 +87,22 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(arguments.work(arguments))
     except RunFailedError as error:
-        sys.stderr.write(f"translora: {error}; what is finished is kept, the same command continues\n")
+        say(f"{error}; what is finished is kept, the same command continues")
         return BROKEN
     except ValueError as error:
-        sys.stderr.write(f"translora: {error}\n")
+        say(str(error))
         return UNUSABLE
     except KeyboardInterrupt:
         code = exit_code()
         what = "interrupted" if code == INTERRUPTED else "terminated"
-        sys.stderr.write(f"translora: {what}; what is finished is kept, the same command continues\n")
+        say(f"{what}; what is finished is kept, the same command continues")
         return code
+
+
+def say(text: str) -> None:
+    """One line on stderr on how the command ended."""
+    shown = printable(redact(text))
+    sys.stderr.write(f"translora: {shown}\n")
 
 
 def start_cluster(resources: ResourceConfig, num_workers: int, verbose: bool) -> None:

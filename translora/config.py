@@ -44,6 +44,9 @@ class BaseModelConfig(Strict):
     """Weights' dtype in synthesis and gate; `auto` is bfloat16 where the device multiplies it natively."""
     attn_implementation: Attention = "auto"
     """`auto` is flash_attention_2 where the package and a CUDA device are present, SDPA elsewhere."""
+    trust_remote_code: bool = False
+    """Run the Python code that lies in this base's directory, on every node and with all rights of the run: for a base
+    that transformers cannot build by itself, and whose code you have read."""
 
 
 class AdapterEntry(Strict):
@@ -210,6 +213,8 @@ class FleetConfig(ConfigFile):
     """The base that replaces it."""
     adapters: list[AdapterEntry] = Field(min_length=1)
     """The bundles."""
+    max_num_samples: int = Field(default=20_000, ge=2)
+    """Largest |D| that is taken over from a bundle, whose owner chose it; above it an adapter needs a `num_samples`."""
     seed: int = 0
     """Root of every random number of the run."""
     synthesis: SynthesisConfig = SynthesisConfig()
@@ -383,7 +388,7 @@ def load_config(path: str | Path, kind: type[ConfigT]) -> ConfigT:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); give the path of a YAML file") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
     found = next((_KINDS[key] for key in _KINDS if key in raw), None)

@@ -29,6 +29,7 @@ from translora.report.card import model_card
 from translora.run.files import derive_seed, read_jsonl, sha256_path, write_parquet
 from translora.run.member import (
     DISCRIMINATOR,
+    MAX_NAME,
     STUDENT,
     SYNTHETIC,
     Member,
@@ -38,6 +39,7 @@ from translora.run.member import (
     continue_state,
     end_cohort,
     expand_entries,
+    is_name,
 )
 from translora.run.progress import Progress
 from translora.run.rundir import open_run
@@ -62,7 +64,7 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
         ValueError: the config or a base cannot be used. A fault of one bundle quarantines that adapter alone.
     """
     entries = expand_entries(config.adapters)
-    source, target = inspect_base(config.source.model), inspect_base(config.target.model)
+    source, target = (inspect_base(base.model, base.trust_remote_code) for base in (config.source, config.target))
     if source.fingerprint == target.fingerprint:
         raise ValueError(f"source and target are the same base ({source.path}); set `target` to the new base")
     with (
@@ -75,8 +77,8 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
             source=source,
             target=target,
             tracker=tracker,
-            source_tokenizer=load_tokenizer(config.source.model),
-            generator_tokenizer=load_tokenizer(generator.model),
+            source_tokenizer=load_tokenizer(config.source),
+            generator_tokenizer=load_tokenizer(generator),
         )
         check_training(config, target)
         verified = {name: verify(run, name, entry) for name, entry in entries.items()}
@@ -141,6 +143,7 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
         return state.model_copy(update={"status": "quarantined", "reason": str(error)})
     try:
         bundle = read_bundle(entry.bundle)
+        check_name_and_size(config, entry, bundle)
         verify_bundle(bundle, run.source)
         choose_screen(config.synthesis, bundle)
         check_prompts(run, bundle)
@@ -171,14 +174,43 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
     return Member(bundle, state, directory, size, num_heldout, eval_rows)
 
 
+def check_name_and_size(config: FleetConfig, entry: AdapterEntry, bundle: Bundle) -> None:
+    """What the bundle's owner chose and the fleet would feel: its directory's name, and how much work it asks for.
+
+    Raises:
+        ValueError: the name is none for an adapter, or |D| is above the limit and the fleet file does not confirm it.
+    """
+    if not is_name(bundle.path.name):
+        raise ValueError(
+            f"{bundle.path}: the directory's name cannot be an adapter's; rename it: at most {MAX_NAME} printable "
+            "characters, no dot or ~ in front, no space at its ends"
+        )
+    num_samples = bundle.manifest.num_samples
+    if entry.num_samples is None and num_samples > config.max_num_samples:
+        raise ValueError(
+            f"{bundle.path}: its |D| is {num_samples:,}, max_num_samples is {config.max_num_samples:,}; set "
+            "num_samples for this adapter, or raise max_num_samples"
+        )
+
+
 def check_prompts(run: Run, bundle: Bundle) -> None:
     """Whether the bundle's template and seeds can be used with the bases' tokenizers.
 
     Raises:
-        ValueError: no chat template for a `chat` bundle, or seeds that do not fit the generator's context.
+        ValueError: no chat template for a `chat` bundle, or a template or seeds that do not fit a base's context.
     """
     synthesis = run.config.synthesis
-    prompt_format(run.source_tokenizer, bundle.manifest.prompt_template)
+    try:
+        empty = prompt_format(run.source_tokenizer, bundle.manifest.prompt_template).encode_prompt("")
+    except ValueError as error:
+        raise ValueError(f"{bundle.path}: {error}") from error
+    num_tokens = len(empty) + synthesis.sampling.max_new_tokens + synthesis.max_answer_tokens
+    context = run.source.config.get("max_position_embeddings")
+    if context is not None and num_tokens > context:
+        raise ValueError(
+            f"{bundle.path}: its prompt template makes prompts and answers of {num_tokens} tokens, the source base's "
+            f"context is {context}; ship a shorter template"
+        )
     prompt = generation_prompt(bundle.seeds, 0, 0)
     num_tokens = len(run.generator_tokenizer(prompt)["input_ids"]) + synthesis.sampling.max_new_tokens
     context = inspect_base((synthesis.generator or run.config.target).model).config.get("max_position_embeddings")
@@ -357,7 +389,7 @@ def gate_phase(run: Run, members: list[Member]) -> None:
         digests={member.name: sha256_path(member.directory / STUDENT) for member in members}
         | {"source base": run.source.fingerprint, "target base": run.target.fingerprint},
     )
-    template = prompt_format(load_tokenizer(config.target.model)).template
+    template = prompt_format(load_tokenizer(config.target)).template
     failed: list[Member] = []
     for member in members:
         if not member.waits_for("gate"):

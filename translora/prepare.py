@@ -54,8 +54,8 @@ def prepare(config: PrepareConfig) -> list[Bundle]:
         ValueError: the config, the base or the data of a task cannot be used.
     """
     tasks = [read_task(config, entry) for entry in config.tasks]
-    base = inspect_base(config.source.model)
-    template = prompt_format(load_tokenizer(config.source.model), config.prompt_template).template
+    base = inspect_base(config.source.model, config.source.trust_remote_code)
+    template = prompt_format(load_tokenizer(config.source), config.prompt_template).template
     for task in tasks:
         if task.entry.adapter is not None:
             check_recorded_base(Path(task.entry.adapter), base.name, "give an adapter of this base")

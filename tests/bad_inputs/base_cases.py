@@ -14,8 +14,19 @@ from tests.bad_inputs.workshop import Bench, Case, change_json
 from tests.tiny import SEEDS
 from translora.bundle import inspect_base, write_bundle
 from translora.bundle.base import linear_modules
+from translora.config import BaseModelConfig
 from translora.engine.loading import load_tokenizer
 
+CODE = """\
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({marker!r}).touch()
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+"""A base's own code, which leaves a trace when it is run."""
 INDEX = "model.safetensors.index.json"
 
 
@@ -36,7 +47,7 @@ def tokenizer(spoil: Callable[[Path], object], kind: str = "old-base") -> Callab
     def act(bench: Bench) -> None:
         base = bench.base(kind)
         spoil(base)
-        load_tokenizer(str(base))
+        load_tokenizer(BaseModelConfig(model=str(base)))
 
     return act
 
@@ -52,6 +63,41 @@ def unreachable(bench: Bench) -> None:
     """A hub id without a hub."""
     with patch.object(constants, "HF_HUB_OFFLINE", True), patch.object(constants, "HF_HUB_CACHE", str(bench.directory)):
         inspect_base("nobody/no-such-model")
+
+
+def give_code(base: Path, marker: Path) -> None:
+    """Make a base one that only its own code can build."""
+    (base / "modeling_own.py").write_text(CODE.format(marker=str(marker)))
+    names = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    change_json(base / "config.json", model_type="own", architectures=["OwnModel"], auto_map=names)
+
+
+def own_code(bench: Bench) -> None:
+    base = bench.base()
+    give_code(base, bench.directory / "ran")
+    try:
+        linear_modules(inspect_base(str(base)))
+    finally:
+        assert not (bench.directory / "ran").exists(), "the base's code was run"
+
+
+def own_tokenizer(base: Path) -> None:
+    (base / "tokenization_own.py").write_text("raise SystemExit('ran')\n")
+    names = {"AutoTokenizer": ["tokenization_own.Own", None]}
+    change_json(base / "tokenizer_config.json", tokenizer_class="Own", auto_map=names)
+    (base / "tokenizer.json").write_text("{}")
+
+
+def code_elsewhere(bench: Bench) -> None:
+    base = bench.base()
+    give_code(base, bench.directory / "ran")
+    change_json(base / "config.json", auto_map={"AutoConfig": "somebody/else--modeling_own.OwnConfig"})
+    inspect_base(str(base), trust_remote_code=True)
+
+
+def chat_template(text: str) -> Callable[[Bench], object]:
+    """A base with this chat template."""
+    return tokenizer(lambda base: (base / "chat_template.jinja").write_text(text))
 
 
 def first_shard(base: Path) -> Path:
@@ -106,6 +152,20 @@ CASES = [
     Case("a tokenizer without special tokens", tokenizer(
         lambda b: (b / "tokenizer_config.json").unlink()), "neither a padding nor an end-of-text token"),
     Case("an architecture that transformers lacks", without_architecture, "makes no causal language model"),
+    Case("a base that wants its own code run", own_code, "is not run; read that code, then set trust_remote_code"),
+    Case("a tokenizer that wants its own code run", tokenizer(own_tokenizer), "its own (auto_map), which is not run"),
+    Case("trusted code that lies elsewhere", code_elsewhere, "code of another repository, which is never fetched"),
+    Case("an adapter hidden in a base", spoiled(
+        lambda b: (b / "adapter_config.json").write_text("{}")), "an adapter that transformers would put on the base"),
+    Case("a chat template that reaches for Python", chat_template(
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}"), "access to attribute '__class__' of 'str' object is unsafe"),
+    Case("a chat template that is no template", chat_template("{% for %}"), "its tokenizer cannot be loaded"),
+    Case("a chat template that refuses users", chat_template(
+        "{{ raise_exception('no users here') }}"), "its tokenizer cannot be loaded (no users here)"),
+    Case("a config of a JSON bomb", spoiled(
+        lambda b: (b / "config.json").write_text("[" * 100_000)), "config.json: not JSON"),
+    Case("a config of megabytes", spoiled(
+        lambda b: change_json(b / "config.json", note="x" * 10_000_000)), "the limit is 10,000,000"),
     Case("no weights", spoiled(lambda b: (b / "model.safetensors").unlink()), "model.safetensors: missing"),
     Case("pickled weights only", spoiled(
         lambda b: (b / "model.safetensors").rename(b / "pytorch_model.bin")), "only pickled weights"),

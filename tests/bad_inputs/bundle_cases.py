@@ -143,7 +143,7 @@ CASES = [
     Case("the same seed twice", seeds('{"input": "one"}\n' * 2), "1 different seed(s)"),
     Case("seeds with answers", seeds('{"input": "one", "target": "x"}\n' * 2), "seeds are inputs only"),
     Case("seeds not JSON", seeds("one\ntwo\n"), "line 1: not JSON"),
-    Case("seeds of 11 MB", seeds('{"input": "one"}\n' * 650_000), "the limit is 10,000,000"),
+    Case("seeds of 11 MB", seeds('{"input": "one"}\n' * 650_000), "the limit is 1,000,000"),
     Case("an adapter of another base", spoiled(lambda b: None, "other"), "made for the base 'new-base', not for"),
     Case("an adapter of other weights of that name", spoiled(lambda b: None, "retrained"), "made for other weights"),
     Case("adapter_config.json names another base", config(base_model_name_or_path="hub/else"), "is 'hub/else', but"),

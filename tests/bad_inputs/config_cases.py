@@ -45,12 +45,6 @@ def jsonl(content: str | bytes) -> Callable[[Bench], object]:
 
 
 CASES = [
-    Case(
-        "no such fleet file", lambda bench: load_config(bench.directory / "fleet.yaml", FleetConfig), "cannot be read"
-    ),
-    Case(
-        "a directory instead of a fleet file", lambda bench: load_config(bench.directory, FleetConfig), "cannot be read"
-    ),
     Case("not YAML", fleet("run_dir: [run\n"), "not valid YAML"),
     Case("binary", lambda bench: load_config(bench.file("fleet.yaml", b"\xff\xfe\x00"), FleetConfig), "cannot be read"),
     Case("an empty file", fleet(""), "expected a mapping"),
@@ -66,8 +60,6 @@ CASES = [
         fleet(FLEET.replace("[bundles/orders]", "[{bundle: bundles/orders, samples: 4}]")),
         "adapters.0.samples: unknown setting; did you mean num_samples?",
     ),
-    Case("a glob that matches nothing", adapters("bundles/*"), "matches no directory; correct it"),
-    Case("two bundles of one name", adapters("a/orders", "b/orders"), "are both named orders; rename one directory"),
     Case("a missing key", fleet(FLEET.replace("target: {model: ./new-base}\n", "")), "target: Field required"),
     Case("a wrong type", fleet(FLEET + "distill: {epochs: many}\n"), "distill.epochs: Input should be a valid number"),
     Case("a value out of range", fleet(FLEET + "distill: {epochs: 0}\n"), "distill.epochs: Input should be greater"),
@@ -92,6 +84,17 @@ CASES = [
     Case("a task name twice", prepare(PREPARE + "  - {name: orders, data: b.jsonl}\n"), "task names appear twice"),
     Case("a task name with a slash", prepare(PREPARE.replace("name: orders", "name: a/b")), "tasks.0.name: String"),
     Case("a task without data", prepare(PREPARE.replace(", data: orders.jsonl", "")), "tasks.0.data: Field required"),
+]
+
+PATH_CASES = [
+    Case(
+        "no such fleet file", lambda bench: load_config(bench.directory / "fleet.yaml", FleetConfig), "cannot be read"
+    ),
+    Case(
+        "a directory instead of a fleet file", lambda bench: load_config(bench.directory, FleetConfig), "cannot be read"
+    ),
+    Case("a glob that matches nothing", adapters("bundles/*"), "matches no directory; correct it"),
+    Case("two bundles of one name", adapters("a/orders", "b/orders"), "are both named orders; rename one directory"),
 ]
 
 JSONL_CASES = [

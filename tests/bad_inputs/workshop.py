@@ -16,7 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import make_adapter, make_base, make_bundle
 from translora.bundle import BaseInfo, inspect_base, read_bundle, verify_bundle
+from translora.config import FleetConfig
+from translora.fleet import migrate
 from translora.run.files import sha256_file
+from translora.run.state import AdapterState
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -91,6 +94,25 @@ class Bench:
         """What `migrate` does with a bundle before anything else."""
         verify_bundle(read_bundle(bundle), self.materials.base)
 
+    def migrate(self, bundle: Path, entry: dict[str, Any] | None = None, **settings: Any) -> AdapterState:
+        """What `migrate` does with one bundle of a fleet before Ray starts: the state of the quarantined adapter."""
+        target = settings.pop("target", self.materials.root / "new-base")
+        config = FleetConfig.model_validate(
+            {
+                "run_dir": self.directory / "run",
+                "source": {"model": str(self.materials.base.path)},
+                "target": {"model": str(target)},
+                "adapters": [{"bundle": str(bundle), **(entry or {})}],
+                **settings,
+            }
+        )
+        (state,) = migrate(config, _no_cluster)
+        return state
+
+
+def _no_cluster() -> None:
+    raise AssertionError("accepted: the fleet went on to start Ray")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -109,13 +131,15 @@ class Case:
         """The real message, on one line, without this machine's paths and without digits that chance decides."""
         bench = Bench(directory, materials)
         try:
-            self.act(bench)
+            found = self.act(bench)
         except ValueError as error:
             text = str(error)
         else:
-            raise AssertionError(f"accepted: {self.what}")
+            assert isinstance(found, AdapterState) and found.status == "quarantined", f"accepted: {self.what}"
+            text = found.reason
         text = text.replace(f"{directory}/", "").replace(f"{materials.root}/", "").replace(str(directory), ".")
         text = re.sub(r"\b[0-9a-f]{12}\b", "<fingerprint>", text)
+        assert text.replace("\n", "").isprintable(), repr(text)
         return re.sub(r"\s+", " ", text).strip()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.integration.world import TASKS, World, kill_when, make_world
+from tests.secrets import PLANTED
 from translora.bundle import inspect_base, read_bundle, verify_bundle, write_bundle
 from translora.lora.peft_io import read_lora
 from translora.run.files import sha256_path
@@ -28,9 +30,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def undisturbed(world: World) -> Path:
+    """With keys in its environment, and Ray's own files below ray/: a short path, for the sake of its sockets."""
     tracking = {"tracking": {"wandb_project": "test", "wandb_mode": "offline"}}
-    world.run("migrate", world.write("fleet.yaml", world.fleet_config("undisturbed") | tracking))
-    return world.root / "runs" / "undisturbed"
+    fleet = world.write("fleet.yaml", world.fleet_config("undisturbed") | tracking)
+    run_dir = world.root / "runs" / "undisturbed"
+    with tempfile.TemporaryDirectory(dir="/tmp") as ray:
+        done = world.run("migrate", fleet, RAY_TMPDIR=ray, **PLANTED)
+        shutil.copytree(
+            ray,
+            world.root / "ray",
+            symlinks=True,
+            ignore=lambda folder, names: [
+                name for name in names if not (Path(folder, name).is_dir() or Path(folder, name).is_file())
+            ],
+        )
+    (world.root / "output.txt").write_text(done.stdout + done.stderr)
+    return run_dir
 
 
 def results(run_dir: Path) -> dict[str, dict[str, object]]:
@@ -72,6 +87,17 @@ def test_a_migrated_adapter_is_a_bundle_of_the_target_base(world: World, undistu
         assert state.synthesis.accepted >= 16 and state.num_steps == len(state.losses) == 16
     assert (undisturbed / "report.html").is_file()
     assert not list(undisturbed.rglob(".tmp-*"))
+
+
+def test_no_key_of_the_environment_is_left_anywhere(world: World, undisturbed: Path) -> None:
+    paths = [path for folder in (undisturbed, world.root / "ray") for path in folder.rglob("*") if path.is_file()]
+    names = {path.name for path in paths}
+    assert {"config.json", "metrics.jsonl", "report.html", "raylet.out", "state.json"} <= names
+    assert any(name.endswith(".wandb") for name in names) and any(name.startswith("worker-") for name in names)
+    for path in [*paths, world.root / "output.txt"]:
+        content = path.read_bytes()
+        found = [name for name, value in PLANTED.items() if value.encode() in content]
+        assert not found, f"{path} holds {found}"
 
 
 def test_metrics_are_in_the_jsonl_file_and_in_the_offline_wandb_run(undisturbed: Path) -> None:

@@ -63,7 +63,7 @@ def plain_training(
     base: Path, rows: list[dict[str, str]], seed: int, epochs: float
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
     """The same run as a reader would write it: PEFT, torch AdamW, whole batches, one sample at a time, no padding."""
-    prompts = prompt_format(load_tokenizer(str(base)))
+    prompts = prompt_format(load_tokenizer(BaseModelConfig(model=str(base))))
     samples = encode_samples(rows, prompts, CONFIG.max_length, "plain")
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),

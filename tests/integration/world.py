@@ -85,9 +85,10 @@ class World:
     source: Path
     target: Path
 
-    def run(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run the command line in a process of its own."""
-        done = subprocess.run(command(*arguments), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    def run(self, *arguments: str | Path, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run the command line in a process of its own, with these variables in its environment."""
+        env = environment() | variables
+        done = subprocess.run(command(*arguments), cwd=ROOT, env=env, capture_output=True, text=True)
         assert not check or done.returncode == 0, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 

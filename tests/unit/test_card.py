@@ -90,8 +90,17 @@ def test_it_depends_on_the_migration_alone() -> None:
 
 def test_names_cannot_leave_their_place() -> None:
     text = model_card(state(name="a\n# b"), source="x` | y\nz", target="new", prompt_template="chat")
-    assert "# a # b\n" in text
+    assert "# a \\# b\n" in text
     assert r"| moved | `x' \| y z` → `new` |" in text
+
+
+def test_what_models_said_is_no_markup() -> None:
+    said = "<img src=x onerror=alert(1)> [click](javascript:alert(1)) ![](http://evil) `code` *x* | y"
+    stats = full_stats().model_copy(update={"warning": f"the teacher answers {said!r}", "screen": "<b>"})
+    text = card(state(name="<script>", synthesis=stats))
+    assert "# \\<script\\>\n" in text and re.search(r"(?<!\\)<(?!u)[a-z]", text) is None
+    line = next(line for line in text.splitlines() if "the teacher answers" in line)
+    assert re.search(r"(?<!\\)[<>\[\]`*|]", line) is None
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -10,7 +10,7 @@ import pytest
 
 from tests.tiny import make_base, make_bundle
 from translora.bundle import BaseInfo, Bundle, inspect_base
-from translora.config import AdapterEntry, FleetConfig, load_config
+from translora.config import AdapterEntry, BaseModelConfig, FleetConfig, load_config
 from translora.engine.loading import load_tokenizer
 from translora.fleet import check_training, verify
 from translora.report.table import note
@@ -208,7 +208,7 @@ def test_a_quarantined_adapter_is_tried_again_and_a_failed_gate_is_not(
 @pytest.fixture
 def run(tmp_path: Path, target: BaseInfo) -> Iterator[Run]:
     """A run whose two bases are the same tiny one; only bundles and states are looked at."""
-    tokenizer = load_tokenizer(str(target.path))
+    tokenizer = load_tokenizer(BaseModelConfig(model=str(target.path)))
     settings = config(tmp_path, source={"model": str(target.path)}, target={"model": str(target.path)})
     with Tracker(tmp_path, settings.tracking, {}, "test") as tracker:
         yield Run(settings, target, target, tracker, tokenizer, tokenizer)

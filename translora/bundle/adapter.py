@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from translora.bundle.base import BaseInfo, linear_modules, name_of_path, output_head
-from translora.bundle.reading import FLOATS, read_header, read_json_object
+from translora.bundle.reading import FLOATS, MAX_ADAPTER_HEADER_BYTES, read_header, read_json_object
 from translora.run.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -53,26 +53,46 @@ def check_recorded_base(directory: Path, expected: str, remedy: str, *, editable
 
 
 def _check_headers(path: Path, base: BaseInfo) -> None:
-    """Bound what is loaded: no pickle instead of the weights, a sound file, floating-point pairs, no giant rank.
+    """Bound what is loaded: no pickle instead of the weights, a sound file, pairs of the base's shapes, no giant rank.
 
     The names are compared with the base here, before the config's patterns are matched against them.
     """
-    from translora.lora.peft_io import LORA_TENSOR, MAX_RANK
+    from translora.lora.peft_io import MAX_RANK, check_name
 
     pickled = path.with_name("adapter_model.bin")
     if not path.exists() and pickled.exists():
         raise ValueError(f"{pickled}: pickled weights are never loaded; save the adapter as {WEIGHTS}")
-    tensors = read_header(path, "copy the adapter again, or save it with PEFT's save_pretrained")
+    remedy = "copy the adapter again, or save it with PEFT's save_pretrained"
+    tensors = read_header(path, remedy, MAX_ADAPTER_HEADER_BYTES)
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{path}: {name} is {tensor.dtype}; save the adapter in a floating-point dtype")
-        if name.endswith(".lora_A.weight") and tensor.shape and tensor.shape[0] > MAX_RANK:
+        match = check_name(name, path)
+        shapes.setdefault(match[1], {})[match[2]] = tensor.shape
+        if match[2] == "A" and tensor.shape and tensor.shape[0] > MAX_RANK:
             raise ValueError(f"{path}: {name} has rank {tensor.shape[0]}, the limit is {MAX_RANK}; use a smaller rank")
     linears = linear_modules(base)
-    for name in tensors:
-        match = LORA_TENSOR.fullmatch(name)
-        if match is not None and match[1] not in linears:
-            raise ValueError(f"{path}: adapts {match[1]}, {_misfit(match[1], base)}")
+    for module, pair in shapes.items():
+        if module not in linears:
+            raise ValueError(f"{path}: adapts {module}, {_misfit(module, base)}")
+        _check_shapes(path, module, pair, linears[module], base)
+
+
+def _check_shapes(
+    path: Path, module: str, pair: dict[str, tuple[int, ...]], expected: tuple[int, int], base: BaseInfo
+) -> None:
+    """Refuse a pair that is none, and one for a matrix of another shape than `expected` (out, in)."""
+    if set(pair) != {"A", "B"}:
+        raise ValueError(f"{path}: {module} has only lora_{next(iter(pair))}; save the adapter again")
+    shape_A, shape_B = pair["A"], pair["B"]
+    if len(shape_A) != 2 or len(shape_B) != 2 or shape_A[0] != shape_B[1]:
+        raise ValueError(f"{path}: {module} has A {list(shape_A)} and B {list(shape_B)}; save the adapter again")
+    if (shape_B[0], shape_A[1]) != expected:
+        raise ValueError(
+            f"{path}: {module} adapts a [{shape_B[0]}, {shape_A[1]}] matrix, in {base.name!r} it is "
+            f"{list(expected)}; {_ELSEWHERE}"
+        )
 
 
 def _misfit(module: str, base: BaseInfo) -> str:
@@ -100,13 +120,7 @@ def check_adapter(directory: Path, base: BaseInfo) -> None:
     from translora.lora.peft_io import read_lora
 
     lora = read_lora(directory)
-    linears = linear_modules(base)
     for module, (lora_A, lora_B) in lora.modules.items():
-        if linears[module] != (lora_B.shape[0], lora_A.shape[1]):
-            raise ValueError(
-                f"{path}: {module} adapts a [{lora_B.shape[0]}, {lora_A.shape[1]}] matrix, in {base.name!r} it is "
-                f"{list(linears[module])}; {_ELSEWHERE}"
-            )
         if not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
             raise ValueError(f"{path}: {module} holds NaN or infinity; the training diverged, train the adapter again")
     if all(not lora_B.any() for _, lora_B in lora.modules.values()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 
 from translora.bundle.reading import TensorHeader, read_header, read_json_object
 
+logger = logging.getLogger(__name__)
 HUB_TIMEOUT_SECONDS = 10.0
 PREFIX_BYTES = 4096
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
@@ -35,10 +37,14 @@ class BaseInfo:
     """Shape of every tensor of the safetensors files."""
     config: dict[str, Any] = field(repr=False)
     """config.json."""
+    trust_remote_code: bool = False
+    """Whether its own Python code may be run."""
 
 
-def _find_on_hub(model: str) -> Path:
+def _find_on_hub(model: str, with_code: bool) -> Path:
     """Download a hub model's config, safetensors and tokenizer, or take them from the hub's cache when offline.
+
+    Python files only `with_code`.
 
     A fault boundary: which errors the hub's client lets through depends on its version's HTTP library.
     """
@@ -63,7 +69,7 @@ def _find_on_hub(model: str) -> Path:
                 model,
                 revision=revision,
                 local_files_only=revision is None,
-                allow_patterns=_HUB_FILES,
+                allow_patterns=[*_HUB_FILES, *(["*.py"] if with_code else [])],
                 ignore_patterns=_HUB_IGNORED,
                 etag_timeout=HUB_TIMEOUT_SECONDS,
             )
@@ -86,7 +92,7 @@ def name_of_path(path: str) -> str:
     return parts[-1] if parts else path
 
 
-def _locate(model: str) -> tuple[str, Path]:
+def _locate(model: str, with_code: bool) -> tuple[str, Path]:
     """Name and directory of a base; raises ValueError when there is none."""
     path = os.path.expanduser(model)
     if os.path.isdir(path):
@@ -95,7 +101,7 @@ def _locate(model: str) -> tuple[str, Path]:
         raise ValueError(f"{model}: a file; give a model directory (convert GGUF or other single files first)")
     if not _HUB_ID.fullmatch(model):
         raise ValueError(f"{model}: no such directory; give a model directory or a hub id (owner/name)")
-    return model, _find_on_hub(model)
+    return model, _find_on_hub(model, with_code)
 
 
 def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
@@ -142,13 +148,38 @@ def _check_directory(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{directory}: an adapter, not a base model; give the base that it was trained on")
     config = read_json_object(directory / "config.json", "give a directory that transformers' save_pretrained wrote")
     names = {path.name for path in directory.iterdir()}
+    if "adapter_config.json" in names:
+        raise ValueError(
+            f"{directory}: has an adapter_config.json beside the model, an adapter that transformers would put on the "
+            "base unasked; move the adapter's files away"
+        )
     if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json"}:
         raise ValueError(f"{directory}: has no tokenizer; save it there with the tokenizer's save_pretrained")
     return config
 
 
-def _inspect(name: str, directory: Path) -> BaseInfo:
+def _check_code(directory: Path) -> None:
+    """Refuse code that is to be fetched from elsewhere: trust is given to what lies in this directory alone."""
+    for path in (directory / "config.json", directory / "tokenizer_config.json"):
+        code = read_json_object(path, _COPY_AGAIN).get("auto_map") if path.exists() else None
+        if "--" in json.dumps(code):
+            raise ValueError(
+                f"{path}: its auto_map names code of another repository, which is never fetched; copy that code into "
+                f"{directory} and name it there"
+            )
+
+
+@functools.lru_cache(maxsize=16)
+def _warn_of_code(name: str) -> None:
+    """Once a process and base."""
+    logger.warning("%s: trust_remote_code is set: Python code that comes with this base is run", name)
+
+
+def _inspect(name: str, directory: Path, trust_remote_code: bool) -> BaseInfo:
     config = _check_directory(directory)
+    if trust_remote_code:
+        _check_code(directory)
+        _warn_of_code(name)
     shapes: dict[str, tuple[int, ...]] = {}
     lines: dict[str, str] = {}
     for path, promised in _weight_files(directory).items():
@@ -160,25 +191,44 @@ def _inspect(name: str, directory: Path) -> BaseInfo:
     if not shapes:
         raise ValueError(f"{directory}: its safetensors files hold no tensors; {_COPY_AGAIN}")
     fingerprint = hashlib.sha256("\n".join(lines[tensor_name] for tensor_name in sorted(lines)).encode()).hexdigest()
-    return BaseInfo(name, directory, fingerprint, shapes, config)
+    return BaseInfo(name, directory, fingerprint, shapes, config, trust_remote_code)
 
 
-def inspect_base(model: str) -> BaseInfo:
+def inspect_base(model: str, trust_remote_code: bool = False) -> BaseInfo:
     """Find a base (hub id or directory) and read its headers and the first 4 KiB of each tensor.
+
+    Args:
+        model: as `BaseModelConfig.model`.
+        trust_remote_code: whether its own Python code may be run later on; nothing is run here.
 
     Raises:
         ValueError: not found, no config or tokenizer, only pickles, a missing or truncated shard; names the file
-            and the remedy.
+            and the remedy; code that lies elsewhere.
     """
-    name, directory = _locate(model)
+    name, directory = _locate(model, trust_remote_code)
     try:
-        return _inspect(name, directory)
+        return _inspect(name, directory, trust_remote_code)
     except OSError as error:
         raise ValueError(f"{error.filename or directory}: cannot be read ({error.strerror}); {_COPY_AGAIN}") from error
 
 
+def refuse_code(path: Path, error: Exception) -> None:
+    """Say that a base wants its own code run, if that is why it cannot be loaded.
+
+    Raises:
+        ValueError: it is; names the file and the setting.
+    """
+    if "auto_map" in read_json_object(path, _COPY_AGAIN):
+        raise ValueError(
+            f"{path}: this base is built by Python code of its own (auto_map), which is not run; read that code, then "
+            "set trust_remote_code: true beside `model`, or use a base that transformers builds by itself"
+        ) from error
+
+
 @functools.lru_cache(maxsize=16)
-def _linears_and_head(path: Path, fingerprint: str) -> tuple[dict[str, tuple[int, int]], str | None]:
+def _linears_and_head(
+    path: Path, fingerprint: str, trust_remote_code: bool
+) -> tuple[dict[str, tuple[int, int]], str | None]:
     """(out, in) of every nn.Linear and the name of the output head, from the model on the meta device.
 
     A fault boundary: what a model class raises for an odd config is its own affair.
@@ -187,10 +237,12 @@ def _linears_and_head(path: Path, fingerprint: str) -> tuple[dict[str, tuple[int
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
+        if not trust_remote_code:
+            refuse_code(path / "config.json", error)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{path / 'config.json'}: transformers makes no causal language model of it ({reason}); {_COPY_AGAIN}, or "
@@ -210,10 +262,10 @@ def linear_modules(base: BaseInfo) -> dict[str, tuple[int, int]]:
     Raises:
         ValueError: transformers cannot build the model; names config.json and the remedy.
     """
-    linears, head = _linears_and_head(base.path, base.fingerprint)
+    linears, head = _linears_and_head(base.path, base.fingerprint, base.trust_remote_code)
     return {name: shape for name, shape in linears.items() if name != head}
 
 
 def output_head(base: BaseInfo) -> str | None:
     """Name of the linear module that gives the logits (`lm_head`), or None; as costly as `linear_modules`."""
-    return _linears_and_head(base.path, base.fingerprint)[1]
+    return _linears_and_head(base.path, base.fingerprint, base.trust_remote_code)[1]

@@ -47,8 +47,8 @@ from translora.run.files import TEMPORARY_PREFIX, read_jsonl, replace_directory,
 
 logger = logging.getLogger(__name__)
 
-MAX_SEEDS_BYTES = 10_000_000
-MIN_SEEDS = 2
+MAX_SEEDS_BYTES = 1_000_000
+MIN_SEEDS, MAX_SEEDS = 2, 200
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ def _read_seeds(path: Path) -> list[str]:
                 f"{path}: seed {number} has {extra[0]!r} beside 'input'; seeds are inputs only, remove it"
             )
         seeds.append(row["input"])
+    if len(seeds) > MAX_SEEDS:
+        raise BundleError(f"{path}: {len(seeds)} seeds, the limit is {MAX_SEEDS}; keep about five short seeds")
     if len(set(seeds)) < MIN_SEEDS:
         raise BundleError(f"{path}: {len(set(seeds))} different seed(s); give {MIN_SEEDS} or more (five is usual)")
     return seeds
@@ -105,6 +107,8 @@ def read_bundle(path: str | Path) -> Bundle:
         BundleError: names the file and the remedy.
     """
     path = Path(path)
+    if path.is_symlink():
+        raise BundleError(f"{path}: a symbolic link, which is never followed; give the directory that it points to")
     if not path.is_dir():
         fault = "not a directory" if path.exists() else "no such directory"
         raise BundleError(f"{path}: {fault}; give the directory of a bundle")

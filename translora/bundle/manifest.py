@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from translora.bundle.adapter import CONFIG, WEIGHTS
 from translora.bundle.reading import read_json_object
+from translora.run.redact import printable
 
 SCHEMA_VERSION = 1
 TASK_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
@@ -18,6 +19,8 @@ SEEDS = "translora/seeds.jsonl"
 DISCRIMINATOR = "translora/discriminator"
 MAX_MANIFEST_BYTES = 1_000_000
 MAX_FILES = 1000
+MAX_BUNDLE_BYTES = 32 << 30
+"""All files together: hashing them is the first thing that is done with a bundle."""
 PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 RESTORE = "restore the bundle from its source, or make it again with `translora prepare`"
 
@@ -25,7 +28,10 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class BundleError(ValueError):
-    """A bundle cannot be used: the message names the file and the remedy."""
+    """A bundle cannot be used: the message, one line without control characters, names the file and the remedy."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class Manifest(BaseModel):
@@ -107,8 +113,9 @@ def faults(error: ValidationError) -> str:
 
 
 def list_files(path: Path) -> set[str]:
-    """Every file below a bundle by relative path; refuses pickles, links and what is no plain file."""
+    """Every file below a bundle by relative path; refuses pickles, links, what is no plain file, and too much of it."""
     names: set[str] = set()
+    num_bytes = 0
     for folder, folders, files in os.walk(path):
         for entry in (Path(folder) / name for name in sorted(folders) + sorted(files)):
             if entry.is_symlink():
@@ -123,8 +130,13 @@ def list_files(path: Path) -> set[str]:
             if not entry.is_file():
                 raise BundleError(f"{entry}: neither a file nor a directory; delete it")
             names.add(entry.relative_to(path).as_posix())
+            num_bytes += entry.stat().st_size
         if len(names) > MAX_FILES:
             raise BundleError(f"{path}: more than {MAX_FILES} files; give the directory of one bundle")
+        if num_bytes > MAX_BUNDLE_BYTES:
+            raise BundleError(
+                f"{path}: {num_bytes:,} bytes, the limit is {MAX_BUNDLE_BYTES:,}; remove what is not of the adapter"
+            )
     return names
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_ADAPTER_HEADER_BYTES = 10_000_000  # some 50,000 tensors
+MAX_DIMENSIONS = 8
 MAX_JSON_BYTES = 10_000_000
 
 _BITS = {
@@ -33,6 +35,16 @@ class TensorHeader:
     num_bytes: int
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; a key that comes twice is refused, because of such ones every reader takes another."""
+    value: dict[str, Any] = {}
+    for key, item in pairs:
+        if key in value:
+            raise ValueError(f"the key {key[:80]!r} comes twice")
+        value[key] = item
+    return value
+
+
 def read_json_object(path: Path, remedy: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Read a JSON object of at most `max_bytes`.
 
@@ -49,7 +61,7 @@ def read_json_object(path: Path, remedy: str, max_bytes: int = MAX_JSON_BYTES) -
     if size > max_bytes:
         raise ValueError(f"{path}: {size:,} bytes, the limit is {max_bytes:,}; {remedy}")
     try:
-        value = json.loads(data.decode("utf-8"))
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # ValueError: also bad UTF-8, and numbers of 4300 digits
         raise ValueError(f"{path}: not JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
@@ -60,6 +72,8 @@ def read_json_object(path: Path, remedy: str, max_bytes: int = MAX_JSON_BYTES) -
 def _entry(name: str, entry: Any, data_start: int) -> TensorHeader:
     """Check one tensor's header entry; raises KeyError, TypeError or ValueError with what is wrong."""
     dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"tensor {name!r}: {len(shape):,} dimensions")
     for number in (*shape, begin, end):
         if type(number) is not int or number < 0:
             raise ValueError(f"tensor {name!r}: {number!r} is no size")
@@ -69,8 +83,13 @@ def _entry(name: str, entry: Any, data_start: int) -> TensorHeader:
     return TensorHeader(dtype, tuple(shape), data_start + begin, end - begin)
 
 
-def read_header(path: Path, remedy: str = "copy the file again") -> dict[str, TensorHeader]:
+def read_header(
+    path: Path, remedy: str = "copy the file again", max_bytes: int = MAX_HEADER_BYTES
+) -> dict[str, TensorHeader]:
     """Read the header of a safetensors file (8 bytes of length, JSON) and check it against the file's size.
+
+    Args:
+        max_bytes: longest header that is read.
 
     Raises:
         ValueError: missing, truncated or not safetensors; names the file and `remedy`.
@@ -84,7 +103,9 @@ def read_header(path: Path, remedy: str = "copy the file again") -> dict[str, Te
                 raise ValueError(
                     f"{path}: truncated or not safetensors ({file_bytes:,} bytes cannot hold its header); {remedy}"
                 )
-            raw = json.loads(handle.read(header_bytes))
+            if header_bytes > max_bytes:
+                raise ValueError(f"{path}: a header of {header_bytes:,} bytes, the limit is {max_bytes:,}; {remedy}")
+            raw = json.loads(handle.read(header_bytes), object_pairs_hook=_object)
         data_start = 8 + header_bytes
         if not isinstance(raw, dict):
             raise TypeError("its header is no JSON object")

@@ -81,7 +81,7 @@ class ShardedBase:
 
     def __init__(self, base: BaseModelConfig, config: TrainConfig) -> None:
         self.place, self.dtype = device(), resolve_dtype(config.dtype)
-        self.tokenizer, self.fingerprint = load_tokenizer(base.model), inspect_base(base.model).fingerprint
+        self.tokenizer, self.fingerprint = load_tokenizer(base), inspect_base(base.model).fingerprint
         ds_config = read_ds_config(config.ds_config, self.dtype)
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         _RESIDENT[:] = [HfDeepSpeedConfig(ds_config)]

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from translora.bundle.base import inspect_base
+from translora.bundle.base import inspect_base, refuse_code
 from translora.config import Attention, BaseModelConfig, DType
 
 logger = logging.getLogger(__name__)
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _PROBE = "Hello, world 1 \u2603\n"
 
 
@@ -52,20 +53,26 @@ def resolve_attention(attention: Attention, dtype: torch.dtype) -> str:
     return "flash_attention_2" if flash and dtype != torch.float32 else "sdpa"
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base, padding on the left, with a padding token.
+def load_tokenizer(base: BaseModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base, padding on the left, with a padding token; its chat template, if any, renders.
 
-    A fault boundary: the tokenizers library raises bare Exceptions that name no file.
+    A fault boundary: the tokenizers library raises bare Exceptions that name no file. transformers runs chat templates
+    in Jinja's sandbox.
 
     Raises:
         ValueError: the base is not there, or its tokenizer files are incomplete or damaged; names the directory.
     """
-    path = inspect_base(model).path
+    path = inspect_base(base.model, base.trust_remote_code).path
     remedy = "save the tokenizer again with save_pretrained, or download the base again"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=base.trust_remote_code)
         tokenizer(_PROBE)  # a class that does not fit the vocabulary only fails when it meets an unknown character
+        if tokenizer.chat_template:
+            message = [{"role": "user", "content": _PROBE}]
+            tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     except Exception as error:
+        if not base.trust_remote_code and (path / TOKENIZER_CONFIG).exists():
+            refuse_code(path / TOKENIZER_CONFIG, error)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path}: its tokenizer cannot be loaded ({reason}); {remedy}") from error
     tokenizer.padding_side = "left"
@@ -85,8 +92,9 @@ def load_model(config: BaseModelConfig, dtype: torch.dtype, place: torch.device 
         place: device to move it to; None leaves it where transformers put it (ZeRO-3 partitions it while loading).
     """
     attention = resolve_attention(config.attn_implementation, dtype)
-    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
-    model = AutoModelForCausalLM.from_pretrained(inspect_base(config.model).path, use_safetensors=True, **kwargs)
+    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True}
+    path = inspect_base(config.model, config.trust_remote_code).path
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=config.trust_remote_code, **kwargs)
     model.requires_grad_(False)
     model.eval()
     head = model.get_output_embeddings()

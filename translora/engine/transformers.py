@@ -48,7 +48,7 @@ class TransformersEngine:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self.device = device()
-        self.tokenizer = load_tokenizer(base.model)
+        self.tokenizer = load_tokenizer(base)
         self.model = load_model(base, resolve_dtype(base.dtype), self.device)
         self.bank, self._adapters = load_bank(self.model, {}), dict[str, str]()
         self.use_adapters(adapters)

@@ -91,7 +91,7 @@ class EvaluateConfig(ConfigFile):
         if self.output.suffix != ".md":
             raise ValueError(f"output: {self.output.name} does not end in .md; name the Markdown file to write")
         for arm in self.arms:
-            if not re.match(NAME_PATTERN, arm) or arm in REFERENCE_ARMS:
+            if not re.fullmatch(NAME_PATTERN, arm) or arm in REFERENCE_ARMS:
                 raise ValueError(
                     f"arms.{arm}: not a name for an arm; use letters, digits, '.', '_' and '-', "
                     f"and none of {', '.join(REFERENCE_ARMS)}"

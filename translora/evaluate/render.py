@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, TARG
 from translora.evaluate.plot import draw_calibration
 from translora.evaluate.results import KEPT_SHARE, ArmResult, BaseSize, Migration, Results, Setup, TaskResult
 from translora.evaluate.statistics import Estimate, Separation
+from translora.report.markdown import escape, one_line
 from translora.run.files import write_bytes, write_json
 
 MISSING = "–"
+_PIPE = re.compile(r"(?<!\\)\|")
+"""One that is not escaped yet."""
 PLOT = "calibration.svg"
 ARM_WORDS = {
     "source_base": "source base",
@@ -271,7 +275,8 @@ def _balanced(found: Separation) -> str:
 
 def _remarks(migrations: Sequence[Migration]) -> list[str]:
     rows = [
-        [one.task, str(one.seed), one.arm, MISSING if one.accuracy is None else "yes", one.note] for one in migrations
+        [one.task, str(one.seed), one.arm, "yes" if one.accuracy is not None else MISSING, escape(one.note)]
+        for one in migrations
     ]
     return _table(["task", "seed", "arm", "measured", "remark"], rows, num_text=5)
 
@@ -296,5 +301,5 @@ def _interval(found: Estimate | None, scale: float, digits: int, sign: str) -> s
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], num_text: int = 1) -> list[str]:
     """A Markdown table; the first columns are text, the others are set to the right."""
     rule = ["---" if column < num_text else "---:" for column in range(len(headers))]
-    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in (headers, *rows)]
+    cells = [[_PIPE.sub(r"\|", one_line(cell)) for cell in row] for row in (headers, *rows)]
     return ["| " + " | ".join(row) + " |" for row in (cells[0], rule, *cells[1:])]

@@ -48,7 +48,7 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
     """
     data = {task.name: read_task_data(task.data) for task in config.tasks}
     splits = {seed: {task.name: split(data[task.name], task, seed) for task in config.tasks} for seed in config.seeds}
-    source, target = inspect_base(config.source.model), inspect_base(config.target.model)
+    source, target = (inspect_base(base.model, base.trust_remote_code) for base in (config.source, config.target))
     if source.fingerprint == target.fingerprint:
         raise ValueError(f"source and target are the same base ({source.path}); set `target` to another base")
     for base in (source, target):

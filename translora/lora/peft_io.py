@@ -143,6 +143,18 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def check_name(key: str, path: Path) -> re.Match[str]:
+    """Module and factor of a tensor's name.
+
+    Raises:
+        ValueError: it is none of a LoRA's.
+    """
+    match = LORA_TENSOR.fullmatch(key)
+    if match is None:
+        raise ValueError(f"{path}: unexpected tensor {key!r}; only lora_A and lora_B of linear modules are supported")
+    return match
+
+
 def read_lora(directory: str | Path) -> LoraWeights:
     """Read a PEFT LoRA directory, on the CPU, in the dtype of the file.
 
@@ -164,11 +176,7 @@ def read_lora(directory: str | Path) -> LoraWeights:
         raise ValueError(f"{path}: truncated or not safetensors ({error}); copy the file again") from error
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        match = LORA_TENSOR.fullmatch(key)
-        if match is None:
-            raise ValueError(
-                f"{path}: unexpected tensor {key!r}; only lora_A and lora_B of linear modules are supported"
-            )
+        match = check_name(key, path)
         pairs.setdefault(match[1], {})[match[2]] = tensor
     if not pairs:
         raise ValueError(f"{path}: holds no tensors; save the adapter again (ZeRO-3 needs its parameters gathered)")

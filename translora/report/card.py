@@ -5,6 +5,7 @@ from __future__ import annotations
 from huggingface_hub import ModelCard, ModelCardData
 
 from translora import __version__
+from translora.report.markdown import code, escape, one_line
 from translora.report.table import ACCURACY_FIELDS, loglik_text, percent, remarks
 from translora.report.templates import environment
 from translora.run.state import AdapterState
@@ -25,7 +26,7 @@ def model_card(state: AdapterState, *, source: str, target: str, prompt_template
         base_model=target, library_name="peft", tags=["translora", "lora"], pipeline_tag="text-generation"
     )
     templates = environment(keep_trailing_newline=True)
-    templates.filters |= {"percent": percent, "code": _code, "line": _line}
+    templates.filters |= {"percent": percent, "code": code, "line": one_line, "text": escape}
     body = templates.get_template("card.md.j2").render(
         state=state,
         source=source,
@@ -38,14 +39,3 @@ def model_card(state: AdapterState, *, source: str, target: str, prompt_template
         version=__version__,
     )
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}"))
-
-
-def _line(text: str) -> str:
-    """The text on one line, so that it stays where it is put."""
-    return " ".join(text.split())
-
-
-def _code(text: str) -> str:
-    """The text as code in a cell of a table."""
-    text = _line(text).replace("`", "'").replace("|", r"\|")
-    return f"`{text}`"

@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from translora.report.markdown import escape
 from translora.run.state import AdapterState, GateResult
 
 STATUS_WORDS = {
@@ -153,9 +154,6 @@ def to_markdown(states: Sequence[AdapterState]) -> str:
     if any(note(state) for state in states):
         headers, rule = [*headers, "note"], [*rule, "---"]
         rows = [[*row, note(state)] for row, state in zip(rows, states, strict=True)]
-    lines = ["| " + " | ".join(_escape(cell) for cell in row) + " |" for row in [headers, rule, *rows]]
+    cells = [[header.replace("|", "\\|") for header in headers], rule, *(map(escape, row) for row in rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([*lines, "", summary(states) + "."])
-
-
-def _escape(cell: str) -> str:
-    return " ".join(cell.split()).replace("\\", "\\\\").replace("|", "\\|")

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
+from translora.run.redact import printable, redact
+
 console = Console(stderr=True)
 """The one console on stderr: log lines and progress bars share it, so that they do not overwrite each other."""
 
@@ -46,6 +48,14 @@ _QUIET = {
     "RAY_DEDUP_LOGS": "1",
     "WANDB_SILENT": "true",
 }
+
+
+class SafeFormatter(logging.Formatter):
+    """A record, its traceback included, without secrets and control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The text; a traceback keeps its lines."""
+        return printable(redact(super().format(record)), keep="\n\t")
 
 
 def has_cuda_device() -> bool:
@@ -79,10 +89,10 @@ def setup_logging(verbose: bool = False) -> None:
         handler: logging.Handler = RichHandler(
             console=console, show_path=False, highlighter=NullHighlighter(), log_time_format="%H:%M:%S", markup=False
         )
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(SafeFormatter("%(message)s"))
     else:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)

@@ -15,12 +15,14 @@ import pyarrow.parquet as pq
 
 from translora.bundle import BaseInfo, Bundle, BundleError, read_bundle, verify_bundle
 from translora.config import AdapterEntry, FleetConfig, GateConfig
-from translora.run.files import remove_directory, sha256_path, write_json
+from translora.run.files import digest, remove_directory, sha256_path, write_json
+from translora.run.redact import printable, redact
 from translora.run.state import AdapterState, Phase, load_state, save_state, state_path
 from translora.run.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 SYNTHETIC, STUDENT, DISCRIMINATOR, BUNDLES = "synthetic.parquet", "student", "discriminator", "bundles"
+MAX_NAME = 128
 PHASES: tuple[Phase, ...] = ("verify", "synthesis", "distill", "gate", "done")
 
 
@@ -75,7 +77,7 @@ class Run:
     def quarantine(self, state: AdapterState, reason: str) -> None:
         """Take one adapter out of the fleet; the others go on."""
         logger.error("%s: quarantined: %s", state.name, reason)
-        state.status, state.reason = "quarantined", reason
+        state.status, state.reason = "quarantined", printable(redact(reason))
         self.save(state)
 
     def send_back(self, member: Member) -> None:
@@ -134,8 +136,15 @@ def reached(state: AdapterState, phase: Phase) -> bool:
     return PHASES.index(state.phase) >= PHASES.index(phase)
 
 
+def is_name(name: str) -> bool:
+    """Whether the name of a bundle's directory can be an adapter's in paths, logs and reports."""
+    return len(name) <= MAX_NAME and name.isprintable() and not name.startswith((".", "~")) and name.strip() == name
+
+
 def expand_entries(entries: list[AdapterEntry]) -> dict[str, AdapterEntry]:
     """Entries by adapter name, globs expanded; an entry of its own overrides a glob's, in any order.
+
+    A directory whose name is none for an adapter gets another here, under which it can be quarantined.
 
     Raises:
         ValueError: a glob matches nothing, or two bundles bear the same name.
@@ -151,6 +160,8 @@ def expand_entries(entries: list[AdapterEntry]) -> dict[str, AdapterEntry]:
                 raise ValueError(f"adapters: the pattern {entry.bundle} matches no directory; correct it")
         for path in paths:
             name = Path(path).name
+            if not is_name(name):
+                name = f"unnamed-{digest(name)}"
             if name in found and found[name].bundle != path:
                 raise ValueError(
                     f"adapters: {found[name].bundle} and {path} are both named {name}; rename one directory"

@@ -15,10 +15,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from translora.run.files import TEMPORARY_PREFIX, remove_temporaries, write_json
+from translora.run.redact import without_secrets
 
 LOCK, CONFIG = "lock", "config.json"
 PACKAGES = ("translora", "torch", "transformers", "peft", "deepspeed", "ray", "datasets", "wandb", "safetensors")
-MAY_CHANGE = {"adapters", "tasks", "resources", "tracking", "run_dir", "output_dir"}
+MAY_CHANGE = {"adapters", "max_num_samples", "tasks", "resources", "tracking", "run_dir", "output_dir"}
 EXECUTION_ONLY = {
     "micro_batch_size",
     "gang_size",
@@ -43,7 +44,7 @@ def open_run(run_dir: Path, config: BaseModel) -> Iterator[None]:
             made with other settings.
     """
     with _locked(run_dir):
-        resolved = json.loads(config.model_dump_json())
+        resolved = without_secrets(json.loads(config.model_dump_json()))
         path = run_dir / CONFIG
         if path.is_file() and _holds_work(run_dir):
             _check_same(path, resolved)

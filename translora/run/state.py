@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from translora.run.files import write_json
+from translora.run.redact import printable, redact
 
 Phase = Literal["verify", "synthesis", "distill", "gate", "done"]
 ScreenName = Literal["discriminator", "excess", "none"]
@@ -113,7 +114,7 @@ def state_path(run_dir: Path, name: str) -> Path:
 
 def save_state(run_dir: Path, state: AdapterState) -> None:
     """Replace the adapter's state file."""
-    write_json(state_path(run_dir, state.name), state.model_dump())
+    write_json(state_path(run_dir, state.name), state.model_dump() | {"bundle": printable(redact(state.bundle))})
 
 
 def load_state(run_dir: Path, name: str) -> AdapterState:

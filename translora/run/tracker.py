@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from translora.config import TrackingConfig
 from translora.run.files import write_bytes
+from translora.run.redact import without_secrets
 
 if TYPE_CHECKING:
     import wandb
@@ -23,11 +24,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 METRICS_FILE, WANDB_ID_FILE = "metrics.jsonl", "wandb_id"
 _METRIC_NAME = re.compile(r"(loss|perf|time|adapter)/[A-Za-z0-9_]+([/-][A-Za-z0-9_]+)*")
-# Names of settings, not of amounts: max_new_tokens and save_token_counts are no secrets.
-_SECRET_KEY = re.compile(
-    r"(^|_)((api|access|secret|private)_?key|secret|passw(or)?d|credentials?|token)$", re.IGNORECASE
-)
-_URL_PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 class Tracker:
@@ -95,18 +91,6 @@ class Tracker:
 def wandb_name(adapter: str) -> str:
     """The adapter's name inside a W&B metric, where a dot or a slash would open a nested key."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", adapter)
-
-
-def without_secrets(value: Any) -> Any:
-    """A copy of a config with what looks like a key, token or password blanked, in URLs too."""
-    if isinstance(value, dict):
-        return {
-            key: "***" if item and _SECRET_KEY.search(str(key)) else without_secrets(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [without_secrets(item) for item in value]
-    return _URL_PASSWORD.sub("***@", value) if isinstance(value, str) else value
 
 
 def _mend(path: Path) -> None:
