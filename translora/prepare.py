@@ -266,17 +266,14 @@ def train(
         ValueError: the data of a task cannot be trained on.
     """
     jobs = [job for task in tasks for job in train_jobs(config, task, negatives[task.entry.name], template)]
-    total_steps = sum(job.expected_steps(config.train.batch_size) for job in jobs)
-    steps: dict[str, int] = {}
 
     def on_step(job_name: str, row: dict[str, float]) -> None:
         name, _, kind = job_name.rpartition("/")
-        steps[job_name] = int(row["step"])
-        progress.update(sum(steps.values()), f"{job_name} loss {row['loss']:.3f}")
         tracker.log({f"loss/{kind}": row["loss"]}, step=int(row["step"]), adapter=name)
 
-    with Progress("train", total_steps) as progress:
-        train_adapters(config.source, base.name, jobs, config.train, config.resources, config.run_dir, on_step)
+    train_adapters(
+        config.source, base.name, jobs, config.train, config.resources, config.run_dir, label="train", on_step=on_step
+    )
     refuse_failures(jobs)
 
 

@@ -12,13 +12,13 @@ from tests.tiny import make_base, make_bundle
 from translora.bundle import BaseInfo, Bundle, inspect_base
 from translora.config import AdapterEntry, FleetConfig, load_config
 from translora.engine.loading import load_tokenizer
-from translora.fleet import check_training, verify
 from translora.report.table import note
 from translora.run.files import read_jsonl, replace_directory, sha256_path, write_json
 from translora.run.member import Member, Run, attempt_size, continue_state, expand_entries
 from translora.run.rundir import check_free, open_run
 from translora.run.state import AdapterState, load_state, save_state
 from translora.run.tracker import Tracker
+from translora.run.verify import check_training, verify
 
 
 def config(run_dir: Path, **changes: object) -> FleetConfig:

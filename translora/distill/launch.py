@@ -17,6 +17,7 @@ from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
 from translora.distill.job import TrainJob
 from translora.distill.train import train_worker
 from translora.run.files import digest, remove_directory
+from translora.run.progress import Progress
 from translora.run.signals import interruptible_fit
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,9 @@ def train_adapters(
     config: TrainConfig,
     resources: ResourceConfig,
     run_dir: Path,
-    on_step: OnStep,
+    *,
+    label: str,
+    on_step: OnStep | None = None,
 ) -> None:
     """Train every job whose output does not exist yet, in gangs on one worker group that loads the base once.
 
@@ -77,6 +80,7 @@ def train_adapters(
         config: shared settings; epochs and learning rate are each job's own.
         resources: `gpus_per_actor` > 0 gives every worker a GPU.
         run_dir: Ray Train's own files go below it.
+        label: of the progress that is shown.
         on_step: called from a thread with each job's name and {step, num_steps, loss, seconds}.
 
     Raises:
@@ -120,6 +124,15 @@ def train_adapters(
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
         ),
     )
-    with Follower(jobs, on_step), interruptible_fit():
+    steps: dict[str, int] = {}
+
+    def after_step(name: str, row: dict[str, float]) -> None:
+        steps[name] = int(row["step"])
+        progress.update(sum(steps.values()), f"{name} {steps[name]}/{int(row['num_steps'])} loss {row['loss']:.3f}")
+        if on_step is not None:
+            on_step(name, row)
+
+    total = sum(job.expected_steps(config.batch_size) for job in jobs)
+    with Progress(label, total) as progress, Follower(jobs, after_step), interruptible_fit():
         trainer.fit()
     remove_directory(directory)

@@ -1,0 +1,106 @@
+"""What is checked before the first phase: the settings against the bases, each bundle, and what a run left of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from translora.bundle import BaseInfo, Bundle, BundleError, inspect_base, read_bundle, verify_bundle
+from translora.bundle.base import linear_modules
+from translora.config import AdapterEntry, FleetConfig, TrainConfig
+from translora.distill.zero3 import read_ds_config
+from translora.engine.loading import resolve_dtype
+from translora.engine.prompts import prompt_format
+from translora.run.files import read_jsonl
+from translora.run.member import Member, Run, attempt_size, continue_state
+from translora.run.state import AdapterState, load_state, state_path
+from translora.synthesis.prompts import generation_prompt
+from translora.synthesis.rounds import choose_screen
+
+logger = logging.getLogger(__name__)
+
+
+def check_training(config: FleetConfig, target: BaseInfo) -> None:
+    """Check what the distillation will need before the synthesis is paid for.
+
+    Raises:
+        ValueError: the DeepSpeed config cannot be used, or a target module is no linear module of the target base.
+    """
+    check_section(config.distill, target, "distill")
+
+
+def check_section(settings: TrainConfig, base: BaseInfo, section: str) -> None:
+    """Check what a training on `base` will need; `section` is where the settings come from.
+
+    Raises:
+        ValueError: the DeepSpeed config cannot be used, or a target module is no linear module of the base.
+    """
+    read_ds_config(settings.ds_config, resolve_dtype(settings.dtype))
+    linears = {name.rpartition(".")[2] for name in linear_modules(base)}
+    missing = [name for name in settings.lora.target_modules if name not in linears]
+    if missing:
+        raise ValueError(
+            f"{section}.lora.target_modules: {', '.join(missing)} not in {base.name}; "
+            f"it has {', '.join(sorted(linears))}"
+        )
+
+
+def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
+    """Read and check one bundle, and what an earlier run left of it; only its state when it is quarantined."""
+    config = run.config
+    state = AdapterState(name=name, bundle=entry.bundle)
+    try:
+        if state_path(config.run_dir, name).is_file():
+            state = load_state(config.run_dir, name)
+    except ValueError as error:
+        # Not written over: it may be of a newer version, and the work of that version with it.
+        logger.error("%s: quarantined: %s", name, error)
+        return state.model_copy(update={"status": "quarantined", "reason": str(error)})
+    try:
+        bundle = read_bundle(entry.bundle)
+        verify_bundle(bundle, run.source)
+        choose_screen(config.synthesis, bundle)
+        check_prompts(run, bundle)
+        eval_rows = read_jsonl(entry.eval_data, required=("input", "target")) if entry.eval_data else []
+    except (BundleError, ValueError) as error:
+        run.quarantine(state, str(error))
+        return state
+    num_samples = entry.num_samples or bundle.manifest.num_samples
+    fresh = AdapterState(
+        name=name,
+        bundle=entry.bundle,
+        bundle_digest=bundle.digest,
+        task_name=bundle.manifest.task_name,
+        phase="synthesis",
+        num_samples=num_samples,
+    )
+    state = continue_state(config.run_dir, fresh, run.target)
+    if eval_rows and state.phase == "done" and state.accuracy is None:
+        logger.warning(
+            "%s: eval_data %s is not measured: the adapter was finished before it was named%s",
+            name,
+            entry.eval_data,
+            f"; delete {config.run_dir / state.output} to repeat its gate" if state.output else "",
+        )
+    run.save(state)
+    num_heldout = max(config.gate.min_holdout, math.ceil(config.gate.holdout_fraction * num_samples))
+    directory, size = config.run_dir / "adapters" / name, attempt_size(state, config.gate)
+    return Member(bundle, state, directory, size, num_heldout, eval_rows)
+
+
+def check_prompts(run: Run, bundle: Bundle) -> None:
+    """Whether the bundle's template and seeds can be used with the bases' tokenizers.
+
+    Raises:
+        ValueError: no chat template for a `chat` bundle, or seeds that do not fit the generator's context.
+    """
+    synthesis = run.config.synthesis
+    prompt_format(run.source_tokenizer, bundle.manifest.prompt_template)
+    prompt = generation_prompt(bundle.seeds, 0, 0)
+    num_tokens = len(run.generator_tokenizer(prompt)["input_ids"]) + synthesis.sampling.max_new_tokens
+    context = inspect_base((synthesis.generator or run.config.target).model).config.get("max_position_embeddings")
+    if context is not None and num_tokens > context:
+        raise ValueError(
+            f"{bundle.path}: its seeds make a prompt of {num_tokens} tokens, the generator's context is {context}; "
+            "ship fewer or shorter seeds"
+        )
