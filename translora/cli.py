@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from translora import __version__
 from translora.config import FleetConfig, PrepareConfig, ResourceConfig, load_config
 from translora.evaluate.config import EvaluateConfig
+from translora.run.lease import LeaseLostError
 from translora.run.rundir import check_free
 from translora.run.signals import INTERRUPTED, exit_code, unwind_on_sigterm
 
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return int(arguments.work(arguments))
-    except RunFailedError as error:
+    except (RunFailedError, LeaseLostError) as error:
         sys.stderr.write(f"translora: {error}; what is finished is kept, the same command continues\n")
         return BROKEN
     except ValueError as error:

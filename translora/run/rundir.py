@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import importlib.metadata
 import json
 import platform
@@ -14,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from translora.run import lease
 from translora.run.files import TEMPORARY_PREFIX, remove_temporaries, write_json
 
 LOCK, CONFIG = "lock", "config.json"
@@ -36,11 +35,12 @@ WORK = ("rounds", "negatives", "tasks", "gangs", "bundles")
 
 @contextlib.contextmanager
 def open_run(run_dir: Path, config: BaseModel) -> Iterator[None]:
-    """Create or continue a run directory; holds its lock until the block ends.
+    """Create or continue a run directory; holds its lease until the block ends.
 
     Raises:
         ValueError: another process works on it, it cannot be written, it is no run directory, or what it holds was
             made with other settings.
+        LeaseLostError: another driver took it over.
     """
     with _locked(run_dir):
         resolved = json.loads(config.model_dump_json())
@@ -51,6 +51,7 @@ def open_run(run_dir: Path, config: BaseModel) -> Iterator[None]:
         write_json(path, resolved)
         write_json(run_dir / "versions.json", versions())
         yield
+        remove_temporaries(run_dir)  # of workers that outlived a killed driver for a moment
 
 
 def check_free(run_dir: Path) -> None:
@@ -60,32 +61,30 @@ def check_free(run_dir: Path) -> None:
         ValueError: another process works on the run, it cannot be written, or it is no run directory.
     """
     if run_dir.is_dir():
-        with _locked(run_dir):
-            pass
+        with _usable(run_dir):
+            _check_ours(run_dir)
+            lease.await_end(run_dir / LOCK, remove=False)
 
 
 @contextlib.contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
-    """Create the run directory if need be, and hold its lock."""
+def _usable(run_dir: Path) -> Iterator[None]:
+    """Turn what the file system refuses into one line."""
     try:
-        _check_ours(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / LOCK, "a")  # noqa: SIM115 (held for the whole run)
+        yield
     except OSError as error:
         raise ValueError(
             f"{run_dir}: cannot be used as run_dir ({error}); give a directory that you can write"
         ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-                raise ValueError(
-                    f"{run_dir}: another process works on this run; wait for it, or give another run_dir"
-                ) from error
-            raise ValueError(
-                f"{run_dir}: its file system does not lock ({error}); give a run_dir on one that does"
-            ) from error
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Create the run directory if need be, and hold its lease."""
+    with contextlib.ExitStack() as stack:
+        with _usable(run_dir):
+            _check_ours(run_dir)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lease.hold(run_dir / LOCK))
         yield
 
 
@@ -98,8 +97,9 @@ def _check_ours(run_dir: Path) -> None:
     if not run_dir.is_dir():
         return
     names = {path.name for path in run_dir.iterdir()}
-    # A run that was killed at its very start leaves its lock and perhaps half a config.
-    begun = {name for name in names if name == LOCK or name.startswith(f"{TEMPORARY_PREFIX}{CONFIG}-")}
+    # A run that was killed at its very start leaves its lease and perhaps half a config.
+    halves = tuple(f"{TEMPORARY_PREFIX}{name}-" for name in (CONFIG, LOCK))
+    begun = {name for name in names if name == LOCK or name.startswith(halves)}
     if names == begun or (CONFIG in names and "run_dir" in _read_config(run_dir / CONFIG)):
         return
     raise ValueError(f"{run_dir}: is not empty and no run directory; give another run_dir")
