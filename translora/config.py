@@ -17,6 +17,7 @@ from translora.config_file import load_config as load_config
 
 DType = Literal["auto", "bfloat16", "float32"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+Screen = Literal["auto", "discriminator", "excess", "none"]
 
 
 class BaseModelConfig(Strict):
@@ -39,6 +40,12 @@ class AdapterEntry(Strict):
     """|D_syn|; the bundle's own |D| when unset."""
     eval_data: str | None = None
     """JSONL with `input` and `target`: real held-out data, only measured on, never trained on."""
+    screen: Screen | None = None
+    """This adapter's own synthesis.screen."""
+    epochs: float | None = Field(default=None, gt=0)
+    """This adapter's own distill.epochs."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """This adapter's own distill.learning_rate."""
 
 
 class SamplingConfig(Strict):
@@ -63,7 +70,7 @@ class SynthesisConfig(Strict):
     """Rows in one forward pass; rows of different adapters share it."""
     max_answer_tokens: int = Field(default=64, ge=1)
     """Longest answer of the teacher, in tokens of the source base; longer answers are dropped as malformed."""
-    screen: Literal["auto", "discriminator", "excess", "none"] = "auto"
+    screen: Screen = "auto"
     """Which inputs are kept: those that the owner's `discriminator` takes for real (the paper), those on which the
     adapter has most to say beyond its base (`excess`, for bundles without a discriminator), or all (`none`); `auto` is
     the discriminator where the bundle has one, and excess elsewhere."""

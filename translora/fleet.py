@@ -15,10 +15,11 @@ from translora.distill.phase import distill_phase
 from translora.engine.loading import load_tokenizer
 from translora.gate.phase import gate_phase
 from translora.run.member import Member, Run, cohort, end_cohort, expand_entries
+from translora.run.recipes import Seals, base_settings
 from translora.run.rundir import open_run
 from translora.run.state import AdapterState, Phase
 from translora.run.tracker import Tracker
-from translora.run.verify import check_training, verify
+from translora.run.verify import check_training, verify_fleet
 from translora.synthesis.phase import synthesis_phase
 
 
@@ -33,30 +34,34 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
         ValueError: the config or a base cannot be used. A fault of one bundle quarantines that adapter alone.
     """
     entries = expand_entries(config.adapters)
-    source, target = inspect_base(config.source.model), inspect_base(config.target.model)
+    source, target, generator = (inspect_base(settings.model) for settings in base_settings(config))
     if source.fingerprint == target.fingerprint:
         raise ValueError(f"source and target are the same base ({source.path}); set `target` to the new base")
     with (
-        open_run(config.run_dir, config),
+        open_run(config.run_dir, config, settings_may_change=True),
         Tracker(config.run_dir, config.tracking, config.model_dump(mode="json"), config.run_dir.name) as tracker,
     ):
-        generator = config.synthesis.generator or config.target
         run = Run(
             config=config,
             source=source,
             target=target,
+            generator=generator,
             tracker=tracker,
             source_tokenizer=load_tokenizer(config.source.model),
-            generator_tokenizer=load_tokenizer(generator.model),
+            generator_tokenizer=load_tokenizer(base_settings(config)[2].model),
         )
         check_training(config, target)
-        verified = {name: verify(run, name, entry) for name, entry in entries.items()}
+        seals = Seals(config.run_dir, config, (source, target, generator))
+        verified = verify_fleet(run, entries, seals)
         members = [member for member in verified.values() if isinstance(member, Member)]
         if any(member.state.status == "pending" for member in members):
             start_cluster()
         while any(member.state.status == "pending" for member in members):  # again for what the gate sent back
             for phase in PHASE_WORK:
                 run_phase(run, phase, members)
+        for member in members:
+            seals.put(member.entry, member.state)
+        seals.save()
         return [found.state if isinstance(found, Member) else found for found in verified.values()]
 
 

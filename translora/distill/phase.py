@@ -16,7 +16,7 @@ SAVE_EVERY_SECONDS = 2.0
 
 def train_jobs(run: Run, member: Member) -> list[TrainJob]:
     """The two trainings of an adapter on the target base: the student, and a discriminator for the next hop."""
-    config, directory = run.config, member.directory
+    config, directory, entry = run.config, member.directory, member.entry
     train, heldout, refused = (member.samples(split) for split in ("train", "heldout", "refused"))
     seed = derive_seed(config.seed, member.name, DISCRIMINATOR)
     positives = [row["input"] for row in train + heldout]
@@ -34,6 +34,8 @@ def train_jobs(run: Run, member: Member) -> list[TrainJob]:
             work_dir=directory / "train" / kind,
             root_seed=config.seed,
             with_end=kind == STUDENT,
+            epochs=entry.epochs if kind == STUDENT else None,
+            learning_rate=entry.learning_rate if kind == STUDENT else None,
         )
         for kind, rows, settings in (
             (STUDENT, answers, config.distill),

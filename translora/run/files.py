@@ -113,6 +113,15 @@ def sha256_path(path: Path) -> str:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object that this program wrote; empty where there is none, or none that can be read."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Replace `path` by one JSON object a line (ASCII, so that no Unicode line separator splits a row)."""
     write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

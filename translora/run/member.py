@@ -37,6 +37,8 @@ class Member:
     """Samples for the gate, beyond |D_syn|."""
     eval_rows: list[dict[str, str]]
     """Real held-out data to measure on; may be empty."""
+    entry: AdapterEntry
+    """Its line in the fleet file, with settings of its own."""
 
     def waits_for(self, phase: Phase) -> bool:
         """Whether this phase is the next thing to do."""
@@ -64,6 +66,7 @@ class Run:
     config: FleetConfig
     source: BaseInfo
     target: BaseInfo
+    generator: BaseInfo
     tracker: Tracker
     source_tokenizer: Any
     generator_tokenizer: Any
@@ -122,6 +125,11 @@ def cohort(run_dir: Path, phase: Phase, todo: list[Member], members: list[Member
             return [by_name[name] for name in names]
     write_json(path, [member.name for member in todo])
     return todo
+
+
+def cohort_names(run_dir: Path) -> set[str]:
+    """Names of all adapters of the cohorts of a killed run."""
+    return {name for path in run_dir.glob("cohort-*.json") for name in json.loads(path.read_text(encoding="utf-8"))}
 
 
 def end_cohort(run_dir: Path, phase: Phase) -> None:
@@ -183,7 +191,8 @@ def continue_state(run_dir: Path, fresh: AdapterState, target: BaseInfo) -> Adap
     """The state an earlier run left, as far as its files still are what it recorded; else `fresh`.
 
     A changed bundle starts from the beginning. A missing or changed file sends the adapter back to the phase that
-    makes it. A quarantined adapter is tried again; one that failed the gate is not.
+    makes it, a changed setting or base to the first phase that it touches. A quarantined adapter is tried again; one
+    that failed the gate is not.
     """
     directory = run_dir / "adapters" / fresh.name
     if not state_path(run_dir, fresh.name).is_file():
@@ -196,6 +205,7 @@ def continue_state(run_dir: Path, fresh: AdapterState, target: BaseInfo) -> Adap
         remove_directory(run_dir / BUNDLES / fresh.name)
         return fresh
     state.bundle = fresh.bundle
+    state = touched_again(run_dir, state, fresh)
     earlier = [name for name in state.artifacts if name.startswith(f"adapters/{fresh.name}/synthetic-")]
     if any(artifact_digest(run_dir, name, target) != state.artifacts[name] for name in earlier):
         logger.warning("%s: the samples of its first attempt are missing or changed: migrated anew", fresh.name)
@@ -218,12 +228,7 @@ def continue_state(run_dir: Path, fresh: AdapterState, target: BaseInfo) -> Adap
                 (run_dir / later).unlink(missing_ok=True)
             else:
                 remove_directory(run_dir / later)
-        kept: dict[str, Any] = {"phase": phase, "artifacts": state.artifacts, "attempt": state.attempt}
-        if phase != "synthesis":
-            kept["synthesis"] = state.synthesis
-        if phase == "gate":
-            kept |= {"losses": state.losses, "step": state.step, "num_steps": state.num_steps}
-        return fresh.model_copy(update=kept)
+        return sent_back(state, fresh, phase)
     if state.status == "quarantined":
         state.status, state.reason = "pending", ""
         if state.phase == "done":  # its bundle was broken for a while, after it had been migrated
@@ -231,3 +236,34 @@ def continue_state(run_dir: Path, fresh: AdapterState, target: BaseInfo) -> Adap
             state.status = "migrated" if passed else "failed_gate"
             state.reason = "" if passed or state.gate is None else state.gate.reason
     return state
+
+
+def touched_again(run_dir: Path, state: AdapterState, fresh: AdapterState) -> AdapterState:
+    """The state, sent back to the first phase that was made from something else than now.
+
+    What was shipped goes; student and discriminator stay, because a training recognises by itself what it made. An
+    attempt beyond the first keeps its number and its samples unless the samples themselves are touched.
+    """
+    touched = next((phase for phase in PHASES if state.recipes.get(phase) != fresh.recipes.get(phase)), None)
+    begun = touched is not None and (reached(state, touched) and (state.phase != touched or state.attempt > 1))
+    if touched is None or not state.recipes or not begun:
+        return state.model_copy(update={"recipes": fresh.recipes})
+    logger.info("%s: settings or a base changed: done again from the phase %s on", state.name, touched)
+    remove_directory(run_dir / BUNDLES / state.name)
+    if touched == "synthesis":
+        return fresh
+    dropped = {f"{BUNDLES}/{state.name}"}
+    if touched == "distill":
+        dropped |= {f"adapters/{state.name}/{kind}" for kind in (STUDENT, DISCRIMINATOR)}
+    state.artifacts = {name: value for name, value in state.artifacts.items() if name not in dropped}
+    return sent_back(state, fresh, touched)
+
+
+def sent_back(state: AdapterState, fresh: AdapterState, phase: Phase) -> AdapterState:
+    """`fresh` with what the phases before `phase` have come to."""
+    kept: dict[str, Any] = {"phase": phase, "artifacts": state.artifacts, "attempt": state.attempt}
+    if phase != "synthesis":
+        kept["synthesis"] = state.synthesis
+    if phase == "gate":
+        kept |= {"losses": state.losses, "step": state.step, "num_steps": state.num_steps}
+    return fresh.model_copy(update=kept)

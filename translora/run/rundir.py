@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import logging
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import BaseModel
 from translora.run import lease
 from translora.run.files import TEMPORARY_PREFIX, remove_temporaries, write_json
 
+logger = logging.getLogger(__name__)
 LOCK, CONFIG = "lock", "config.json"
 PACKAGES = ("translora", "torch", "transformers", "peft", "deepspeed", "ray", "datasets", "wandb", "safetensors")
 MAY_CHANGE = {"adapters", "tasks", "resources", "tracking", "run_dir", "output_dir"}
@@ -34,8 +36,11 @@ WORK = ("rounds", "negatives", "tasks", "gangs", "bundles")
 
 
 @contextlib.contextmanager
-def open_run(run_dir: Path, config: BaseModel) -> Iterator[None]:
+def open_run(run_dir: Path, config: BaseModel, *, settings_may_change: bool = False) -> Iterator[None]:
     """Create or continue a run directory; holds its lease until the block ends.
+
+    Args:
+        settings_may_change: the caller finds what was made with other settings and does it again.
 
     Raises:
         ValueError: another process works on it, it cannot be written, it is no run directory, or what it holds was
@@ -46,7 +51,11 @@ def open_run(run_dir: Path, config: BaseModel) -> Iterator[None]:
         resolved = json.loads(config.model_dump_json())
         path = run_dir / CONFIG
         if path.is_file() and _holds_work(run_dir):
-            _check_same(path, resolved)
+            changed = changed_settings(_read_config(path), resolved)
+            if changed and not settings_may_change:
+                raise ValueError(f"{run_dir}: was made with other settings ({changed}); give another run_dir")
+            if changed:
+                logger.warning("%s: settings changed (%s): what they touch is done again", run_dir, changed)
         remove_temporaries(run_dir)
         write_json(path, resolved)
         write_json(run_dir / "versions.json", versions())
@@ -128,17 +137,16 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check_same(path: Path, resolved: dict[str, Any]) -> None:
-    before, now = _flatten(_read_config(path)), _flatten(resolved)
-    changed = [
-        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
+def changed_settings(earlier: dict[str, Any], now: dict[str, Any]) -> str:
+    """The settings that differ and decide a result, as `key before -> now`; empty where there is none."""
+    before, after = _flatten(earlier), _flatten(now)
+    return "; ".join(
+        f"{key} {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
         if key.split(".")[0] not in MAY_CHANGE
         and key.split(".")[-1] not in EXECUTION_ONLY
-        and before.get(key) != now.get(key)
-    ]
-    if changed:
-        raise ValueError(f"{path.parent}: was made with other settings ({'; '.join(changed)}); give another run_dir")
+        and before.get(key) != after.get(key)
+    )
 
 
 def versions() -> dict[str, str]:

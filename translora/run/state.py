@@ -100,6 +100,8 @@ class AdapterState(BaseModel):
     accuracy: Accuracy | None = None
     seconds: dict[str, float] = {}
     """Wall seconds by phase (shared phases: the whole phase)."""
+    recipes: dict[str, str] = {}
+    """Hash of what each phase is made from; none in a state of an older version, which is kept as it is."""
     artifacts: dict[str, str] = {}
     """sha256 by path relative to the run directory: what a rerun verifies before it skips a phase."""
     output: str = ""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 
-from translora.bundle import BaseInfo, Bundle, BundleError, inspect_base, read_bundle, verify_bundle
+from translora.bundle import BaseInfo, Bundle, BundleError, read_bundle, verify_bundle
 from translora.bundle.base import linear_modules
 from translora.config import AdapterEntry, FleetConfig, TrainConfig
 from translora.distill.zero3 import read_ds_config
 from translora.engine.loading import resolve_dtype
 from translora.engine.prompts import prompt_format
 from translora.run.files import read_jsonl
-from translora.run.member import Member, Run, attempt_size, continue_state
+from translora.run.member import Member, Run, attempt_size, cohort_names, continue_state
+from translora.run.recipes import Seals, recipes
 from translora.run.state import AdapterState, load_state, state_path
 from translora.synthesis.prompts import generation_prompt
 from translora.synthesis.rounds import choose_screen
@@ -45,6 +47,33 @@ def check_section(settings: TrainConfig, base: BaseInfo, section: str) -> None:
         )
 
 
+def verify_fleet(run: Run, entries: Mapping[str, AdapterEntry], seals: Seals) -> dict[str, Member | AdapterState]:
+    """Read and check every bundle and what an earlier run left of it; only the state where there is nothing to do.
+
+    A finished adapter whose files are as they were when they were last verified is not read again.
+    """
+    found: dict[str, Member | AdapterState] = {}
+    busy = cohort_names(run.config.run_dir)
+    for name, entry in entries.items():
+        sealed = None if name in busy else sealed_state(run, name, entry, seals)
+        found[name] = sealed or verify(run, name, entry)
+        if isinstance(member := found[name], Member):
+            seals.put(entry, member.state)
+    seals.save()
+    if skipped := sum(isinstance(one, AdapterState) and one.phase == "done" for one in found.values()):
+        logger.info("%d of %d adapters are finished and unchanged", skipped, len(found))
+    return found
+
+
+def sealed_state(run: Run, name: str, entry: AdapterEntry, seals: Seals) -> AdapterState | None:
+    """The state of a finished adapter that nothing has happened to; None where it must be looked at."""
+    try:
+        state = load_state(run.config.run_dir, name)
+    except ValueError:
+        return None
+    return state if seals.fits(entry, state) else None
+
+
 def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
     """Read and check one bundle, and what an earlier run left of it; only its state when it is quarantined."""
     config = run.config
@@ -59,13 +88,14 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
     try:
         bundle = read_bundle(entry.bundle)
         verify_bundle(bundle, run.source)
-        choose_screen(config.synthesis, bundle)
+        choose_screen(config.synthesis, bundle, entry.screen)
         check_prompts(run, bundle)
         eval_rows = read_jsonl(entry.eval_data, required=("input", "target")) if entry.eval_data else []
     except (BundleError, ValueError) as error:
         run.quarantine(state, str(error))
         return state
     num_samples = entry.num_samples or bundle.manifest.num_samples
+    bases = (run.source, run.target, run.generator)
     fresh = AdapterState(
         name=name,
         bundle=entry.bundle,
@@ -73,19 +103,13 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
         task_name=bundle.manifest.task_name,
         phase="synthesis",
         num_samples=num_samples,
+        recipes=recipes(config, entry, bundle_digest=bundle.digest, num_samples=num_samples, bases=bases),
     )
     state = continue_state(config.run_dir, fresh, run.target)
-    if eval_rows and state.phase == "done" and state.accuracy is None:
-        logger.warning(
-            "%s: eval_data %s is not measured: the adapter was finished before it was named%s",
-            name,
-            entry.eval_data,
-            f"; delete {config.run_dir / state.output} to repeat its gate" if state.output else "",
-        )
     run.save(state)
     num_heldout = max(config.gate.min_holdout, math.ceil(config.gate.holdout_fraction * num_samples))
     directory, size = config.run_dir / "adapters" / name, attempt_size(state, config.gate)
-    return Member(bundle, state, directory, size, num_heldout, eval_rows)
+    return Member(bundle, state, directory, size, num_heldout, eval_rows, entry)
 
 
 def check_prompts(run: Run, bundle: Bundle) -> None:
@@ -98,7 +122,7 @@ def check_prompts(run: Run, bundle: Bundle) -> None:
     prompt_format(run.source_tokenizer, bundle.manifest.prompt_template)
     prompt = generation_prompt(bundle.seeds, 0, 0)
     num_tokens = len(run.generator_tokenizer(prompt)["input_ids"]) + synthesis.sampling.max_new_tokens
-    context = inspect_base((synthesis.generator or run.config.target).model).config.get("max_position_embeddings")
+    context = run.generator.config.get("max_position_embeddings")
     if context is not None and num_tokens > context:
         raise ValueError(
             f"{bundle.path}: its seeds make a prompt of {num_tokens} tokens, the generator's context is {context}; "

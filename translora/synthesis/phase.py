@@ -9,7 +9,6 @@ import random
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from translora.bundle import inspect_base
 from translora.run.files import derive_seed, write_parquet
 from translora.run.member import SYNTHETIC, Member, Run
 from translora.synthesis.rounds import Pool, choose_screen, synthesise
@@ -25,7 +24,7 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
     for member in members:
         needed = member.num_samples + member.num_heldout
         budget = math.ceil(config.synthesis.max_generated_factor * needed)
-        screen = choose_screen(config.synthesis, member.bundle)
+        screen = choose_screen(config.synthesis, member.bundle, member.entry.screen)
         surplus = config.synthesis.excess_surplus if screen == "excess" else 1.0
         pools.append(Pool(member.name, member.bundle, needed, budget, screen, surplus))
         if member.state.attempt > 1:
@@ -47,7 +46,7 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
         pools,
         generator=generator,
         source=config.source,
-        fingerprints=(inspect_base(generator.model).fingerprint, run.source.fingerprint),
+        fingerprints=(run.generator.fingerprint, run.source.fingerprint),
         config=config.synthesis,
         resources=config.resources,
         seed=config.seed,

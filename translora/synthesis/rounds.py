@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from translora.bundle.bundle import Bundle
-from translora.config import BaseModelConfig, ResourceConfig, SynthesisConfig
+from translora.config import BaseModelConfig, ResourceConfig, Screen, SynthesisConfig
 from translora.run.files import digest, write_bytes
 from translora.run.progress import Progress
 from translora.run.state import ScreenName, SynthesisStats
@@ -83,17 +83,19 @@ class Pool:
         return min(math.ceil(missing / acceptance * oversample), self.budget - self.stats.generated)
 
 
-def choose_screen(config: SynthesisConfig, bundle: Bundle) -> ScreenName:
-    """The screen of one adapter.
+def choose_screen(config: SynthesisConfig, bundle: Bundle, own: Screen | None = None) -> ScreenName:
+    """The screen of one adapter; `own` is its entry's.
 
     Raises:
         ValueError: the discriminator is asked for, and the bundle has none.
     """
-    if config.screen == "auto":
+    screen = own or config.screen
+    if screen == "auto":
         return "discriminator" if bundle.discriminator_dir else "excess"
-    if config.screen == "discriminator" and not bundle.discriminator_dir:
-        raise ValueError(f"{bundle.path}: has no discriminator; set synthesis.screen to auto, excess or none")
-    return config.screen
+    if screen == "discriminator" and not bundle.discriminator_dir:
+        setting = "its screen" if own else "synthesis.screen"
+        raise ValueError(f"{bundle.path}: has no discriminator; set {setting} to auto, excess or none")
+    return screen
 
 
 def plan_round(pools: Sequence[Pool], config: SynthesisConfig, seed: int) -> list[Row]:
