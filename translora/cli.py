@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="show where a run stands, also while it goes on")
     status.add_argument("run", type=Path, help="run directory")
     status.add_argument("--json", action="store_true", help="print JSON")
+    status.add_argument("--watch", type=float, metavar="SECONDS", help="show it again every so often, until Ctrl-C")
     status.set_defaults(work=run_status)
     report = commands.add_parser("report", help="write the HTML report of a run again and print its table")
     report.add_argument("run", type=Path, help="run directory")
@@ -169,7 +172,17 @@ def run_status(arguments: argparse.Namespace) -> int:
     """`translora status RUN`."""
     from translora.run.status import render_status
 
-    sys.stdout.write(render_status(arguments.run, as_json=arguments.json).rstrip() + "\n")
+    if arguments.watch is None:
+        sys.stdout.write(render_status(arguments.run, as_json=arguments.json).rstrip() + "\n")
+        return MIGRATED
+    clear = "\x1b[H\x1b[J" if sys.stdout.isatty() else ""
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            rows = max(5, shutil.get_terminal_size().lines - 8) if clear else None
+            text = render_status(arguments.run, as_json=arguments.json, max_rows=rows)
+            sys.stdout.write(f"{clear}{text.rstrip()}\n")
+            sys.stdout.flush()
+            time.sleep(arguments.watch)
     return MIGRATED
 
 

@@ -194,7 +194,7 @@ def invent_negatives(config: PrepareConfig, tasks: list[Task], base: BaseInfo) -
     blocks = cut_blocks(rows, config.synthesis.batch_size, generation_order)
     settings = {"sampling": config.synthesis.sampling.model_dump()}
     key = digest(blocks, settings, config.source.model_dump(), base.fingerprint)
-    with Hosts(config.resources) as hosts, Progress("invent negatives", len(rows)) as progress:
+    with Hosts(config.resources) as hosts, Progress("invent negatives", len(rows), config.run_dir) as progress:
         generated = run_blocks(
             blocks,
             generate_block,

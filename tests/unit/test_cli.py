@@ -119,10 +119,10 @@ def test_a_second_start_is_refused_before_the_libraries_are_loaded(tmp_path: Pat
     (tmp_path / "fleet.yaml").write_text(json.dumps(fleet))
     (tmp_path / "run").mkdir()
     script = (
-        "import fcntl, sys, translora.cli\n"
-        f"lock = open({str(tmp_path / 'run/lock')!r}, 'w')\n"
-        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
-        f"code = translora.cli.main(['migrate', {str(tmp_path / 'fleet.yaml')!r}])\n"
+        "import pathlib, sys, translora.cli\n"
+        "from translora.run.lease import hold\n"
+        f"with hold(pathlib.Path({str(tmp_path / 'run/lock')!r})):\n"
+        f"    code = translora.cli.main(['migrate', {str(tmp_path / 'fleet.yaml')!r}])\n"
         "assert not {'torch', 'ray'} & sys.modules.keys()\n"
         "sys.exit(code)"
     )

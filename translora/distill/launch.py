@@ -133,6 +133,6 @@ def train_adapters(
             on_step(name, row)
 
     total = sum(job.expected_steps(config.batch_size) for job in jobs)
-    with Progress(label, total) as progress, Follower(jobs, after_step), interruptible_fit():
+    with Progress(label, total, run_dir) as progress, Follower(jobs, after_step), interruptible_fit():
         trainer.fit()
     remove_directory(directory)

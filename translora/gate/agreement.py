@@ -135,6 +135,7 @@ def run_answers(
 
     Args:
         label: of the progress.
+        directory: below the run directory; finished blocks go below it.
         adapters: PEFT directory by slot.
         digests: content hashes of adapters and bases: answers of the same weights alone are used again.
 
@@ -145,7 +146,7 @@ def run_answers(
     settings = {"max_answer_tokens": max_answer_tokens}
     blocks = cut_blocks(rows, batch_size, lambda row: len(row["input"]))
     key = digest(blocks, settings, base.model_dump(), dict(digests))
-    with Progress(label, len(rows)) as progress:
+    with Progress(label, len(rows), directory.parent) as progress:
         computed = run_blocks(
             blocks,
             gate_block,

@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -222,3 +223,13 @@ def _held(path: Path, owner: Owner | None, age: float) -> ValueError:
         f"{path.parent}: another process works on this run ({who}sign of life {max(0.0, age):.0f} s ago); "
         "wait for it, or give another run_dir"
     )
+
+
+def describe(path: Path) -> dict[str, Any] | None:
+    """Who holds the lease and whether it lives, as plain values; None where nobody does. For a look from any host."""
+    seen = look(path)
+    if seen is None or seen.owner is None:
+        return None
+    owner, age = seen.owner, max(0.0, time.time() - seen.renewed)
+    alive = owner.is_alive if owner.is_near else age < LEASE_SECONDS
+    return {"host": owner.host, "pid": owner.pid, "seconds_since_sign": round(age, 1), "alive": alive}

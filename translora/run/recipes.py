@@ -118,9 +118,10 @@ def _listing(path: str) -> list[Any]:
         found = []
         for folder, folders, names in os.walk(path):
             folders.sort()
+            place = os.path.relpath(folder, path)
             for name in sorted(names):
                 status = os.lstat(os.path.join(folder, name))
-                found.append([os.path.relpath(folder, path), name, status.st_size, status.st_mtime_ns])
+                found.append([place, name, status.st_size, status.st_mtime_ns])
         return found
     try:
         status = os.stat(path)

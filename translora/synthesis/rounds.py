@@ -300,7 +300,7 @@ def run_round(
     blocks = cut_blocks(rows, config.batch_size, generation_order)
     settings = {"sampling": config.sampling.model_dump()}
     key = digest("generate", blocks, settings, generator.model_dump(), fingerprints[0])
-    with Progress(f"round {number + 1}: generate", len(rows)) as progress:
+    with Progress(f"round {number + 1}: generate", len(rows), run_dir) as progress:
         generated = run_blocks(
             blocks,
             generate_block,
@@ -316,7 +316,7 @@ def run_round(
     answers = {"max_answer_tokens": config.max_answer_tokens}
     bundle_digests = {pool.name: pool.bundle.digest for pool in pools}
     key = digest("label", blocks, answers, source.model_dump(), fingerprints[1], bundle_digests)
-    with Progress(f"round {number + 1}: screen and label", len(candidates)) as progress:
+    with Progress(f"round {number + 1}: screen and label", len(candidates), run_dir) as progress:
         labelled = run_blocks(
             blocks,
             screen_and_label_block,
