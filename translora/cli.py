@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
+import os
 import shutil
 import sys
 import time
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from translora.run.state import AdapterState
 
 logger = logging.getLogger(__name__)
+DISK_FULL = os.strerror(errno.ENOSPC)
 MIGRATED, FAILED, UNUSABLE, BROKEN = 0, 1, 2, 3
 EXIT_CODES = """\
 exit codes: 0 every adapter migrated, 1 some failed the gate or were quarantined, 2 the input cannot be used,
@@ -46,6 +49,8 @@ def cluster_faults() -> Iterator[None]:
     try:
         yield
     except (ray.exceptions.RayError, ray.train.TrainingFailedError, ConnectionError) as error:
+        if DISK_FULL in str(error):
+            raise RunFailedError(f"a worker could not write: {DISK_FULL}; free some space") from error
         logger.error("the cluster or a worker failed", exc_info=True)
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise RunFailedError(lines[-1] if lines else type(error).__name__) from error
@@ -95,6 +100,15 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         sys.stderr.write(f"translora: {error}\n")
         return UNUSABLE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(
+            f"translora: {where}{error.strerror}; free some space: what is finished is kept, "
+            "the same command continues\n"
+        )
+        return BROKEN
     except KeyboardInterrupt:
         code = exit_code()
         what = "interrupted" if code == INTERRUPTED else "terminated"

@@ -35,7 +35,7 @@ class AdapterEntry(Strict):
     """One bundle, or a glob over bundles."""
 
     bundle: str
-    """Bundle directory or a glob pattern over bundle directories."""
+    """Bundle directory or a glob pattern over bundle directories, or a URL of either (s3://bucket/bundles/*)."""
     num_samples: int | None = Field(default=None, ge=2)
     """|D_syn|; the bundle's own |D| when unset."""
     eval_data: str | None = None
@@ -133,6 +133,8 @@ class TrainConfig(Strict):
     """DeepSpeed config: a path (relative to the file that names it), or the name of a file in ds_configs/."""
     checkpoint_every_steps: int = Field(default=50, ge=1)
     """Steps between two resumable checkpoints of the adapter in training."""
+    checkpoint_every_seconds: float = Field(default=300, gt=0)
+    """Seconds after which a checkpoint is written in any case: a kill costs no more."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     max_failures: int = Field(default=2, ge=0)
@@ -185,6 +187,9 @@ class ResourceConfig(Strict):
     """GPUs per actor; 0 runs on the CPU."""
     cpus_per_actor: float = Field(default=1, gt=0)
     """CPUs that Ray reserves per actor, and its number of torch threads."""
+    worker_timeout_seconds: float = Field(default=3600, gt=0)
+    """A worker that finishes no block, or in training no pass, for so long is taken to hang: it is ended, and its work
+    tried again. Loading the base counts."""
     ray_address: str | None = None
     """Address of a running Ray cluster; unset starts or joins as `ray.init` does."""
 

@@ -39,7 +39,8 @@ _PLACED = (".", "~", "/", "$")
 def expand(path: str, relative_to: Path, is_pattern: bool = False) -> str:
     """Expand `~` and `$VARS`; a relative path is taken relative to the config file's directory.
 
-    `is_pattern`: a glob pattern, unless it names a directory; the config file's directory is then taken literally.
+    `is_pattern`: a glob pattern, unless it names a directory; the config file's directory is then taken literally. A
+    URL stays as it is.
 
     Raises:
         ValueError: an environment variable is not set.
@@ -49,7 +50,7 @@ def expand(path: str, relative_to: Path, is_pattern: bool = False) -> str:
         if name not in os.environ:
             raise ValueError(f"{path}: the environment variable {name} is not set; set it, or write the path out")
     expanded = os.path.expandvars(os.path.expanduser(path))
-    if os.path.isabs(expanded):
+    if os.path.isabs(expanded) or (is_pattern and "://" in expanded):
         return expanded
     joined = os.path.normpath(os.path.join(relative_to, expanded))
     if is_pattern and glob.has_magic(expanded) and not os.path.isdir(joined):

@@ -66,8 +66,14 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
 
 
 def run_phase(run: Run, phase: Phase, members: list[Member]) -> None:
-    """Do a phase's work for all members that wait for it, those of a killed run's cohort first."""
-    while todo := [member for member in members if member.waits_for(phase)]:
+    """Do a phase's work for all members that wait for it, those of a killed run's cohort first.
+
+    One whose files were damaged meanwhile goes back to an earlier phase, and its neighbours go on without it.
+    """
+    while waiting := [member for member in members if member.waits_for(phase)]:
+        todo = [member for member in waiting if run.is_whole(member)]
+        if not todo:
+            return
         group = cohort(run.config.run_dir, phase, todo, members)
         start = time.monotonic()
         PHASE_WORK[phase](run, group)

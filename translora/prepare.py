@@ -26,7 +26,8 @@ from translora.run.files import derive_seed, digest, read_jsonl, sha256_file, sh
 from translora.run.progress import Progress
 from translora.run.rundir import EXECUTION_ONLY, open_run
 from translora.run.tracker import Tracker
-from translora.synthesis.actors import Hosts, Row, cut_blocks, run_blocks
+from translora.synthesis.actors import Hosts, cut_blocks, run_blocks
+from translora.synthesis.calls import Row
 from translora.synthesis.discriminator import discriminator_rows
 from translora.synthesis.prompts import generation_order, generation_row, normalise
 from translora.synthesis.stages import generate_block

@@ -371,6 +371,29 @@ def test_a_sealed_adapter_is_not_read_again_until_a_file_or_a_setting_changes(
     assert isinstance(look_again(dataclasses.replace(run, config=changed)), Member)
 
 
+def test_a_file_that_is_damaged_in_the_middle_of_a_run_is_made_anew_a_few_times(
+    tmp_path: Path, run: Run, bundle: Bundle, finished: AdapterState
+) -> None:
+    judged = {"phase": "gate", "status": "pending", "num_samples": 4, "bundle_digest": "d"}
+    artifacts = {name: value for name, value in finished.artifacts.items() if name.startswith("adapters/")}
+    state = finished.model_copy(update=judged | {"artifacts": artifacts})
+    member = Member(bundle, state.model_copy(deep=True), tmp_path / "adapters/a", 4, 2, [], AdapterEntry(bundle="x"))
+    assert run.is_whole(member) and member.waits_for("gate")
+    for _ in range(2):
+        (tmp_path / "adapters/a/synthetic.parquet").write_text("damaged")
+        assert not run.is_whole(member)
+        assert member.waits_for("synthesis") and load_state(tmp_path, "a") == member.state
+        (tmp_path / "adapters/a/synthetic.parquet").write_text("adapters/a/synthetic.parquet")
+        member.state = state.model_copy(deep=True)
+        for kind in ("student", "discriminator"):
+            (tmp_path / "adapters/a" / kind).mkdir(exist_ok=True)
+            (tmp_path / "adapters/a" / kind / "w").write_text(f"adapters/a/{kind}")
+    (tmp_path / "adapters/a/student/w").unlink()
+    assert not run.is_whole(member)
+    assert member.state.status == "quarantined"
+    assert member.state.reason.endswith("adapters/a/student: damaged, 2 times made anew; check the file system")
+
+
 def test_target_modules_are_linear_modules_of_the_target_base(run: Run) -> None:
     for names in (["embed_tokens"], ["lm_head"], ["q_proj", "qproj"]):
         settings = config(Path("run"), distill={"lora": {"target_modules": names}})

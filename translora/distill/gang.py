@@ -123,7 +123,7 @@ class Gang:
         del self.students[slot]
         self.bank.close_slot(slot)
 
-    def give_up(self, job: TrainJob, error: Exception) -> None:
+    def give_up(self, job: TrainJob, error: Exception | str) -> None:
         """Record why a job ends here; its neighbours go on."""
         if self.rank == 0:
             write_json(Path(job.work_dir) / FAILURE, {"reason": str(error)})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import threading
@@ -15,6 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from translora.bundle.base import inspect_base
 from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
 from translora.distill.job import TrainJob
+from translora.distill.shrink import read_notes
 from translora.distill.train import train_worker
 from translora.run.files import digest, remove_directory
 from translora.run.progress import Progress
@@ -23,6 +26,8 @@ from translora.run.signals import interruptible_fit
 logger = logging.getLogger(__name__)
 OnStep = Callable[[str, dict[str, float]], None]
 POLL_SECONDS = 0.5
+MAX_NOTES = 30
+"""Passes that may run out of memory until they are as small as can be; beyond them each note gives up a job."""
 
 
 class Follower:
@@ -34,20 +39,28 @@ class Follower:
         self._offsets = {name: path.stat().st_size if path.is_file() else 0 for name, path in self._paths.items()}
         self._on_step = on_step
         self._stop = threading.Event()
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Follower:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        if kind is not None:
+            return  # what went wrong goes before what could not be reported
+        if self._error is not None:
+            raise self._error
         self._poll()
 
     def _run(self) -> None:
-        while not self._stop.wait(POLL_SECONDS):
-            self._poll()
+        try:
+            while not self._stop.wait(POLL_SECONDS):
+                self._poll()
+        except Exception as error:  # a full disk, say: the training goes on, and its end says so
+            self._error = error
 
     def _poll(self) -> None:
         for name, path in self._paths.items():
@@ -57,7 +70,9 @@ class Follower:
                 handle.seek(self._offsets[name])
                 while (line := handle.readline()).endswith("\n"):
                     self._offsets[name] = handle.tell()
-                    self._on_step(name, json.loads(line))
+                    with contextlib.suppress(json.JSONDecodeError):  # half of it is from a worker that was killed
+                        row = json.loads(line)
+                        self._on_step(name, row)
 
 
 def train_adapters(
@@ -109,8 +124,10 @@ def train_adapters(
         "jobs": [dataclasses.asdict(job) for job in jobs],
         "directory": str(directory),
         "use_gpu": use_gpu,
+        "limit_seconds": resources.worker_timeout_seconds,
     }
-    trainer = TorchTrainer(
+    trainer = functools.partial(
+        TorchTrainer,
         train_worker,
         train_loop_config=spec,
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -134,5 +151,13 @@ def train_adapters(
 
     total = sum(job.expected_steps(config.batch_size) for job in jobs)
     with Progress(label, total, run_dir) as progress, Follower(jobs, after_step), interruptible_fit():
-        trainer.fit()
+        while True:
+            num_notes = len(read_notes(directory))
+            try:
+                trainer().fit()
+                break
+            except ray.train.TrainingFailedError:
+                # Out of memory: the next start makes smaller passes, or gives up an adapter.
+                if not num_notes < len(read_notes(directory)) < len(jobs) + MAX_NOTES:
+                    raise
     remove_directory(directory)

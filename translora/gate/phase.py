@@ -30,7 +30,7 @@ def gate_phase(run: Run, members: list[Member]) -> None:
         )
         for member in members
     ]
-    results = run_gate(
+    results, faults = run_gate(
         gate_members,
         source=config.source,
         target=config.target,
@@ -46,6 +46,9 @@ def gate_phase(run: Run, members: list[Member]) -> None:
     failed: list[Member] = []
     for member in members:
         if not member.waits_for("gate"):
+            continue
+        if member.name in faults:
+            run.quarantine(member.state, faults[member.name])
             continue
         member.state.gate, member.state.accuracy = results[member.name]
         gate = member.state.gate

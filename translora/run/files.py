@@ -32,6 +32,8 @@ def write_bytes(path: Path, data: bytes) -> None:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error  # a write's own error names no file
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from translora.bundle import BaseInfo, Bundle, BundleError, read_bundle, verify_bundle
+from translora.bundle.remote import expand_remote, is_remote, name_of_url
 from translora.config import AdapterEntry, FleetConfig, GateConfig
 from translora.run.files import remove_directory, sha256_path, write_json
 from translora.run.state import AdapterState, Phase, load_state, save_state, state_path
@@ -21,6 +22,7 @@ from translora.run.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 SYNTHETIC, STUDENT, DISCRIMINATOR, BUNDLES = "synthetic.parquet", "student", "discriminator", "bundles"
+MAX_REPAIRS = 2
 PHASES: tuple[Phase, ...] = ("verify", "synthesis", "distill", "gate", "done")
 
 
@@ -39,6 +41,8 @@ class Member:
     """Real held-out data to measure on; may be empty."""
     entry: AdapterEntry
     """Its line in the fleet file, with settings of its own."""
+    repairs: int = 0
+    """Times that this process found files of it damaged and had them made anew."""
 
     def waits_for(self, phase: Phase) -> bool:
         """Whether this phase is the next thing to do."""
@@ -81,6 +85,32 @@ class Run:
         state.status, state.reason = "quarantined", reason
         self.save(state)
 
+    def is_whole(self, member: Member) -> bool:
+        """Whether the files of the phases so far still are what was written.
+
+        If not, the adapter goes back to the phase that makes the first damaged one, a few times; then it is out.
+        """
+        run_dir, state = self.config.run_dir, member.state
+        damaged = [name for name, recorded in state.artifacts.items() if self.digest_of(name) != recorded]
+        if not damaged:
+            return True
+        member.repairs += 1
+        if member.repairs > MAX_REPAIRS:
+            self.quarantine(
+                state, f"{run_dir / damaged[0]}: damaged, {MAX_REPAIRS} times made anew; check the file system"
+            )
+            return False
+        identity = {"name", "bundle", "bundle_digest", "task_name", "num_samples", "recipes"}
+        fresh = AdapterState(**state.model_dump(include=identity), phase="synthesis")
+        member.state = continue_state(run_dir, fresh, self.target)
+        member.num_samples = attempt_size(member.state, self.config.gate)
+        self.save(member.state)
+        return False
+
+    def digest_of(self, relative: str) -> str:
+        """The present digest of one of a state's artifacts."""
+        return artifact_digest(self.config.run_dir, relative, self.target)
+
     def send_back(self, member: Member) -> None:
         """Begin another attempt of an adapter that did not pass: its set is laid aside, to be continued."""
         state = member.state
@@ -96,7 +126,7 @@ class Run:
         """Record the hashes of what a phase wrote (paths below the run directory) and go on to the next one."""
         for path in artifacts:
             relative = relative_to(self.config.run_dir, path)
-            member.state.artifacts[relative] = artifact_digest(self.config.run_dir, relative, self.target)
+            member.state.artifacts[relative] = self.digest_of(relative)
         member.state.phase = phase
         self.save(member.state)
 
@@ -153,12 +183,14 @@ def expand_entries(entries: list[AdapterEntry]) -> dict[str, AdapterEntry]:
     for entry in entries:
         paths = [entry.bundle]
         is_glob = glob.has_magic(entry.bundle) and not Path(entry.bundle).is_dir()
-        if is_glob:
+        if is_remote(entry.bundle):
+            paths = expand_remote(entry.bundle)
+        elif is_glob:
             paths = sorted(path for path in glob.glob(entry.bundle) if Path(path).is_dir())
-            if not paths:
-                raise ValueError(f"adapters: the pattern {entry.bundle} matches no directory; correct it")
+        if not paths:
+            raise ValueError(f"adapters: the pattern {entry.bundle} matches no directory; correct it")
         for path in paths:
-            name = Path(path).name
+            name = name_of_url(path) if is_remote(path) else Path(path).name
             if name in found and found[name].bundle != path:
                 raise ValueError(
                     f"adapters: {found[name].bundle} and {path} are both named {name}; rename one directory"

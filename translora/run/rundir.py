@@ -25,6 +25,7 @@ EXECUTION_ONLY = {
     "gang_size",
     "num_workers",
     "checkpoint_every_steps",
+    "checkpoint_every_seconds",
     "max_failures",
     "gradient_checkpointing",
 }

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from translora.bundle import BaseInfo, Bundle, BundleError, read_bundle, verify_bundle
 from translora.bundle.base import linear_modules
+from translora.bundle.remote import fetch_all, is_remote
 from translora.config import AdapterEntry, FleetConfig, TrainConfig
 from translora.distill.zero3 import read_ds_config
 from translora.engine.loading import resolve_dtype
@@ -19,6 +20,8 @@ from translora.run.state import AdapterState, load_state, state_path
 from translora.synthesis.prompts import generation_prompt
 from translora.synthesis.rounds import choose_screen
 
+DOWNLOADS = "downloads"
+"""Copies of remote bundles, below the run directory."""
 logger = logging.getLogger(__name__)
 
 
@@ -53,8 +56,16 @@ def verify_fleet(run: Run, entries: Mapping[str, AdapterEntry], seals: Seals) ->
     A finished adapter whose files are as they were when they were last verified is not read again.
     """
     found: dict[str, Member | AdapterState] = {}
-    busy = cohort_names(run.config.run_dir)
+    run_dir = run.config.run_dir
+    busy = cohort_names(run_dir)
+    remote = {name: entry.bundle for name, entry in entries.items() if is_remote(entry.bundle)}
+    unreachable = fetch_all(remote, run_dir / DOWNLOADS)
     for name, entry in entries.items():
+        if name in unreachable:
+            found[name] = refused(run, name, entry, unreachable[name])
+            continue
+        if name in remote:
+            entry = entry.model_copy(update={"bundle": str(run_dir / DOWNLOADS / name)})
         sealed = None if name in busy else sealed_state(run, name, entry, seals)
         found[name] = sealed or verify(run, name, entry)
         if isinstance(member := found[name], Member):
@@ -63,6 +74,16 @@ def verify_fleet(run: Run, entries: Mapping[str, AdapterEntry], seals: Seals) ->
     if skipped := sum(isinstance(one, AdapterState) and one.phase == "done" for one in found.values()):
         logger.info("%d of %d adapters are finished and unchanged", skipped, len(found))
     return found
+
+
+def refused(run: Run, name: str, entry: AdapterEntry, reason: str) -> AdapterState:
+    """Quarantine an adapter whose bundle cannot be had; what an earlier run made of it is kept."""
+    try:
+        state = load_state(run.config.run_dir, name)
+    except ValueError:
+        state = AdapterState(name=name, bundle=entry.bundle)
+    run.quarantine(state, reason)
+    return state
 
 
 def sealed_state(run: Run, name: str, entry: AdapterEntry, seals: Seals) -> AdapterState | None:

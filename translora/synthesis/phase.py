@@ -57,6 +57,9 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
         if not member.waits_for("synthesis"):
             continue
         member.state.synthesis = pool.stats
+        if pool.fault:
+            run.quarantine(member.state, pool.fault)
+            continue
         if len(pool.accepted) < max(2, config.synthesis.min_accepted_fraction * pool.needed):
             run.quarantine(member.state, f"too few synthetic samples: {pool.stats.shortfall}")
             continue

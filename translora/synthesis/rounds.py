@@ -20,7 +20,8 @@ from translora.config import BaseModelConfig, ResourceConfig, Screen, SynthesisC
 from translora.run.files import digest, write_bytes
 from translora.run.progress import Progress
 from translora.run.state import ScreenName, SynthesisStats
-from translora.synthesis.actors import Hosts, Row, cut_blocks, run_blocks
+from translora.synthesis.actors import Hosts, cut_blocks, run_blocks
+from translora.synthesis.calls import Row
 from translora.synthesis.prompts import generation_order, generation_row, normalise
 from translora.synthesis.quality import KnownInputs, answer_classes, distinct_ngrams, is_copy, own_cutoff
 from translora.synthesis.stages import generate_block, screen_and_label_block
@@ -44,6 +45,8 @@ class Pool:
     refused: list[Row] = field(default_factory=list)
     stats: SynthesisStats = field(default_factory=SynthesisStats)
     seen: KnownInputs = field(default_factory=KnownInputs)
+    fault: str = ""
+    """Why its rows cannot be computed; it asks for no more."""
 
     def __post_init__(self) -> None:
         self.stats.needed, self.stats.screen = self.needed, self.screen
@@ -77,7 +80,7 @@ class Pool:
     def next_count(self, oversample: float) -> int:
         """Inputs to generate in the next round, from what was accepted so far (prior: 3 of 5)."""
         missing = self.wanted - len(self.accepted)
-        if missing <= 0:
+        if missing <= 0 or self.fault:
             return 0
         acceptance = (len(self.accepted) + 3) / (self.stats.generated + 5)
         return min(math.ceil(missing / acceptance * oversample), self.budget - self.stats.generated)
@@ -245,7 +248,8 @@ def synthesise(
     """Fill the pools, in rounds over all of them at once, on actors that keep both bases where memory has the room.
 
     A pool is left short when its budget or `config.max_rounds` is spent; `pool.stats.shortfall` says so. A pool that
-    an earlier synthesis of this run filled, or left short, is not computed again.
+    an earlier synthesis of this run filled, or left short, is not computed again. A pool whose rows cannot be computed
+    has a `fault` and is given up; the others go on.
 
     Args:
         fingerprints: of the generator and of the source base; blocks computed on other weights are not reused.
@@ -275,6 +279,7 @@ def synthesise(
             ):
                 break
             on_round()
+    keyed = {key: pool for key, pool in keyed.items() if not pool.fault}
     for pool in keyed.values():
         close(pool)
     write_outcomes(run_dir / "rounds", keyed)
@@ -297,6 +302,7 @@ def run_round(
     if not rows:
         return False
     by_name = {pool.name: pool for pool in pools}
+    faults: dict[str, str] = {}
     blocks = cut_blocks(rows, config.batch_size, generation_order)
     settings = {"sampling": config.sampling.model_dump()}
     key = digest("generate", blocks, settings, generator.model_dump(), fingerprints[0])
@@ -310,6 +316,7 @@ def run_round(
             hosts=hosts,
             directory=run_dir / "rounds" / f"{number:03d}-generate-{key}",
             on_block=progress.fraction,
+            faults=faults,
         )
     candidates = clean(generated, by_name, config)
     blocks = cut_blocks(candidates, config.batch_size, lambda row: len(row["input"]))
@@ -326,6 +333,9 @@ def run_round(
             hosts=hosts,
             directory=run_dir / "rounds" / f"{number:03d}-label-{key}",
             on_block=progress.fraction,
+            faults=faults,
         )
     admit(labelled, by_name)
+    for name, reason in faults.items():
+        by_name[name].fault = reason
     return True
