@@ -1,6 +1,8 @@
 """The gang on a whole base in one process; tests/integration has the same loop on ZeRO-3."""
 
 import json
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -15,7 +17,13 @@ from hypothesis import strategies as st
 from benchmarks.whole import WholeBase
 from tests.tiny import make_base
 from translora.config import BaseModelConfig, TrainConfig
-from translora.distill.checkpoint import read_checkpoints, write_checkpoint
+from translora.distill.checkpoint import (
+    ASKED,
+    ask_for_checkpoints,
+    read_checkpoints,
+    saved_gang_size,
+    write_checkpoint,
+)
 from translora.distill.data import Sample, pack
 from translora.distill.gang import Gang
 from translora.distill.job import FAILURE, TrainJob
@@ -25,7 +33,7 @@ from translora.distill.train import run_pass, train, train_on
 from translora.engine.loading import load_model
 from translora.lora.bank import BASE_SLOT, Segment
 from translora.lora.peft_io import read_lora
-from translora.run.files import sha256_path, write_jsonl
+from translora.run.files import sha256_path, write_json, write_jsonl
 
 CPU = torch.device("cpu")
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -253,6 +261,31 @@ def test_a_checkpoint_is_never_older_than_its_time(base_path: Path, tmp_path: Pa
     gang.update = update_and_look  # type: ignore[method-assign]
     train(base, gang, checkpoint, every_steps=1000, every_seconds=0.0)
     assert written == [False, True, True, True, True, True]
+
+
+def test_a_checkpoint_is_written_when_the_driver_asks_for_it(base_path: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "gang-0000.safetensors"
+    write_json(tmp_path / "plan.json", {"queues": [["a"]]})
+    base = WholeBase(base_path, torch.float32, TARGETS)
+    gang = make_gang(base, [make_job(tmp_path, "a", epochs=60)], 1)
+    asking: list[threading.Thread] = []
+    update = gang.update
+
+    def update_and_ask() -> bool:
+        if gang.students[0].step == 3:
+            asking.append(threading.Thread(target=ask_for_checkpoints, args=(tmp_path, 20.0)))
+            asking[0].start()
+            while not (tmp_path / ASKED).is_file():
+                time.sleep(0.01)
+        if gang.students[0].step == 4:
+            assert saved_gang_size(tmp_path) == 1, "written after the step in which it was asked for"
+            asking[0].join(5)
+            assert not asking[0].is_alive(), "and waited for no longer than that"
+        return update()
+
+    gang.update = update_and_ask  # type: ignore[method-assign]
+    train(base, gang, checkpoint, every_steps=1000)
+    assert len(asking) == 1
 
 
 def test_states_that_wait_for_their_turn_survive_further_checkpoints(base_path: Path, tmp_path: Path) -> None:

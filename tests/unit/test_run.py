@@ -14,8 +14,9 @@ from translora.config import AdapterEntry, FleetConfig, load_config
 from translora.engine.loading import load_tokenizer
 from translora.report.table import note
 from translora.run.files import read_jsonl, replace_directory, sha256_path, write_json
-from translora.run.member import Member, Run, attempt_size, continue_state, expand_entries
+from translora.run.member import Member, Run, attempt_size, expand_entries
 from translora.run.recipes import Seals, recipes
+from translora.run.resume import continue_state
 from translora.run.rundir import check_free, open_run
 from translora.run.state import AdapterState, Phase, load_state, save_state
 from translora.run.tracker import Tracker

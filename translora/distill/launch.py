@@ -16,6 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from translora.bundle.base import inspect_base
 from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
+from translora.distill.checkpoint import ask_for_checkpoints
 from translora.distill.job import TrainJob
 from translora.distill.shrink import read_notes
 from translora.distill.train import train_worker
@@ -26,6 +27,8 @@ from translora.run.signals import interruptible_fit
 logger = logging.getLogger(__name__)
 OnStep = Callable[[str, dict[str, float]], None]
 POLL_SECONDS = 0.5
+CHECKPOINT_SECONDS = 20.0
+"""How long a driver that was told to end waits for the gangs' checkpoints."""
 MAX_NOTES = 30
 """Passes that may run out of memory until they are as small as can be; beyond them each note gives up a job."""
 
@@ -115,6 +118,31 @@ def train_adapters(
     # All jobs, also those that are done: a resumed run must find the same gangs again.
     directory = run_dir / "gangs" / digest([job.name for job in jobs])
     directory.mkdir(parents=True, exist_ok=True)
+    trainer = functools.partial(make_trainer, base, base_name, jobs, config, resources, run_dir, directory)
+    steps: dict[str, int] = {}
+
+    def after_step(name: str, row: dict[str, float]) -> None:
+        steps[name] = int(row["step"])
+        progress.update(sum(steps.values()), f"{name} {steps[name]}/{int(row['num_steps'])} loss {row['loss']:.3f}")
+        if on_step is not None:
+            on_step(name, row)
+
+    total = sum(job.expected_steps(config.batch_size) for job in jobs)
+    with Progress(label, total, run_dir) as progress, Follower(jobs, after_step):
+        fit(trainer, directory, most_notes=len(jobs) + MAX_NOTES)
+    remove_directory(directory)
+
+
+def make_trainer(
+    base: BaseModelConfig,
+    base_name: str,
+    jobs: Sequence[TrainJob],
+    config: TrainConfig,
+    resources: ResourceConfig,
+    run_dir: Path,
+    directory: Path,
+) -> TorchTrainer:
+    """A worker group of Ray Train for these jobs; `directory` is for the gangs' checkpoints, the rest as above."""
     use_gpu = resources.gpus_per_actor > 0
     per_worker: dict[str, float] = {"GPU": 1.0} if use_gpu else {"CPU": 1.0}
     spec = {
@@ -126,8 +154,7 @@ def train_adapters(
         "use_gpu": use_gpu,
         "limit_seconds": resources.worker_timeout_seconds,
     }
-    trainer = functools.partial(
-        TorchTrainer,
+    return TorchTrainer(
         train_worker,
         train_loop_config=spec,
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -141,23 +168,28 @@ def train_adapters(
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
         ),
     )
-    steps: dict[str, int] = {}
 
-    def after_step(name: str, row: dict[str, float]) -> None:
-        steps[name] = int(row["step"])
-        progress.update(sum(steps.values()), f"{name} {steps[name]}/{int(row['num_steps'])} loss {row['loss']:.3f}")
-        if on_step is not None:
-            on_step(name, row)
 
-    total = sum(job.expected_steps(config.batch_size) for job in jobs)
-    with Progress(label, total, run_dir) as progress, Follower(jobs, after_step), interruptible_fit():
-        while True:
-            num_notes = len(read_notes(directory))
-            try:
+def fit(trainer: Callable[[], TorchTrainer], directory: Path, most_notes: int) -> None:
+    """Train to the end; a worker group that ran out of memory starts again with smaller passes.
+
+    Args:
+        trainer: makes a new one, because each can be run once.
+        directory: of the gangs' checkpoints.
+        most_notes: of passes that were too large.
+
+    Raises:
+        ray.train.TrainingFailedError, KeyboardInterrupt: as in train_adapters.
+    """
+    while True:
+        num_notes = len(read_notes(directory))
+        try:
+            with interruptible_fit():
                 trainer().fit()
-                break
-            except ray.train.TrainingFailedError:
-                # Out of memory: the next start makes smaller passes, or gives up an adapter.
-                if not num_notes < len(read_notes(directory)) < len(jobs) + MAX_NOTES:
-                    raise
-    remove_directory(directory)
+            return
+        except ray.train.TrainingFailedError:
+            if not num_notes < len(read_notes(directory)) < most_notes:
+                raise
+        except KeyboardInterrupt:
+            ask_for_checkpoints(directory, CHECKPOINT_SECONDS)
+            raise

@@ -8,7 +8,8 @@ import time
 from translora.distill.job import FAILURE, TrainJob, make_job
 from translora.distill.launch import train_adapters
 from translora.run.files import derive_seed
-from translora.run.member import DISCRIMINATOR, STUDENT, Member, Run
+from translora.run.member import Member, Run
+from translora.run.state import DISCRIMINATOR, STUDENT
 from translora.synthesis.discriminator import discriminator_rows
 
 SAVE_EVERY_SECONDS = 2.0

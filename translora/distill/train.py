@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from translora.config import BaseModelConfig, TrainConfig
 from translora.distill import zero3
-from translora.distill.checkpoint import read_checkpoints, saved_gang_size, write_checkpoint
+from translora.distill.checkpoint import ASKED, is_asked_for, read_checkpoints, saved_gang_size, write_checkpoint
 from translora.distill.data import num_steps, pack
 from translora.distill.gang import Gang, ResidentBase, Shard
 from translora.distill.job import TrainJob
@@ -46,7 +46,8 @@ def train(
     """Train the gang and its queue to the end; every rank calls this.
 
     Args:
-        checkpoint: is written when a student left, and every so many steps or seconds, whichever comes first.
+        checkpoint: is written when a student left, every so many steps or seconds, whichever comes first, and when the
+            driver asks for it because it has to end.
         watchdog: is told of every pass.
     """
     step, saved = 0, time.monotonic()
@@ -56,6 +57,7 @@ def train(
         num_passes = most_of_all_ranks(len(passes), gang.place)
         if num_passes == 0:
             return
+        begun = time.monotonic()
         for index in range(num_passes):
             watchdog.alive()
             shards = passes[index] if index < len(passes) else gang.ballast()
@@ -65,9 +67,10 @@ def train(
                 if is_out_of_memory(error):
                     note_pass(checkpoint.parent, gang, shards, error)
                 raise
+        gang.step_seconds = time.monotonic() - begun
         one_left = gang.update()
         step += 1
-        due = step % every_steps == 0 or time.monotonic() - saved > every_seconds
+        due = step % every_steps == 0 or time.monotonic() - saved > every_seconds or is_asked_for(checkpoint)
         if gang.rank == 0 and (one_left or due):
             write_checkpoint(checkpoint, gang)
             saved = time.monotonic()
@@ -151,6 +154,7 @@ def train_on(
     read_checkpoints(directory, checkpoint.name, gang)
     dist.barrier()  # nobody replaces a file that another rank still reads
     if rank == 0:
+        (directory / ASKED).unlink(missing_ok=True)
         queues = [[jobs[index].name for index in queue] for queue in layout.queues]
         plan = {"gang_size": gang_size, "ranks_per_student": layout.ranks_per_group, "queues": queues}
         write_json(directory / "plan.json", plan)

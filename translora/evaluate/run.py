@@ -26,9 +26,8 @@ from translora.evaluate.statistics import NUM_REPLICATES
 from translora.fleet import migrate
 from translora.prepare import prepare
 from translora.run.files import digest, write_bytes, write_jsonl
-from translora.run.member import STUDENT
 from translora.run.rundir import open_run, versions
-from translora.run.state import AdapterState
+from translora.run.state import STUDENT, AdapterState
 from translora.run.verify import check_section, check_training
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from translora.engine.prompts import prompt_format
 from translora.gate.agreement import GateMember, run_gate
 from translora.report.card import model_card
 from translora.run.files import sha256_path
-from translora.run.member import DISCRIMINATOR, STUDENT, Member, Run
+from translora.run.member import Member, Run
+from translora.run.state import DISCRIMINATOR, STUDENT
 
 logger = logging.getLogger(__name__)
 

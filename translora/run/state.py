@@ -15,6 +15,9 @@ from translora.run.files import write_json
 
 Phase = Literal["verify", "synthesis", "distill", "gate", "done"]
 ScreenName = Literal["discriminator", "excess", "none"]
+SYNTHETIC, STUDENT, DISCRIMINATOR, BUNDLES = "synthetic.parquet", "student", "discriminator", "bundles"
+"""An adapter's files and directories below RUN/adapters/NAME, and where what passed the gate lies in the run."""
+PHASES: tuple[Phase, ...] = ("verify", "synthesis", "distill", "gate", "done")
 Status = Literal["pending", "migrated", "failed_gate", "quarantined"]
 
 
@@ -106,6 +109,11 @@ class AdapterState(BaseModel):
     """sha256 by path relative to the run directory: what a rerun verifies before it skips a phase."""
     output: str = ""
     """The migrated bundle, relative to the run directory."""
+
+
+def reached(state: AdapterState, phase: Phase) -> bool:
+    """Whether an adapter is in a phase or past it."""
+    return PHASES.index(state.phase) >= PHASES.index(phase)
 
 
 def state_path(run_dir: Path, name: str) -> Path:

@@ -12,9 +12,8 @@ from translora.run.files import read_object
 from translora.run.lease import describe
 from translora.run.progress import PROGRESS
 from translora.run.rundir import LOCK
-from translora.run.state import AdapterState, load_states
+from translora.run.state import PHASES, AdapterState, load_states
 
-PHASES = ("verify", "synthesis", "distill", "gate", "done")
 _TAIL_BYTES = 4096
 _MAX_CELL = 40
 _NUMBERS = ("attempt", "accepted/needed", "acceptance", "step", "last loss", "left")

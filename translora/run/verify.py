@@ -14,8 +14,9 @@ from translora.distill.zero3 import read_ds_config
 from translora.engine.loading import resolve_dtype
 from translora.engine.prompts import prompt_format
 from translora.run.files import read_jsonl
-from translora.run.member import Member, Run, attempt_size, cohort_names, continue_state
+from translora.run.member import Member, Run, attempt_size, cohort_names
 from translora.run.recipes import Seals, recipes
+from translora.run.resume import continue_state
 from translora.run.state import AdapterState, load_state, state_path
 from translora.synthesis.prompts import generation_prompt
 from translora.synthesis.rounds import choose_screen

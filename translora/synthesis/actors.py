@@ -160,17 +160,25 @@ def run_blocks(
         # Computed rows are read back too: Parquet may spell a value differently, and a rerun must see the same.
         for index in missing:
             kept[index] = kept[index] or read_block(paths[index], len(blocks[index]))
-    lost = [index for index, rows in enumerate(kept) if rows is None]
-    for index in lost:
-        reason = f"{paths[index]} cannot be read back, {TRIES} times written"
-        kept[index] = [{**row, FAULT: reason} for row in blocks[index]]
-    found = [row for rows in kept if rows is not None for row in rows]
-    for row in found:
+    found: list[Row] = []
+    for block, path, computed in zip(blocks, paths, kept, strict=True):
+        lost = f"{path} cannot be read back, {TRIES} times written"
+        found += [{**row, FAULT: lost} for row in block] if computed is None else computed
+    return without_faults(found, faults)
+
+
+def without_faults(rows: Sequence[Row], faults: dict[str, str] | None) -> list[Row]:
+    """The rows that were computed; the reasons of the others go to `faults`, by adapter.
+
+    Raises:
+        RayError: a row was not computed and `faults` is None.
+    """
+    for row in rows:
         if row.get(FAULT) is not None:
             if faults is None:
                 raise ray.exceptions.RayError(f"{row.get('adapter', 'a row')}: {row[FAULT]}")
             faults.setdefault(row["adapter"], row[FAULT])
-    return [row for row in found if row.pop(FAULT, None) is None]
+    return [row for row in rows if row.get(FAULT) is None]
 
 
 def compute(

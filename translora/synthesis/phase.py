@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from translora.run.files import derive_seed, write_parquet
-from translora.run.member import SYNTHETIC, Member, Run
+from translora.run.member import Member, Run
+from translora.run.state import SYNTHETIC
 from translora.synthesis.rounds import Pool, choose_screen, synthesise
 
 logger = logging.getLogger(__name__)
