@@ -91,11 +91,11 @@ def test_an_adapter_that_was_damaged_after_it_was_verified_spoils_its_own_rows_a
 def test_a_process_that_hangs_ends_itself_and_says_where(tmp_path: Path) -> None:
     script = (
         "import time; from translora.run.watchdog import Watchdog\n"
-        "watchdog = Watchdog(1.0)\n"
+        "watchdog = Watchdog(4.0)\n"
         "def here():\n    time.sleep({})\n"
-        "for _ in range(3): watchdog.alive(); time.sleep(0.5)\n"
+        "for _ in range(3): watchdog.alive(); time.sleep(1.5)\n"
         "here()\n"
-        "watchdog.stop(); time.sleep(1.5); print('well')\n"
+        "watchdog.stop(); time.sleep(4.5); print('well')\n"
     )
     hung, well = (
         subprocess.run([sys.executable, "-c", script.format(seconds)], capture_output=True, text=True, timeout=60)
