@@ -17,7 +17,7 @@ from translora.run.files import write_parquet
 from translora.synthesis import actors
 from translora.synthesis.actors import Hosts, run_blocks
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
 Row = dict[str, Any]
 
 

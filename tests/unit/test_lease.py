@@ -15,6 +15,7 @@ import pytest
 
 from translora.run import lease
 from translora.run.lease import LeaseLostError, Owner, await_end, hold, look
+from translora.run.signals import unwind_on_sigterm
 
 FAR = Owner("node-7", "node-7 another-boot pid:[1]", 4711, 0.0, "a")
 
@@ -94,10 +95,15 @@ def test_another_hosts_dead_driver_is_replaced_when_its_time_is_over(
 def test_a_driver_that_was_suspended_for_too_long_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.1)
     path = tmp_path / "lock"
-    with pytest.raises(LeaseLostError, match="another driver took this run over"), hold(path):
-        path.unlink()
-        write(path)
-        time.sleep(10)
+    before = signal.getsignal(signal.SIGTERM)
+    unwind_on_sigterm()
+    try:
+        with pytest.raises(LeaseLostError, match="another driver took this run over"), hold(path):
+            path.unlink()
+            write(path)
+            time.sleep(10)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     seen = look(path)
     assert seen is not None and seen.owner == FAR, "the other one's lease is left alone"
 

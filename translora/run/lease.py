@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import signal
 import threading
 import time
 import uuid
@@ -149,7 +150,9 @@ def hold(path: Path) -> Iterator[None]:
                     os.utime(path)
                 elif seen.owner is not None:
                     lost.set()
-                    _thread.interrupt_main()
+                    # SIGINT is ignored, and then does nothing here, in what a shell starts in the background.
+                    handled = callable(signal.getsignal(signal.SIGTERM))
+                    _thread.interrupt_main(signal.SIGTERM if handled else signal.SIGINT)
                     return
 
     renewing = threading.Thread(target=renew, daemon=True)

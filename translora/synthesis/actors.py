@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +28,17 @@ from ray.data import TaskPoolStrategy
 
 from translora.config import BaseModelConfig, ResourceConfig
 from translora.run.files import write_parquet
-from translora.synthesis.calls import FAULT, TRIES, Computed, Row, Work, call_host, isolate
+from translora.synthesis.calls import (
+    FAULT,
+    RETRY_SECONDS,
+    STANDING_SECONDS,
+    TRIES,
+    Computed,
+    Row,
+    Work,
+    call_host,
+    isolate,
+)
 
 if TYPE_CHECKING:
     from translora.engine.host import BlockFunction
@@ -78,13 +89,26 @@ class Hosts:
             num_threads = max(1, int(resources.cpus_per_actor)) if on_cpu else None
             limit = resources.worker_timeout_seconds
             self._actors.append(remote.remote(num_threads, resources.num_actors, limit))
-        asked = {actor.ready.remote(): actor for actor in self._actors[:wanted]}
-        ray.wait(list(asked), num_returns=1)
-        ready, waiting = ray.wait(list(asked), num_returns=wanted, timeout=WAIT_SECONDS)
-        ray.get(ready)
+        deadline = time.monotonic() + STANDING_SECONDS
+        while True:
+            asked = {actor.ready.remote(): actor for actor in self._actors[:wanted]}
+            ray.wait(list(asked), num_returns=1)
+            ready, waiting = ray.wait(list(asked), num_returns=wanted, timeout=WAIT_SECONDS)
+            standing, fault = [], None
+            for reference in ready:
+                try:
+                    ray.get(reference)
+                    standing.append(asked[reference])
+                except ray.exceptions.RayActorError as error:  # it died a moment ago and starts again
+                    fault = error
+            if standing:
+                break
+            if time.monotonic() > deadline and fault is not None:
+                raise fault
+            time.sleep(RETRY_SECONDS)
         if waiting:
-            logger.warning("%d of %d actors stand, the cluster has no room for the others yet", len(ready), wanted)
-        return [asked[reference] for reference in ready]
+            logger.warning("%d of %d actors stand, the cluster has no room for the others yet", len(standing), wanted)
+        return standing
 
 
 def cut_blocks(rows: Sequence[Row], batch_size: int, order: Callable[[Row], Any]) -> list[list[Row]]:

@@ -25,7 +25,7 @@ FAULT = "fault"
 """Key of a row that could not be computed: the reason."""
 TRIES = 3
 """Of a whole block: an actor may die of something else, its node for one."""
-STANDING_SECONDS = 900.0
+STANDING_SECONDS = 300.0
 """How long a block waits for any of its actors to stand again."""
 RETRY_SECONDS = 1.0
 Computed = tuple[list[Row], dict[str, float]]
