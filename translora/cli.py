@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
+import os
+import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +21,7 @@ from typing import TYPE_CHECKING
 from translora import __version__
 from translora.config import FleetConfig, PrepareConfig, ResourceConfig, load_config
 from translora.evaluate.config import EvaluateConfig
+from translora.run.lease import LeaseLostError
 from translora.run.redact import printable, redact
 from translora.run.rundir import check_free
 from translora.run.signals import INTERRUPTED, exit_code, unwind_on_sigterm
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
     from translora.run.state import AdapterState
 
 logger = logging.getLogger(__name__)
+DISK_FULL = os.strerror(errno.ENOSPC)
 MIGRATED, FAILED, UNUSABLE, BROKEN = 0, 1, 2, 3
 EXIT_CODES = """\
 exit codes: 0 every adapter migrated, 1 some failed the gate or were quarantined, 2 the input cannot be used,
@@ -44,6 +50,8 @@ def cluster_faults() -> Iterator[None]:
     try:
         yield
     except (ray.exceptions.RayError, ray.train.TrainingFailedError, ConnectionError) as error:
+        if DISK_FULL in str(error):
+            raise RunFailedError(f"a worker could not write: {DISK_FULL}; free some space") from error
         logger.error("the cluster or a worker failed", exc_info=True)
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise RunFailedError(lines[-1] if lines else type(error).__name__) from error
@@ -72,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="show where a run stands, also while it goes on")
     status.add_argument("run", type=Path, help="run directory")
     status.add_argument("--json", action="store_true", help="print JSON")
+    status.add_argument("--watch", type=float, metavar="SECONDS", help="show it again every so often, until Ctrl-C")
     status.set_defaults(work=run_status)
     report = commands.add_parser("report", help="write the HTML report of a run again and print its table")
     report.add_argument("run", type=Path, help="run directory")
@@ -86,12 +95,18 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return int(arguments.work(arguments))
-    except RunFailedError as error:
+    except (RunFailedError, LeaseLostError) as error:
         say(f"{error}; what is finished is kept, the same command continues")
         return BROKEN
     except ValueError as error:
         say(str(error))
         return UNUSABLE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        say(f"{where}{error.strerror}; free some space: what is finished is kept, the same command continues")
+        return BROKEN
     except KeyboardInterrupt:
         code = exit_code()
         what = "interrupted" if code == INTERRUPTED else "terminated"
@@ -175,7 +190,17 @@ def run_status(arguments: argparse.Namespace) -> int:
     """`translora status RUN`."""
     from translora.run.status import render_status
 
-    sys.stdout.write(render_status(arguments.run, as_json=arguments.json).rstrip() + "\n")
+    if arguments.watch is None:
+        sys.stdout.write(render_status(arguments.run, as_json=arguments.json).rstrip() + "\n")
+        return MIGRATED
+    clear = "\x1b[H\x1b[J" if sys.stdout.isatty() else ""
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            rows = max(5, shutil.get_terminal_size().lines - 8) if clear else None
+            text = render_status(arguments.run, as_json=arguments.json, max_rows=rows)
+            sys.stdout.write(f"{clear}{text.rstrip()}\n")
+            sys.stdout.flush()
+            time.sleep(arguments.watch)
     return MIGRATED
 
 

@@ -1,4 +1,4 @@
-"""Typed configuration of `translora migrate` and `translora prepare`, and how every config file is read.
+"""Typed configuration of `translora migrate` and `translora prepare`.
 
 Importing this module loads neither torch nor ray. Every field is checked before a model is
 touched; unknown keys are refused.
@@ -6,33 +6,18 @@ touched; unknown keys are refused.
 
 from __future__ import annotations
 
-import difflib
-import glob
-import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import Field, model_validator
+
+from translora.config_file import ConfigFile, Strict
+from translora.config_file import load_config as load_config
 
 DType = Literal["auto", "bfloat16", "float32"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
-
-
-class Strict(BaseModel):
-    """A config object: unknown keys are errors, the docstring under a field describes it."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
-
-
-class ConfigFile(Strict):
-    """A config that is a file of its own."""
-
-    command: ClassVar[str]
-    """The command that reads it."""
+Screen = Literal["auto", "discriminator", "excess", "none"]
 
 
 class BaseModelConfig(Strict):
@@ -53,11 +38,17 @@ class AdapterEntry(Strict):
     """One bundle, or a glob over bundles."""
 
     bundle: str
-    """Bundle directory or a glob pattern over bundle directories."""
+    """Bundle directory or a glob pattern over bundle directories, or a URL of either (s3://bucket/bundles/*)."""
     num_samples: int | None = Field(default=None, ge=2)
     """|D_syn|; the bundle's own |D| when unset."""
     eval_data: str | None = None
     """JSONL with `input` and `target`: real held-out data, only measured on, never trained on."""
+    screen: Screen | None = None
+    """This adapter's own synthesis.screen."""
+    epochs: float | None = Field(default=None, gt=0)
+    """This adapter's own distill.epochs."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """This adapter's own distill.learning_rate."""
 
 
 class SamplingConfig(Strict):
@@ -82,7 +73,7 @@ class SynthesisConfig(Strict):
     """Rows in one forward pass; rows of different adapters share it."""
     max_answer_tokens: int = Field(default=64, ge=1)
     """Longest answer of the teacher, in tokens of the source base; longer answers are dropped as malformed."""
-    screen: Literal["auto", "discriminator", "excess", "none"] = "auto"
+    screen: Screen = "auto"
     """Which inputs are kept: those that the owner's `discriminator` takes for real (the paper), those on which the
     adapter has most to say beyond its base (`excess`, for bundles without a discriminator), or all (`none`); `auto` is
     the discriminator where the bundle has one, and excess elsewhere."""
@@ -145,6 +136,8 @@ class TrainConfig(Strict):
     """DeepSpeed config: a path (relative to the file that names it), or the name of a file in ds_configs/."""
     checkpoint_every_steps: int = Field(default=50, ge=1)
     """Steps between two resumable checkpoints of the adapter in training."""
+    checkpoint_every_seconds: float = Field(default=300, gt=0)
+    """Seconds after which a checkpoint is written in any case: a kill costs no more."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     max_failures: int = Field(default=2, ge=0)
@@ -197,6 +190,9 @@ class ResourceConfig(Strict):
     """GPUs per actor; 0 runs on the CPU."""
     cpus_per_actor: float = Field(default=1, gt=0)
     """CPUs that Ray reserves per actor, and its number of torch threads."""
+    worker_timeout_seconds: float = Field(default=3600, gt=0)
+    """A worker that finishes no block, or in training no pass, for so long is taken to hang: it is ended, and its work
+    tried again. Loading the base counts."""
     ray_address: str | None = None
     """Address of a running Ray cluster; unset starts or joins as `ray.init` does."""
 
@@ -291,136 +287,3 @@ def refuse_same_names(names: Sequence[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"task names appear twice: {', '.join(twice)}; give each task its own `name`")
-
-
-_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)  # what os.path.expandvars looks for
-_PLACED = (".", "~", "/", "$")
-"""How a value starts that is a path, and no name of a model or of a DeepSpeed config."""
-
-
-def expand(path: str, relative_to: Path, is_pattern: bool = False) -> str:
-    """Expand `~` and `$VARS`; a relative path is taken relative to the config file's directory.
-
-    `is_pattern`: a glob pattern, unless it names a directory; the config file's directory is then taken literally.
-
-    Raises:
-        ValueError: an environment variable is not set.
-    """
-    for match in _VARIABLE.finditer(path):
-        name = match[1] or match[2]
-        if name not in os.environ:
-            raise ValueError(f"{path}: the environment variable {name} is not set; set it, or write the path out")
-    expanded = os.path.expandvars(os.path.expanduser(path))
-    if os.path.isabs(expanded):
-        return expanded
-    joined = os.path.normpath(os.path.join(relative_to, expanded))
-    if is_pattern and glob.has_magic(expanded) and not os.path.isdir(joined):
-        return os.path.normpath(os.path.join(glob.escape(str(relative_to)), expanded))
-    return joined
-
-
-def _resolve_model(raw: dict[str, Any], relative_to: Path) -> None:
-    model = raw.get("model")
-    if not isinstance(model, str):
-        return
-    candidate = expand(model, relative_to)
-    if model.startswith(_PLACED) or os.path.isdir(candidate):
-        raw["model"] = candidate
-
-
-def _resolve_ds_config(raw: Any, relative_to: Path) -> None:
-    name = raw.get("ds_config") if isinstance(raw, dict) else None
-    if not isinstance(name, str):
-        return
-    candidate = expand(name, relative_to)
-    if name.startswith(_PLACED) or os.path.isfile(candidate):
-        raw["ds_config"] = candidate
-
-
-def _resolve_paths(raw: dict[str, Any], here: Path) -> None:
-    """Expand every path of a config file in place, whatever its values are: they are checked afterwards.
-
-    Raises:
-        ValueError: an environment variable is not set.
-    """
-    for key in ("run_dir", "output_dir", "output"):
-        if isinstance(raw.get(key), str):
-            raw[key] = expand(raw[key], here)
-    for model in (raw.get("source"), raw.get("target")):
-        if isinstance(model, dict):
-            _resolve_model(model, here)
-    arms = raw.get("arms")
-    for sections in (raw, *(arms.values() if isinstance(arms, dict) else ())):
-        if not isinstance(sections, dict):
-            continue
-        synthesis = sections.get("synthesis")
-        if isinstance(synthesis, dict) and isinstance(synthesis.get("generator"), dict):
-            _resolve_model(synthesis["generator"], here)
-        for section in ("distill", "train"):
-            _resolve_ds_config(sections.get(section), here)
-    entries = raw.get("adapters") or raw.get("tasks") or []
-    for index, entry in enumerate(entries if isinstance(entries, list) else []):
-        if isinstance(entry, str) and "adapters" in raw:
-            entries[index] = entry = {"bundle": entry}
-        for key in ("bundle", "eval_data", "data", "adapter", "seeds"):
-            if isinstance(entry, dict) and isinstance(entry.get(key), str):
-                entry[key] = expand(entry[key], here, is_pattern=key == "bundle")
-
-
-_KINDS = {
-    "adapters": ("a fleet", "migrate"),
-    "arms": ("an evaluate", "evaluate"),
-    "output_dir": ("a prepare", "prepare"),
-}
-"""What a file is by the first of these keys that it has, and the command that reads it."""
-ConfigT = TypeVar("ConfigT", bound=ConfigFile)
-
-
-def load_config(path: str | Path, kind: type[ConfigT]) -> ConfigT:
-    """Read a YAML file into a checked config; relative paths become relative to the file.
-
-    Raises:
-        ValueError: the file is missing or not YAML, or a key or value is wrong; names the file and each fault.
-    """
-    path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); give the path of a YAML file") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
-    found = next((_KINDS[key] for key in _KINDS if key in raw), None)
-    if found is not None and found[1] != kind.command:
-        raise ValueError(f"{path}: this is {found[0]} file; use `translora {found[1]}`")
-    try:
-        _resolve_paths(raw, path.resolve().parent)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    try:
-        return kind.model_validate(raw)
-    except ValidationError as error:
-        raise ValueError(f"{path}: {'; '.join(fault_text(kind, fault) for fault in error.errors())}") from error
-
-
-def fault_text(kind: type[BaseModel], fault: ErrorDetails) -> str:
-    """One fault as `where: what`; an unknown setting comes with those that are known there."""
-    where = ".".join(str(part) for part in fault["loc"]) or "config"
-    if fault["type"] != "extra_forbidden":
-        return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
-    *parents, unknown = fault["loc"]
-    known = _settings_at(kind, parents)
-    close = difflib.get_close_matches(str(unknown), known, n=1)
-    return f"{where}: unknown setting; " + (f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}")
-
-
-def _settings_at(kind: Any, loc: Sequence[int | str]) -> list[str]:
-    """Names of the settings of the config object at `loc`."""
-    for part in loc:
-        if isinstance(part, str):
-            kind = kind.model_fields[part].annotation
-        # An item of a list, or a section that may be left out: what is inside.
-        inner = [arg for arg in get_args(kind) if isinstance(arg, type) and issubclass(arg, BaseModel)]
-        kind = inner[0] if inner else kind
-    return sorted(kind.model_fields)

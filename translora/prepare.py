@@ -26,7 +26,8 @@ from translora.run.files import derive_seed, digest, read_jsonl, sha256_file, sh
 from translora.run.progress import Progress
 from translora.run.rundir import EXECUTION_ONLY, open_run
 from translora.run.tracker import Tracker
-from translora.synthesis.actors import Hosts, Row, cut_blocks, run_blocks
+from translora.synthesis.actors import Hosts, cut_blocks, run_blocks
+from translora.synthesis.calls import Row
 from translora.synthesis.discriminator import discriminator_rows
 from translora.synthesis.prompts import generation_order, generation_row, normalise
 from translora.synthesis.stages import generate_block
@@ -194,7 +195,7 @@ def invent_negatives(config: PrepareConfig, tasks: list[Task], base: BaseInfo) -
     blocks = cut_blocks(rows, config.synthesis.batch_size, generation_order)
     settings = {"sampling": config.synthesis.sampling.model_dump()}
     key = digest(blocks, settings, config.source.model_dump(), base.fingerprint)
-    with Hosts(config.resources) as hosts, Progress("invent negatives", len(rows)) as progress:
+    with Hosts(config.resources) as hosts, Progress("invent negatives", len(rows), config.run_dir) as progress:
         generated = run_blocks(
             blocks,
             generate_block,
@@ -266,17 +267,14 @@ def train(
         ValueError: the data of a task cannot be trained on.
     """
     jobs = [job for task in tasks for job in train_jobs(config, task, negatives[task.entry.name], template)]
-    total_steps = sum(job.expected_steps(config.train.batch_size) for job in jobs)
-    steps: dict[str, int] = {}
 
     def on_step(job_name: str, row: dict[str, float]) -> None:
         name, _, kind = job_name.rpartition("/")
-        steps[job_name] = int(row["step"])
-        progress.update(sum(steps.values()), f"{job_name} loss {row['loss']:.3f}")
         tracker.log({f"loss/{kind}": row["loss"]}, step=int(row["step"]), adapter=name)
 
-    with Progress("train", total_steps) as progress:
-        train_adapters(config.source, base.name, jobs, config.train, config.resources, config.run_dir, on_step)
+    train_adapters(
+        config.source, base.name, jobs, config.train, config.resources, config.run_dir, label="train", on_step=on_step
+    )
     refuse_failures(jobs)
 
 

@@ -2,18 +2,22 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 import pytest
 import ray.exceptions
 
 from tests.tiny import make_adapter, make_base
 from translora.config import BaseModelConfig, ResourceConfig
+from translora.run.files import write_parquet
+from translora.synthesis import actors
 from translora.synthesis.actors import Hosts, run_blocks
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
 Row = dict[str, Any]
 
 
@@ -32,6 +36,15 @@ def die_once(engine: Any, rows: list[Row], settings: dict[str, Any]) -> list[Row
 
 def die(engine: Any, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
     os.kill(os.getpid(), signal.SIGKILL)
+    return rows
+
+
+def die_of_row_3(engine: Any, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
+    return die(engine, rows, settings) if any(row["row"] == 3 for row in rows) else rows
+
+
+def hang_at_row_3(engine: Any, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
+    time.sleep(600 if any(row["row"] == 3 for row in rows) else 0)
     return rows
 
 
@@ -72,9 +85,63 @@ def test_an_actor_that_dies_comes_back_and_its_block_is_computed(bases: list[Bas
     assert [row["row"] for row in rows] == list(range(8)) and (tmp_path / "flag").exists()
 
 
-def test_a_block_that_kills_every_actor_ends_the_run(bases: list[BaseModelConfig], tmp_path: Path) -> None:
-    with Hosts(ResourceConfig()) as hosts, pytest.raises(ray.exceptions.RayError, match=r"died|dead"):
-        run(die, bases[0], hosts, tmp_path / "blocks")
+POISON = [[{"row": 2 * block + row, "adapter": "ab"[row]} for row in range(2)] for block in range(3)]
+
+
+def run_poison(function: Any, base: BaseModelConfig, directory: Path, **resources: Any) -> tuple[list[Row], dict]:  # type: ignore[type-arg]
+    faults: dict[str, str] = {}
+    with Hosts(ResourceConfig(**resources)) as hosts:
+        rows = run_blocks(
+            POISON, function, base=base, adapters={}, settings={}, hosts=hosts, directory=directory, faults=faults
+        )
+    return rows, faults
+
+
+def test_a_row_that_ends_every_actor_is_found_and_the_others_are_computed(
+    bases: list[BaseModelConfig], tmp_path: Path
+) -> None:
+    rows, faults = run_poison(die_of_row_3, bases[0], tmp_path / "blocks", num_actors=2)
+    assert sorted(row["row"] for row in rows) == [0, 1, 2, 4, 5]
+    assert faults.keys() == {"b"} and "its row ends the process that computes it" in faults["b"]
+    assert len(list((tmp_path / "blocks").glob("*.parquet"))) == 2, "its block is tried again by a rerun"
+
+
+def test_a_row_that_hangs_is_ended_and_found(bases: list[BaseModelConfig], tmp_path: Path) -> None:
+    rows, faults = run_poison(hang_at_row_3, bases[0], tmp_path / "blocks", worker_timeout_seconds=4)
+    assert sorted(row["row"] for row in rows) == [0, 1, 2, 4, 5]
+    assert faults == {"b": "its row is not computed within resources.worker_timeout_seconds (4)"}
+
+
+def test_blocks_that_end_every_actor_end_the_run_with_the_reason(
+    bases: list[BaseModelConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actors, "MAX_SUSPECTS", 1)
+    blocks = [[{"row": index}] for index in range(4)]
+    with Hosts(ResourceConfig()) as hosts, pytest.raises(ray.exceptions.RayError, match=r"2 blocks .* synthesis.batch"):
+        run_blocks(blocks, die, base=bases[0], adapters={}, settings={}, hosts=hosts, directory=tmp_path)
+
+
+def test_a_shard_that_cannot_be_read_back_costs_its_own_adapters_after_some_tries(
+    bases: list[BaseModelConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+
+    def write_on_a_bad_disk(path: Path, table: pa.Table) -> None:
+        written.append(path.name)
+        if path.name == "000001.parquet" or (path.name == "000002.parquet" and written.count(path.name) == 1):
+            path.write_bytes(b"PAR1 and nothing else")
+        else:
+            write_parquet(path, table)
+
+    monkeypatch.setattr(actors, "write_parquet", write_on_a_bad_disk)
+    blocks = [[{"row": index, "adapter": "abc"[index]}] for index in range(3)]
+    faults: dict[str, str] = {}
+    with Hosts(ResourceConfig()) as hosts:
+        arguments: dict[str, Any] = {"base": bases[0], "adapters": {}, "settings": {}, "hosts": hosts}
+        rows = run_blocks(blocks, look, directory=tmp_path, faults=faults, **arguments)
+    assert [row["row"] for row in rows] == [0, 2]
+    assert faults.keys() == {"b"} and "000001.parquet cannot be read back, 3 times written" in faults["b"]
+    assert [written.count(f"{index:06d}.parquet") for index in range(3)] == [1, 3, 2]
 
 
 def test_what_a_block_raises_reaches_the_driver(bases: list[BaseModelConfig], tmp_path: Path) -> None:

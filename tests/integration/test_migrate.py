@@ -163,6 +163,24 @@ def test_a_finished_run_does_nothing_again(world: World, undisturbed: Path) -> N
     assert "generate" not in done.stderr and "distill" not in done.stderr
 
 
+def test_other_thresholds_on_a_finished_run_repeat_the_gate_alone(world: World, undisturbed: Path) -> None:
+    run_dir = world.root / "runs" / "thresholds"
+    shutil.copytree(undisturbed, run_dir)
+    fleet = world.fleet_config("thresholds")
+    kept = {path: path.stat().st_mtime_ns for path in (run_dir / "adapters").glob("*/student/*")}
+    for min_gain, code, status in ((1.0, 1, "failed_gate"), (-1.0, 0, "migrated")):
+        fleet["gate"] |= {"min_gain": min_gain, "retries": 0}
+        done = world.run("migrate", world.write("thresholds.yaml", fleet), check=False)
+        assert done.returncode == code, done.stderr
+        assert f"gate.min_gain {-min_gain if code == 0 else -1.0} -> {min_gain}" in done.stderr
+        assert "generate" not in done.stderr and "distill" not in done.stderr
+        assert {state.status for state in load_states(run_dir)} == {status}
+        assert len(list((run_dir / "bundles").glob("*"))) == (2 if code == 0 else 0)
+    assert kept == {path: path.stat().st_mtime_ns for path in (run_dir / "adapters").glob("*/student/*")}
+    for task in TASKS:
+        assert sha256_path(run_dir / "bundles" / task) == sha256_path(undisturbed / "bundles" / task)
+
+
 def test_one_bad_bundle_and_one_starved_adapter_leave_the_rest_of_the_fleet_alone(world: World) -> None:
     broken, starved = world.root / "broken", world.root / "starved"
     for copy in (broken, starved):

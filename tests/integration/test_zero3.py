@@ -54,9 +54,7 @@ def job(root: Path, name: str, rows: list[dict[str, str]], seed: int, epochs: fl
 
 
 def train(base: Path, jobs: list[TrainJob], root: Path, config: TrainConfig = CONFIG) -> None:
-    train_adapters(
-        BaseModelConfig(model=str(base)), base.name, jobs, config, ResourceConfig(), root, lambda name, row: None
-    )
+    train_adapters(BaseModelConfig(model=str(base)), base.name, jobs, config, ResourceConfig(), root, label="train")
 
 
 def plain_training(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from translora import cli
 from translora.cli import build_parser, main, print_report
 from translora.report import html
 from translora.run.state import AdapterState, save_state
@@ -119,12 +120,34 @@ def test_a_second_start_is_refused_before_the_libraries_are_loaded(tmp_path: Pat
     (tmp_path / "fleet.yaml").write_text(json.dumps(fleet))
     (tmp_path / "run").mkdir()
     script = (
-        "import fcntl, sys, translora.cli\n"
-        f"lock = open({str(tmp_path / 'run/lock')!r}, 'w')\n"
-        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
-        f"code = translora.cli.main(['migrate', {str(tmp_path / 'fleet.yaml')!r}])\n"
+        "import pathlib, sys, translora.cli\n"
+        "from translora.run.lease import hold\n"
+        f"with hold(pathlib.Path({str(tmp_path / 'run/lock')!r})):\n"
+        f"    code = translora.cli.main(['migrate', {str(tmp_path / 'fleet.yaml')!r}])\n"
         "assert not {'torch', 'ray'} & sys.modules.keys()\n"
         "sys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 2 and "another process works on this run" in done.stderr
+
+
+def test_a_full_disk_is_one_line_and_another_error_of_the_system_is_not_hidden(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write_on_a_full_disk(_: object) -> int:
+        with open("/dev/full", "w") as full:
+            full.write("x")
+        return 0
+
+    monkeypatch.setattr(cli, "run_status", write_on_a_full_disk)
+    assert cli.main(["status", "run"]) == cli.BROKEN
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and "No space left on device; free some space" in text
+    assert text.endswith("the same command continues\n")
+
+    def read_nothing(_: object) -> int:
+        raise FileNotFoundError(2, "No such file", "x")
+
+    monkeypatch.setattr(cli, "run_status", read_nothing)
+    with pytest.raises(FileNotFoundError):
+        cli.main(["status", "run"])

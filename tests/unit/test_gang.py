@@ -1,6 +1,8 @@
 """The gang on a whole base in one process; tests/integration has the same loop on ZeRO-3."""
 
 import json
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -15,16 +17,23 @@ from hypothesis import strategies as st
 from benchmarks.whole import WholeBase
 from tests.tiny import make_base
 from translora.config import BaseModelConfig, TrainConfig
-from translora.distill.checkpoint import read_checkpoints, write_checkpoint
+from translora.distill.checkpoint import (
+    ASKED,
+    ask_for_checkpoints,
+    read_checkpoints,
+    saved_gang_size,
+    write_checkpoint,
+)
 from translora.distill.data import Sample, pack
 from translora.distill.gang import Gang
 from translora.distill.job import FAILURE, TrainJob
 from translora.distill.plan import JobSize, Layout, activation_bytes_per_token, choose_gang_size, lay_out
-from translora.distill.train import run_pass, train
+from translora.distill.shrink import read_notes
+from translora.distill.train import run_pass, train, train_on
 from translora.engine.loading import load_model
 from translora.lora.bank import BASE_SLOT, Segment
 from translora.lora.peft_io import read_lora
-from translora.run.files import sha256_path, write_jsonl
+from translora.run.files import sha256_path, write_json, write_jsonl
 
 CPU = torch.device("cpu")
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -193,6 +202,90 @@ def test_data_that_cannot_be_read_any_more_ends_that_job_alone(base_path: Path, 
     train(base, make_gang(base, [gone, good], 2), tmp_path / "gang.safetensors", every_steps=1)
     assert "cannot be read" in (tmp_path / "gone" / "work" / FAILURE).read_text()
     assert len(losses(good)) == 6
+
+
+class NarrowBase(WholeBase):
+    """A base that takes more memory than any machine has for a pass of more than so many tokens."""
+
+    most_tokens = 60
+
+    def __call__(self, inputs: dict[str, object]) -> torch.Tensor:
+        ids = inputs["input_ids"]
+        assert isinstance(ids, torch.Tensor)
+        if ids.shape[1] > self.most_tokens:
+            torch.empty(10**15)
+        return super().__call__(inputs)
+
+    def memory(self, rank: int, *, recompute: bool) -> dict[str, int]:
+        return {"free_bytes": 10**12, "activation_bytes": 1, "adapter_bytes": 1}
+
+
+def test_passes_that_are_too_large_are_made_smaller_and_an_adapter_that_is_too_large_is_given_up(
+    base_path: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "gang"
+    directory.mkdir()
+    long = [{"input": "far too long " * 8, "answer": "yes"}]
+    queue = [make_job(tmp_path, "a"), make_job(tmp_path, "bb", [*ROWS, *long]), make_job(tmp_path, "ccc")]
+    config = CONFIG.model_copy(update={"max_length": 256, "checkpoint_every_steps": 1})
+    for _ in range(12):  # as Ray Train's restarts
+        base = NarrowBase(base_path, torch.float32, TARGETS)
+        try:
+            train_on(base, queue, config, directory, "base")  # type: ignore[arg-type]
+            break
+        except RuntimeError as error:
+            assert "can't allocate memory" in str(error)
+    notes = read_notes(directory)
+    assert len(notes) > 1 and notes[0]["gang_size"] == 3 and notes[-1]["micro_batch_size"] == 1
+    reason = json.loads((tmp_path / "bb" / "work" / FAILURE).read_text())["reason"]
+    assert reason.startswith("bb: out of memory with one sample in the pass") and "lower max_length" in reason
+    for name in ("a", "ccc"):
+        alone = tmp_path / "alone"
+        alone.mkdir(exist_ok=True)
+        job = make_job(alone, name)
+        run(base_path, [job], 1, torch.float32, tmp_path / "alone.safetensors")
+        torch.testing.assert_close(losses(job), losses(make_job(tmp_path, name)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_is_never_older_than_its_time(base_path: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "gang-0000.safetensors"
+    base = WholeBase(base_path, torch.float32, TARGETS)
+    gang = make_gang(base, [make_job(tmp_path, "a")], 1)
+    written: list[int] = []
+    update = gang.update
+
+    def update_and_look() -> bool:
+        written.append(checkpoint.is_file())
+        return update()
+
+    gang.update = update_and_look  # type: ignore[method-assign]
+    train(base, gang, checkpoint, every_steps=1000, every_seconds=0.0)
+    assert written == [False, True, True, True, True, True]
+
+
+def test_a_checkpoint_is_written_when_the_driver_asks_for_it(base_path: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "gang-0000.safetensors"
+    write_json(tmp_path / "plan.json", {"queues": [["a"]]})
+    base = WholeBase(base_path, torch.float32, TARGETS)
+    gang = make_gang(base, [make_job(tmp_path, "a", epochs=60)], 1)
+    asking: list[threading.Thread] = []
+    update = gang.update
+
+    def update_and_ask() -> bool:
+        if gang.students[0].step == 3:
+            asking.append(threading.Thread(target=ask_for_checkpoints, args=(tmp_path, 20.0)))
+            asking[0].start()
+            while not (tmp_path / ASKED).is_file():
+                time.sleep(0.01)
+        if gang.students[0].step == 4:
+            assert saved_gang_size(tmp_path) == 1, "written after the step in which it was asked for"
+            asking[0].join(5)
+            assert not asking[0].is_alive(), "and waited for no longer than that"
+        return update()
+
+    gang.update = update_and_ask  # type: ignore[method-assign]
+    train(base, gang, checkpoint, every_steps=1000)
+    assert len(asking) == 1
 
 
 def test_states_that_wait_for_their_turn_survive_further_checkpoints(base_path: Path, tmp_path: Path) -> None:

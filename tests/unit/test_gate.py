@@ -107,7 +107,7 @@ def test_each_arm_is_answered_by_its_own_model(monkeypatch: pytest.MonkeyPatch, 
         return found
 
     monkeypatch.setattr(agreement, "run_blocks", run_blocks)
-    results = run_gate(
+    results, _ = run_gate(
         [member()],
         source=BaseModelConfig(model="source"),
         target=BaseModelConfig(model="target"),

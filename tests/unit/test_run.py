@@ -1,7 +1,7 @@
-import errno
-import fcntl
+import dataclasses
 import json
 import multiprocessing
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +12,15 @@ from tests.tiny import make_base, make_bundle
 from translora.bundle import BaseInfo, Bundle, inspect_base
 from translora.config import AdapterEntry, BaseModelConfig, FleetConfig, load_config
 from translora.engine.loading import load_tokenizer
-from translora.fleet import check_training, verify
 from translora.report.table import note
 from translora.run.files import read_jsonl, replace_directory, sha256_path, write_json
-from translora.run.member import Member, Run, attempt_size, continue_state, expand_entries
+from translora.run.member import Member, Run, attempt_size, expand_entries
+from translora.run.recipes import Seals, recipes
+from translora.run.resume import continue_state
 from translora.run.rundir import check_free, open_run
-from translora.run.state import AdapterState, load_state, save_state
+from translora.run.state import AdapterState, Phase, load_state, save_state
 from translora.run.tracker import Tracker
+from translora.run.verify import check_training, verify, verify_fleet
 
 
 def config(run_dir: Path, **changes: object) -> FleetConfig:
@@ -89,19 +91,11 @@ def test_a_directory_of_somebody_else_is_refused_and_left_alone(tmp_path: Path, 
 
 
 def test_a_run_killed_at_its_very_start_is_continued(tmp_path: Path) -> None:
-    (tmp_path / "lock").write_text("kept")
+    (tmp_path / "lock").touch()
+    os.utime(tmp_path / "lock", (0, 0))
     (tmp_path / ".tmp-config.json-1234").write_text("{")
     with open_run(tmp_path, config(tmp_path)):
-        assert (tmp_path / "lock").read_text() == "kept" and not list(tmp_path.glob(".tmp-*"))
-
-
-def test_a_file_system_without_locks_is_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_locks(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.raises(ValueError, match="its file system does not lock"), open_run(tmp_path, config(tmp_path)):
-        pass
+        assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
@@ -211,7 +205,7 @@ def run(tmp_path: Path, target: BaseInfo) -> Iterator[Run]:
     tokenizer = load_tokenizer(BaseModelConfig(model=str(target.path)))
     settings = config(tmp_path, source={"model": str(target.path)}, target={"model": str(target.path)})
     with Tracker(tmp_path, settings.tracking, {}, "test") as tracker:
-        yield Run(settings, target, target, tracker, tokenizer, tokenizer)
+        yield Run(settings, target, target, target, tracker, tokenizer, tokenizer)
 
 
 def test_another_attempt_lays_the_first_set_aside_and_survives_a_kill(
@@ -220,7 +214,7 @@ def test_another_attempt_lays_the_first_set_aside_and_survives_a_kill(
     judged = {"phase": "gate", "status": "pending", "reason": "", "losses": [1.0], "step": 1, "num_steps": 1}
     state = finished.model_copy(update=judged)
     first = (tmp_path / "adapters/a/synthetic.parquet").read_bytes()
-    member = Member(bundle, state, tmp_path / "adapters/a", 4, 2, [])
+    member = Member(bundle, state, tmp_path / "adapters/a", 4, 2, [], AdapterEntry(bundle="x"))
     run.send_back(member)
     assert member.waits_for("synthesis") and member.num_samples == 8 and state.losses == []
     assert member.earlier_set.read_bytes() == first and not (tmp_path / "adapters/a/synthetic.parquet").exists()
@@ -251,16 +245,154 @@ def test_a_state_that_cannot_be_read_quarantines_its_adapter_and_is_kept(
     assert isinstance(member, Member) and member.waits_for("synthesis")
 
 
-def test_eval_data_that_comes_too_late_is_warned_of(
-    tmp_path: Path, run: Run, bundle: Bundle, finished: AdapterState, caplog: pytest.LogCaptureFixture
+@pytest.fixture
+def migrated(tmp_path: Path, run: Run, bundle: Bundle, finished: AdapterState) -> AdapterState:
+    """`finished`, as this run would have left it."""
+    entry = AdapterEntry(bundle=str(bundle.path))
+    done = {"bundle_digest": bundle.digest, "num_samples": 16, "output": "bundles/a", "losses": [1.0], "step": 1}
+    done |= {"recipes": recipes_of(run, entry, bundle)}
+    state = finished.model_copy(update=done)
+    save_state(tmp_path, state)
+    return state
+
+
+def recipes_of(run: Run, entry: AdapterEntry, bundle: Bundle) -> dict[Phase, str]:
+    bases = (run.source, run.target, run.generator)
+    return recipes(run.config, entry, bundle_digest=bundle.digest, num_samples=16, bases=bases)
+
+
+def found(run: Run, entry: AdapterEntry) -> AdapterState:
+    member = verify(run, "a", entry)
+    assert isinstance(member, Member)
+    return member.state
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "phase", "kept"),
+    [
+        ("gate", {"min_agreement": 0.9}, "gate", {"synthetic.parquet", "student", "discriminator"}),
+        ("synthesis", {"max_answer_tokens": 9}, "synthesis", set()),
+        ("gate", {"holdout_fraction": 0.5}, "synthesis", set()),
+        ("distill", {"epochs": 7}, "distill", {"synthetic.parquet"}),
+        ("discriminator", {"epochs": 7}, "distill", {"synthetic.parquet"}),
+        ("distill", {"gang_size": 3, "num_workers": 1}, "done", {"synthetic.parquet", "student", "discriminator", "a"}),
+        ("resources", {"num_actors": 3}, "done", {"synthetic.parquet", "student", "discriminator", "a"}),
+    ],
+)
+def test_a_changed_setting_does_again_what_it_touches(
+    tmp_path: Path,
+    run: Run,
+    bundle: Bundle,
+    migrated: AdapterState,
+    section: str,
+    change: dict[str, object],
+    phase: str,
+    kept: set[str],
 ) -> None:
-    done = {"bundle_digest": bundle.digest, "num_samples": 16, "output": "bundles/a"}
-    save_state(tmp_path, finished.model_copy(update=done))
-    (tmp_path / "test.jsonl").write_text('{"input": "a", "target": "b"}\n')
-    verify(run, "a", AdapterEntry(bundle=str(bundle.path)))
-    assert not caplog.records
-    verify(run, "a", AdapterEntry(bundle=str(bundle.path), eval_data=str(tmp_path / "test.jsonl")))
-    assert f"test.jsonl is not measured: the adapter was finished before it was named; delete {tmp_path}" in caplog.text
+    settings = getattr(run.config, section).model_copy(update=change)
+    changed = dataclasses.replace(run, config=run.config.model_copy(update={section: settings}))
+    state = found(changed, AdapterEntry(bundle=str(bundle.path)))
+    assert state.phase == phase and state.status == ("migrated" if phase == "done" else "pending")
+    assert {Path(name).name for name in state.artifacts} == kept
+    assert (tmp_path / "bundles/a").exists() == (phase == "done"), "what no longer holds is not shipped"
+    assert (tmp_path / "adapters/a/student/w").exists(), "a training knows by itself what it made"
+    assert (state.losses == [1.0]) == (phase in ("gate", "done")) and (state.gate is None)
+    assert found(changed, AdapterEntry(bundle=str(bundle.path))) == state, "and is done again once"
+
+
+def test_another_base_of_the_same_name_does_again_what_it_touches(
+    tmp_path: Path, run: Run, bundle: Bundle, migrated: AdapterState
+) -> None:
+    entry = AdapterEntry(bundle=str(bundle.path))
+    moved = inspect_base(str(shutil.copytree(run.target.path, tmp_path / "elsewhere/base")))
+    assert found(dataclasses.replace(run, target=moved), entry).phase == "done", "where it lies does not matter"
+    other = dataclasses.replace(run.target, fingerprint="other")
+    assert found(dataclasses.replace(run, generator=other, target=other), entry).phase == "synthesis"
+
+
+def test_an_adapters_own_settings_and_eval_data_touch_it_alone(
+    tmp_path: Path, run: Run, bundle: Bundle, migrated: AdapterState
+) -> None:
+    rows = tmp_path / "test.jsonl"
+    rows.write_text('{"input": "a", "target": "b"}\n')
+    for own, phase in (
+        ({"eval_data": str(rows)}, "gate"),
+        ({"epochs": 3}, "distill"),
+        ({"screen": "none"}, "synthesis"),
+    ):
+        save_state(tmp_path, migrated)
+        shutil.copytree(bundle.path, tmp_path / "bundles/a", dirs_exist_ok=True)
+        assert found(run, AdapterEntry(bundle=str(bundle.path), **own)).phase == phase  # type: ignore[arg-type]
+
+
+def test_a_second_attempt_begins_anew_when_its_samples_are_touched(
+    tmp_path: Path, run: Run, bundle: Bundle, migrated: AdapterState
+) -> None:
+    first = tmp_path / "adapters/a/synthetic-1.parquet"
+    first.write_text("first")
+    artifacts = {"adapters/a/synthetic-1.parquet": sha256_path(first)}
+    again = {"attempt": 2, "phase": "synthesis", "status": "pending", "artifacts": artifacts}
+    save_state(tmp_path, migrated.model_copy(update=again))
+    entry = AdapterEntry(bundle=str(bundle.path))
+    assert found(run, entry).attempt == 2
+    changed = run.config.model_copy(update={"seed": 1})
+    assert found(dataclasses.replace(run, config=changed), entry).attempt == 1
+
+
+def test_a_state_of_an_older_version_is_kept(tmp_path: Path, run: Run, bundle: Bundle, migrated: AdapterState) -> None:
+    save_state(tmp_path, migrated.model_copy(update={"recipes": {}}))
+    assert found(run, AdapterEntry(bundle=str(bundle.path))) == migrated.model_copy(update={"bundle": str(bundle.path)})
+
+
+def test_a_sealed_adapter_is_not_read_again_until_a_file_or_a_setting_changes(
+    tmp_path: Path, run: Run, bundle: Bundle, migrated: AdapterState
+) -> None:
+    own = tmp_path / "given/a"
+    shutil.copytree(bundle.path, own)
+    entries = {"a": AdapterEntry(bundle=str(own))}
+    bases = (run.source, run.target, run.generator)
+
+    def look_again(run: Run = run) -> Member | AdapterState:
+        return verify_fleet(run, entries, Seals(tmp_path, run.config, bases))["a"]
+
+    assert isinstance(look_again(), Member), "the first time everything is hashed"
+    assert isinstance(look_again(), AdapterState)
+    write_json(tmp_path / "cohort-gate.json", ["a"])
+    assert isinstance(look_again(), Member), "a killed run's cohort is completed with all of its members"
+    (tmp_path / "cohort-gate.json").unlink()
+    changed = run.config.model_copy(update={"seed": 1})
+    for path in (own / "adapter_model.safetensors", tmp_path / "adapters/a/student/w"):
+        os.utime(path, (0, 0))
+        assert isinstance(look_again(), Member), path
+        assert isinstance(look_again(), AdapterState)
+    (own / "adapter_model.safetensors").write_bytes(b"damaged")
+    state = look_again()
+    assert isinstance(state, AdapterState) and state.status == "quarantined"
+    shutil.copytree(bundle.path, own, dirs_exist_ok=True)
+    assert isinstance(look_again(dataclasses.replace(run, config=changed)), Member)
+
+
+def test_a_file_that_is_damaged_in_the_middle_of_a_run_is_made_anew_a_few_times(
+    tmp_path: Path, run: Run, bundle: Bundle, finished: AdapterState
+) -> None:
+    judged = {"phase": "gate", "status": "pending", "num_samples": 4, "bundle_digest": "d"}
+    artifacts = {name: value for name, value in finished.artifacts.items() if name.startswith("adapters/")}
+    state = finished.model_copy(update=judged | {"artifacts": artifacts})
+    member = Member(bundle, state.model_copy(deep=True), tmp_path / "adapters/a", 4, 2, [], AdapterEntry(bundle="x"))
+    assert run.is_whole(member) and member.waits_for("gate")
+    for _ in range(2):
+        (tmp_path / "adapters/a/synthetic.parquet").write_text("damaged")
+        assert not run.is_whole(member)
+        assert member.waits_for("synthesis") and load_state(tmp_path, "a") == member.state
+        (tmp_path / "adapters/a/synthetic.parquet").write_text("adapters/a/synthetic.parquet")
+        member.state = state.model_copy(deep=True)
+        for kind in ("student", "discriminator"):
+            (tmp_path / "adapters/a" / kind).mkdir(exist_ok=True)
+            (tmp_path / "adapters/a" / kind / "w").write_text(f"adapters/a/{kind}")
+    (tmp_path / "adapters/a/student/w").unlink()
+    assert not run.is_whole(member)
+    assert member.state.status == "quarantined"
+    assert member.state.reason.endswith("adapters/a/student: damaged, 2 times made anew; check the file system")
 
 
 def test_target_modules_are_linear_modules_of_the_target_base(run: Run) -> None:

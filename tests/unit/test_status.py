@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from translora.run.lease import hold
+from translora.run.progress import Progress
+from translora.run.rundir import LOCK
 from translora.run.state import AdapterState, GateResult, SynthesisStats, save_state
 from translora.run.status import render_status
 
@@ -86,10 +93,68 @@ def test_what_failed_is_listed_with_its_reason(run_dir: Path) -> None:
     assert value["adapters"][1]["gate"]["num_heldout"] == 10
 
 
-def test_a_thousand_adapters_take_seconds(run_dir: Path) -> None:
+def test_the_time_left_is_that_of_the_last_steps_since_a_restart(run_dir: Path) -> None:
+    rows = [{"step": step, "num_steps": 30, "loss": 1.0, "seconds": 100.0 + step} for step in range(1, 11)]
+    rows += [{"step": step, "num_steps": 30, "loss": 1.0, "seconds": 2.0 * (step - 8)} for step in range(9, 21)]
+    in_distill("routing", run_dir, "".join(json.dumps(row) + "\n" for row in rows))
+    row = json.loads(render_status(run_dir, as_json=True))["adapters"][0]
+    assert (row["step"], row["time_left_seconds"], row["attempt"]) == (20, 20.0, 1)
+    assert " 20 s" in render_status(run_dir)
+    in_distill("fresh", run_dir, '{"step": 1, "num_steps": 30, "loss": 1.0, "seconds": 2.0}\n')
+    assert json.loads(render_status(run_dir, as_json=True))["adapters"][0]["time_left_seconds"] is None
+
+
+def test_what_the_driver_does_is_shown_from_another_shell(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    in_distill("routing", run_dir, "")
+    assert "no driver works on it" in render_status(run_dir)
+    with hold(run_dir / LOCK), Progress("distill", 200, run_dir) as progress:
+        progress.update(100)  # of a killed run
+        time.sleep(2.1)
+        progress.update(120)
+        text = render_status(run_dir)
+        assert f"driver: pid {os.getpid()} on" in text and "distill 120/200, " in text and " s left" in text
+        value = json.loads(render_status(run_dir, as_json=True))
+        assert value["driver"]["alive"] and value["progress"]["done"] == 120
+        assert 5 < value["progress"]["left_seconds"] < 12, "20 in 2 s, 80 to go"
+        lock = (run_dir / LOCK).read_text()
+    assert not (run_dir / "progress.json").exists()
+    (run_dir / LOCK).write_text(lock.replace(str(os.getpid()), "4000000"))
+    assert "is dead; the same command continues" in render_status(run_dir)
+
+
+def test_on_a_small_screen_those_that_are_worked_on_come_first(run_dir: Path) -> None:
+    for name in "abc":
+        save_state(run_dir, AdapterState(name=name, bundle="b", phase="done", status="migrated"))
+    in_distill("zebra", run_dir, "")
+    text = render_status(run_dir, max_rows=2)
+    assert "zebra" in text and "and 2 more" in text and "3 of 4 migrated" in text
+
+
+def test_a_thousand_adapters_are_shown_within_a_second(run_dir: Path) -> None:
     for index in range(1000):
         save_state(run_dir, AdapterState(name=f"client-{index:04d}", bundle="b", losses=[0.5] * 300, status="migrated"))
-    start = time.monotonic()
-    text = render_status(run_dir)
-    assert time.monotonic() - start < 20
-    assert text.count("client-") == 1000 and "1000 of 1000 migrated" in text
+    seconds = []
+    for _ in range(3):  # the best of three: the machine has other things to do
+        start = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", "translora", "status", run_dir], capture_output=True, text=True, check=True
+        )
+        seconds.append(time.monotonic() - start)
+    assert done.stdout.count("client-") == 1000 and "1000 of 1000 migrated" in done.stdout
+    assert min(seconds) < 2, seconds
+
+
+def test_watching_shows_the_table_again_and_again(run_dir: Path) -> None:
+    in_distill("routing", run_dir, "")
+    script = (
+        "import signal, sys; from translora.cli import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
+        f"sys.exit(main(['status', {str(run_dir)!r}, '--watch', '0.2']))"
+    )
+    watching = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert watching.stdout is not None
+    seen = 0
+    while seen < 3:
+        seen += "routing" in watching.stdout.readline()
+    watching.send_signal(signal.SIGINT)
+    assert watching.wait(20) == 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from translora.distill.gang import Gang
-from translora.run.files import digest, write_bytes
+from translora.run.files import digest, read_object, write_bytes
 
 logger = logging.getLogger(__name__)
+ASKED = "checkpoint-now"
+"""Beside the checkpoints: its time is that of the driver's wish for one."""
 
 
 def queue_digest(gang: Gang) -> str:
@@ -82,3 +85,22 @@ def saved_gang_size(directory: Path) -> int | None:
         except (SafetensorError, OSError, KeyError, ValueError):
             continue
     return None
+
+
+def is_asked_for(path: Path) -> bool:
+    """Whether the driver wants a checkpoint that is younger than the one at `path`."""
+    try:
+        asked = (path.parent / ASKED).stat().st_mtime
+    except OSError:
+        return False
+    return not path.is_file() or path.stat().st_mtime < asked
+
+
+def ask_for_checkpoints(directory: Path, patience_seconds: float) -> None:
+    """Have every gang write a checkpoint now; for the driver, which was told to end. Waits so long at most."""
+    num_gangs = len(read_object(directory / "plan.json").get("queues", ()))
+    paths = [directory / f"gang-{number:04d}.safetensors" for number in range(num_gangs)]
+    (directory / ASKED).touch()
+    deadline = time.monotonic() + patience_seconds
+    while any(is_asked_for(path) for path in paths) and time.monotonic() < deadline:
+        time.sleep(0.1)

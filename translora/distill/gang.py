@@ -84,6 +84,8 @@ class Gang:
         self.num_ranks = 1 if group is None else dist.get_world_size(group)
         self.students: dict[int, Student] = {}
         self.next = 0
+        self.step_seconds = 0.0
+        """Of the passes of this step: each student's share of them is logged, as what it cost."""
         self.saved: dict[str, tuple[dict[str, torch.Tensor], list[float]]] = {}
         """States of an earlier start, by recipe."""
         zeros: Any = {"dtype": base.dtype, "device": self.place}
@@ -123,7 +125,7 @@ class Gang:
         del self.students[slot]
         self.bank.close_slot(slot)
 
-    def give_up(self, job: TrainJob, error: Exception) -> None:
+    def give_up(self, job: TrainJob, error: Exception | str) -> None:
         """Record why a job ends here; its neighbours go on."""
         if self.rank == 0:
             write_json(Path(job.work_dir) / FAILURE, {"reason": str(error)})
@@ -163,7 +165,8 @@ class Gang:
                 if self.rank == 0:
                     seconds = round(time.monotonic() - student.start, 3)
                     row = {"step": student.step, "num_steps": student.num_steps, "loss": student.losses[-1]}
-                    append_line(Path(student.job.work_dir) / "train.jsonl", json.dumps({**row, "seconds": seconds}))
+                    row |= {"seconds": seconds, "gang_seconds": round(self.step_seconds / before, 5)}
+                    append_line(Path(student.job.work_dir) / "train.jsonl", json.dumps(row))
                     # A resumed gang may repeat the last steps of one that was written just before the kill.
                     if student.is_done and not student.job.is_made(student.recipe):
                         student.write(self.base_name)

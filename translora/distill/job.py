@@ -89,13 +89,15 @@ def make_job(
     root_seed: int,
     with_end: bool,
     template: str = "auto",
+    epochs: float | None = None,
+    learning_rate: float | None = None,
 ) -> TrainJob:
     """Write a job's data and describe the job; a failure of an earlier start is forgotten.
 
     Args:
         owner: name of the adapter or task, and `kind` of this training of it; both decide the seed.
         rows: `input` and `answer`.
-        settings: epochs and learning rate.
+        settings: epochs and learning rate, where the job has none of its own.
     """
     data = work_dir / "data.jsonl"
     write_jsonl(data, rows)
@@ -106,8 +108,8 @@ def make_job(
         output=str(output),
         work_dir=str(work_dir),
         seed=derive_seed(root_seed, owner, kind),
-        epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
+        epochs=epochs or settings.epochs,
+        learning_rate=learning_rate or settings.learning_rate,
         template=template,
         with_end=with_end,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import threading
@@ -14,14 +16,21 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from translora.bundle.base import inspect_base
 from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
+from translora.distill.checkpoint import ask_for_checkpoints
 from translora.distill.job import TrainJob
+from translora.distill.shrink import read_notes
 from translora.distill.train import train_worker
 from translora.run.files import digest, remove_directory
+from translora.run.progress import Progress
 from translora.run.signals import interruptible_fit
 
 logger = logging.getLogger(__name__)
 OnStep = Callable[[str, dict[str, float]], None]
 POLL_SECONDS = 0.5
+CHECKPOINT_SECONDS = 20.0
+"""How long a driver that was told to end waits for the gangs' checkpoints."""
+MAX_NOTES = 30
+"""Passes that may run out of memory until they are as small as can be; beyond them each note gives up a job."""
 
 
 class Follower:
@@ -33,20 +42,28 @@ class Follower:
         self._offsets = {name: path.stat().st_size if path.is_file() else 0 for name, path in self._paths.items()}
         self._on_step = on_step
         self._stop = threading.Event()
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Follower:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        if kind is not None:
+            return  # what went wrong goes before what could not be reported
+        if self._error is not None:
+            raise self._error
         self._poll()
 
     def _run(self) -> None:
-        while not self._stop.wait(POLL_SECONDS):
-            self._poll()
+        try:
+            while not self._stop.wait(POLL_SECONDS):
+                self._poll()
+        except Exception as error:  # a full disk, say: the training goes on, and its end says so
+            self._error = error
 
     def _poll(self) -> None:
         for name, path in self._paths.items():
@@ -56,7 +73,9 @@ class Follower:
                 handle.seek(self._offsets[name])
                 while (line := handle.readline()).endswith("\n"):
                     self._offsets[name] = handle.tell()
-                    self._on_step(name, json.loads(line))
+                    with contextlib.suppress(json.JSONDecodeError):  # half of it is from a worker that was killed
+                        row = json.loads(line)
+                        self._on_step(name, row)
 
 
 def train_adapters(
@@ -66,7 +85,9 @@ def train_adapters(
     config: TrainConfig,
     resources: ResourceConfig,
     run_dir: Path,
-    on_step: OnStep,
+    *,
+    label: str,
+    on_step: OnStep | None = None,
 ) -> None:
     """Train every job whose output does not exist yet, in gangs on one worker group that loads the base once.
 
@@ -77,6 +98,7 @@ def train_adapters(
         config: shared settings; epochs and learning rate are each job's own.
         resources: `gpus_per_actor` > 0 gives every worker a GPU.
         run_dir: Ray Train's own files go below it.
+        label: of the progress that is shown.
         on_step: called from a thread with each job's name and {step, num_steps, loss, seconds}.
 
     Raises:
@@ -96,6 +118,31 @@ def train_adapters(
     # All jobs, also those that are done: a resumed run must find the same gangs again.
     directory = run_dir / "gangs" / digest([job.name for job in jobs])
     directory.mkdir(parents=True, exist_ok=True)
+    trainer = functools.partial(make_trainer, base, base_name, jobs, config, resources, run_dir, directory)
+    steps: dict[str, int] = {}
+
+    def after_step(name: str, row: dict[str, float]) -> None:
+        steps[name] = int(row["step"])
+        progress.update(sum(steps.values()), f"{name} {steps[name]}/{int(row['num_steps'])} loss {row['loss']:.3f}")
+        if on_step is not None:
+            on_step(name, row)
+
+    total = sum(job.expected_steps(config.batch_size) for job in jobs)
+    with Progress(label, total, run_dir) as progress, Follower(jobs, after_step):
+        fit(trainer, directory, most_notes=len(jobs) + MAX_NOTES)
+    remove_directory(directory)
+
+
+def make_trainer(
+    base: BaseModelConfig,
+    base_name: str,
+    jobs: Sequence[TrainJob],
+    config: TrainConfig,
+    resources: ResourceConfig,
+    run_dir: Path,
+    directory: Path,
+) -> TorchTrainer:
+    """A worker group of Ray Train for these jobs; `directory` is for the gangs' checkpoints, the rest as above."""
     use_gpu = resources.gpus_per_actor > 0
     per_worker: dict[str, float] = {"GPU": 1.0} if use_gpu else {"CPU": 1.0}
     spec = {
@@ -105,8 +152,9 @@ def train_adapters(
         "jobs": [dataclasses.asdict(job) for job in jobs],
         "directory": str(directory),
         "use_gpu": use_gpu,
+        "limit_seconds": resources.worker_timeout_seconds,
     }
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_worker,
         train_loop_config=spec,
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -120,6 +168,28 @@ def train_adapters(
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
         ),
     )
-    with Follower(jobs, on_step), interruptible_fit():
-        trainer.fit()
-    remove_directory(directory)
+
+
+def fit(trainer: Callable[[], TorchTrainer], directory: Path, most_notes: int) -> None:
+    """Train to the end; a worker group that ran out of memory starts again with smaller passes.
+
+    Args:
+        trainer: makes a new one, because each can be run once.
+        directory: of the gangs' checkpoints.
+        most_notes: of passes that were too large.
+
+    Raises:
+        ray.train.TrainingFailedError, KeyboardInterrupt: as in train_adapters.
+    """
+    while True:
+        num_notes = len(read_notes(directory))
+        try:
+            with interruptible_fit():
+                trainer().fit()
+            return
+        except ray.train.TrainingFailedError:
+            if not num_notes < len(read_notes(directory)) < most_notes:
+                raise
+        except KeyboardInterrupt:
+            ask_for_checkpoints(directory, CHECKPOINT_SECONDS)
+            raise

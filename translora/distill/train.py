@@ -7,6 +7,8 @@ students and its own queue, and all ranks walk through the base together, pass b
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,34 +19,61 @@ from transformers import PreTrainedTokenizerBase
 
 from translora.config import BaseModelConfig, TrainConfig
 from translora.distill import zero3
-from translora.distill.checkpoint import read_checkpoints, saved_gang_size, write_checkpoint
+from translora.distill.checkpoint import ASKED, is_asked_for, read_checkpoints, saved_gang_size, write_checkpoint
 from translora.distill.data import num_steps, pack
 from translora.distill.gang import Gang, ResidentBase, Shard
 from translora.distill.job import TrainJob
 from translora.distill.plan import JobSize, Layout, choose_gang_size, lay_out
+from translora.distill.shrink import given_up, largest, note_out_of_memory, read_notes
 from translora.engine.head import cross_entropy
 from translora.engine.loading import device, hide_gpus
+from translora.engine.memory import is_out_of_memory
 from translora.run.files import write_json
 from translora.run.log import quiet_worker
+from translora.run.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 
-def train(base: ResidentBase, gang: Gang, checkpoint: Path, every_steps: int) -> None:
-    """Train the gang and its queue to the end; every rank calls this."""
-    step = 0
+def train(
+    base: ResidentBase,
+    gang: Gang,
+    checkpoint: Path,
+    every_steps: int,
+    every_seconds: float = math.inf,
+    watchdog: Watchdog = Watchdog(None),  # noqa: B008 (has no state)
+) -> None:
+    """Train the gang and its queue to the end; every rank calls this.
+
+    Args:
+        checkpoint: is written when a student left, every so many steps or seconds, whichever comes first, and when the
+            driver asks for it because it has to end.
+        watchdog: is told of every pass.
+    """
+    step, saved = 0, time.monotonic()
     while True:
         gang.fill()
         passes = gang.shards()
         num_passes = most_of_all_ranks(len(passes), gang.place)
         if num_passes == 0:
             return
+        begun = time.monotonic()
         for index in range(num_passes):
-            run_pass(base, gang, passes[index] if index < len(passes) else gang.ballast())
+            watchdog.alive()
+            shards = passes[index] if index < len(passes) else gang.ballast()
+            try:
+                run_pass(base, gang, shards)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    note_pass(checkpoint.parent, gang, shards, error)
+                raise
+        gang.step_seconds = time.monotonic() - begun
         one_left = gang.update()
         step += 1
-        if gang.rank == 0 and (one_left or step % every_steps == 0):
+        due = step % every_steps == 0 or time.monotonic() - saved > every_seconds or is_asked_for(checkpoint)
+        if gang.rank == 0 and (one_left or due):
             write_checkpoint(checkpoint, gang)
+            saved = time.monotonic()
 
 
 def run_pass(base: ResidentBase, gang: Gang, shards: Sequence[Shard]) -> None:
@@ -57,6 +86,18 @@ def run_pass(base: ResidentBase, gang: Gang, shards: Sequence[Shard]) -> None:
     # The sum of the students' means: every student's gradients are those of its own mean.
     base.backward(losses_L.sum())
     gang.note(batch, losses_L.detach())
+
+
+def note_pass(directory: Path, gang: Gang, shards: Sequence[Shard], error: BaseException) -> None:
+    """Leave a note of what was in the pass that was too much for the memory."""
+    note_out_of_memory(
+        directory,
+        dist.get_rank(),
+        gang_size=gang.num_slots,
+        micro_batch_size=max(len(samples) for _, samples, _ in shards),
+        jobs=[gang.students[slot].job.name for slot, _, _ in shards if slot in gang.students],
+        error=error,
+    )
 
 
 def most_of_all_ranks(count: int, place: torch.device) -> int:
@@ -73,43 +114,51 @@ def train_on(
     directory: Path,
     base_name: str,
     layout: Layout | None = None,
+    watchdog: Watchdog = Watchdog(None),  # noqa: B008 (has no state)
 ) -> None:
     """Train every job on a resident base; every rank calls this. A rerun with the same directory goes on.
 
     Args:
-        directory: for the gangs' checkpoints and plan.json, shared by all ranks.
+        directory: for the gangs' checkpoints, plan.json and notes of passes that were too large, shared by all ranks.
         base_name: written into the adapters' configs.
         layout: which ranks train what; whole adapters per rank when unset.
     """
     rank, num_ranks, place = dist.get_rank(), dist.get_world_size(), device()
     # One rank looks at the files and tells the others: they must not differ in what they saw.
-    seen: list[list[Any]] = [[], []]
+    seen: list[list[Any]] = [[], [], []]
     if rank == 0:
         seen[0] = [measure(job, base.tokenizer, config) for job in jobs]
         seen[1] = [job.name for job in jobs if job.is_done(config, base.fingerprint)]
+        seen[2] = read_notes(directory)
     dist.broadcast_object_list(seen, src=0)
-    sizes, done = seen
+    sizes, done, notes = seen
+    too_large = given_up(notes)
+    config = config.model_copy(update={"micro_batch_size": largest(notes, "micro_batch_size", config.micro_batch_size)})
     layout = layout or lay_out(sizes, num_ranks)
     gang_size = saved_gang_size(directory) if config.gang_size == "auto" else None
     if gang_size is None:
         memory = base.memory(config.lora.rank, recompute=config.gradient_checkpointing)
         gang_size = choose_gang_size(sizes, layout, config, device=place.type, **memory)
-    gang_size = -most_of_all_ranks(-gang_size, place)  # what fits everywhere
+    gang_size = largest(notes, "gang_size", -most_of_all_ranks(-gang_size, place))  # what fits everywhere
     own_group, group = rank // layout.ranks_per_group, None
     for first in range(0, num_ranks, layout.ranks_per_group):
         ranks = list(range(first, first + layout.ranks_per_group))
         made = dist.new_group(ranks) if len(ranks) > 1 else None  # every rank makes every group
         group = made if rank in ranks else group
     queue = [jobs[index] for index in layout.queues[own_group]]
-    gang = Gang(base, queue, config, gang_size, base_name=base_name, group=group, done=done)
+    gang = Gang(base, queue, config, gang_size, base_name=base_name, group=group, done={*done, *too_large})
+    for job in queue:
+        if job.name in too_large and job.name not in done:
+            gang.give_up(job, too_large[job.name])
     checkpoint = directory / f"gang-{own_group:04d}.safetensors"
     read_checkpoints(directory, checkpoint.name, gang)
     dist.barrier()  # nobody replaces a file that another rank still reads
     if rank == 0:
+        (directory / ASKED).unlink(missing_ok=True)
         queues = [[jobs[index].name for index in queue] for queue in layout.queues]
         plan = {"gang_size": gang_size, "ranks_per_student": layout.ranks_per_group, "queues": queues}
         write_json(directory / "plan.json", plan)
-    train(base, gang, checkpoint, config.checkpoint_every_steps)
+    train(base, gang, checkpoint, config.checkpoint_every_steps, config.checkpoint_every_seconds, watchdog)
 
 
 def measure(job: TrainJob, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> JobSize:
@@ -130,6 +179,9 @@ def train_worker(spec: dict[str, Any]) -> None:
         hide_gpus()
         torch.set_num_threads(1)
     config = TrainConfig.model_validate(spec["train"])
+    watchdog = Watchdog(spec["limit_seconds"])
+    watchdog.alive()
     base = zero3.ShardedBase(BaseModelConfig.model_validate(spec["base"]), config)
     jobs = [TrainJob(**job) for job in spec["jobs"]]
-    train_on(base, jobs, config, Path(spec["directory"]), spec["base_name"])
+    train_on(base, jobs, config, Path(spec["directory"]), spec["base_name"], watchdog=watchdog)
+    watchdog.stop()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,10 +15,15 @@ import torch
 from translora.bundle.base import inspect_base
 from translora.config import BaseModelConfig
 from translora.engine.loading import device, hide_gpus, resolve_dtype
+from translora.engine.memory import is_out_of_memory, release_memory
 from translora.engine.transformers import TransformersEngine
+from translora.lora.peft_io import read_lora
+from translora.run.watchdog import Watchdog
+from translora.synthesis.calls import FAULT, Computed, Row
 
 logger = logging.getLogger(__name__)
-Row = dict[str, Any]
+SLOT_KEYS = ("slot", "discriminator")
+"""Of a row: the adapters that it needs."""
 BlockFunction = Callable[[TransformersEngine, list[Row], dict[str, Any]], list[Row]]
 """Turns one block of rows into as many rows, on a resident engine, with plain settings."""
 
@@ -29,11 +34,14 @@ class EngineHost:
     Args:
         num_threads: torch's CPU threads of a host without a GPU; None for a host with one.
         num_hosts: hosts that share this machine's memory.
+        limit_seconds: a block that takes longer, loading included, ends the process.
     """
 
-    def __init__(self, num_threads: int | None, num_hosts: int) -> None:
+    def __init__(self, num_threads: int | None, num_hosts: int, limit_seconds: float | None = None) -> None:
         if num_threads is not None:
             hide_gpus()
+        self.watchdog = Watchdog(limit_seconds)
+        self.damaged: dict[str, str] = {}
         self.num_threads, self.num_hosts = num_threads, num_hosts
         self.engines: dict[str, TransformersEngine] = {}
 
@@ -47,20 +55,43 @@ class EngineHost:
         function: BlockFunction,
         rows: list[Row],
         settings: dict[str, Any],
-    ) -> list[Row]:
-        """Compute one block on a base with these adapters in its bank; loads what is not there yet."""
-        engine = self._engine(BaseModelConfig.model_validate(base))
-        engine.use_adapters(adapters)
-        return function(engine, rows, settings)
+    ) -> Computed:
+        """Compute one block on a base with these adapters in its bank; loads what is not there yet.
+
+        Rows that cannot be computed for want of memory, or because their adapter is damaged, come back with a fault.
+        """
+        self.watchdog.alive()
+        try:
+            start = time.monotonic()
+            engine = self._engine(BaseModelConfig.model_validate(base))
+            damaged = self._use_adapters(engine, adapters)
+            loaded = time.monotonic()
+            computed = compute_rows(engine, function, rows, settings, damaged)
+            seconds = {"model": round(time.monotonic() - loaded, 4), "load": round(loaded - start, 4)}
+            return computed, seconds
+        finally:
+            self.watchdog.stop()
+
+    def _use_adapters(self, engine: TransformersEngine, adapters: Mapping[str, str]) -> dict[str, str]:
+        """Have the adapters in the bank, but for those that cannot be read: slot -> reason."""
+        usable = {slot: path for slot, path in adapters.items() if path not in self.damaged}
+        try:
+            engine.use_adapters(usable)
+        except (ValueError, OSError):
+            for path in usable.values():
+                try:
+                    read_lora(path)
+                except (ValueError, OSError) as error:
+                    self.damaged[path] = f"damaged since it was verified: {error}"
+            engine.use_adapters({slot: path for slot, path in usable.items() if path not in self.damaged})
+        return {slot: self.damaged[path] for slot, path in adapters.items() if path in self.damaged}
 
     def _engine(self, base: BaseModelConfig) -> TransformersEngine:
         key = json.dumps(base.model_dump(), sort_keys=True)
         if key not in self.engines:
             if self.engines and base_bytes(base) > 0.5 * self._free_bytes():
                 self.engines.clear()
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                release_memory()
             self.engines[key] = TransformersEngine(base, {}, self.num_threads)
         return self.engines[key]
 
@@ -69,6 +100,41 @@ class EngineHost:
         if device().type == "cuda":
             return int(torch.cuda.mem_get_info()[0])
         return int(psutil.virtual_memory().available) // self.num_hosts
+
+
+def compute_rows(
+    engine: TransformersEngine,
+    function: BlockFunction,
+    rows: list[Row],
+    settings: dict[str, Any],
+    damaged: Mapping[str, str],
+) -> list[Row]:
+    """The rows computed, in halves where the whole is too much for the memory; a row of a damaged slot has its fault.
+
+    Args:
+        damaged: reason by slot.
+    """
+    faults = [next((damaged[row[key]] for key in SLOT_KEYS if row.get(key) in damaged), None) for row in rows]
+    whole = [row for row, fault in zip(rows, faults, strict=True) if fault is None]
+    computed = iter(_in_halves(engine, function, whole, settings) if whole else [])
+    return [next(computed) if fault is None else {**row, FAULT: fault} for row, fault in zip(rows, faults, strict=True)]
+
+
+def _in_halves(
+    engine: TransformersEngine, function: BlockFunction, rows: list[Row], settings: dict[str, Any]
+) -> list[Row]:
+    try:
+        return function(engine, rows, settings)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+    release_memory()
+    if len(rows) == 1:
+        return [{**rows[0], FAULT: f"out of memory with one row in the batch: {reason}"}]
+    logger.warning("out of memory with %d rows in a batch: trying its halves", len(rows))
+    middle = len(rows) // 2
+    return [row for part in (rows[:middle], rows[middle:]) for row in _in_halves(engine, function, part, settings)]
 
 
 def base_bytes(base: BaseModelConfig) -> int:

@@ -16,7 +16,8 @@ from translora.evaluate.statistics import chance_share, majority_share
 from translora.gate.agreement import Answers, answer_rows, is_equal, judge, run_answers
 from translora.run.files import sha256_path, write_parquet
 from translora.run.state import AdapterState
-from translora.synthesis.actors import Hosts, Row
+from translora.synthesis.actors import Hosts
+from translora.synthesis.calls import Row
 
 
 @dataclass(frozen=True)

@@ -15,19 +15,17 @@ from translora.config import (
     NAME_PATTERN,
     AdapterEntry,
     BaseModelConfig,
-    ConfigFile,
     DiscriminatorConfig,
     FleetConfig,
     GateConfig,
     PrepareConfig,
     PrepareEntry,
     ResourceConfig,
-    Strict,
     SynthesisConfig,
     TrainConfig,
-    fault_text,
     refuse_same_names,
 )
+from translora.config_file import ConfigFile, Strict, fault_text
 
 SOURCE_BASE, SOURCE_ADAPTER, TARGET_BASE, REAL = "source_base", "source_adapter", "target_base", "real"
 REFERENCE_ARMS = (SOURCE_BASE, SOURCE_ADAPTER, TARGET_BASE, REAL)

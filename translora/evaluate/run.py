@@ -23,13 +23,12 @@ from translora.evaluate.config import REAL, EvaluateConfig, without_gate
 from translora.evaluate.data import Split, read_task_data, split
 from translora.evaluate.results import BaseSize, Results, Setup, summarise
 from translora.evaluate.statistics import NUM_REPLICATES
-from translora.fleet import check_section, check_training, migrate
+from translora.fleet import migrate
 from translora.prepare import prepare
 from translora.run.files import digest, write_bytes, write_jsonl
-from translora.run.member import STUDENT
-from translora.run.progress import Progress
 from translora.run.rundir import open_run, versions
-from translora.run.state import AdapterState
+from translora.run.state import STUDENT, AdapterState
+from translora.run.verify import check_section, check_training
 
 logger = logging.getLogger(__name__)
 ITEMS = "items.parquet"
@@ -138,14 +137,9 @@ def train_real(config: EvaluateConfig, seed: int, splits: Mapping[str, Split], t
                 with_end=True,
             )
         )
-    steps: dict[str, int] = {}
-
-    def on_step(job_name: str, row: dict[str, float]) -> None:
-        steps[job_name] = int(row["step"])
-        progress.update(sum(steps.values()), f"{job_name} loss {row['loss']:.3f}")
-
-    with Progress("train on real data", sum(job.expected_steps(config.train.batch_size) for job in jobs)) as progress:
-        train_adapters(config.target, target.name, jobs, config.train, config.resources, directory, on_step)
+    train_adapters(
+        config.target, target.name, jobs, config.train, config.resources, directory, label="train on real data"
+    )
     refuse_failures(jobs)
     return outputs
 

@@ -14,7 +14,8 @@ from translora.config import BaseModelConfig, GateConfig, ResourceConfig
 from translora.run.files import digest
 from translora.run.progress import Progress
 from translora.run.state import Accuracy, GateResult
-from translora.synthesis.actors import Hosts, Row, cut_blocks, run_blocks
+from translora.synthesis.actors import Hosts, cut_blocks, run_blocks
+from translora.synthesis.calls import Row
 from translora.synthesis.prompts import LINE_END, normalise
 from translora.synthesis.stages import gate_block
 
@@ -130,13 +131,16 @@ def run_answers(
     hosts: Hosts,
     directory: Path,
     digests: Mapping[str, str],
+    faults: dict[str, str] | None = None,
 ) -> tuple[Answers, dict[tuple[str, str], float]]:
     """Answer the rows of `answer_rows` on one base, all arms in mixed batches.
 
     Args:
         label: of the progress.
+        directory: below the run directory; finished blocks go below it.
         adapters: PEFT directory by slot.
         digests: content hashes of adapters and bases: answers of the same weights alone are used again.
+        faults: gets the reason by name of those that cannot be answered for, as in `run_blocks`.
 
     Returns:
         Answers by (name, arm), in the order of the samples, and the mean log-likelihood of a token of the references
@@ -145,7 +149,7 @@ def run_answers(
     settings = {"max_answer_tokens": max_answer_tokens}
     blocks = cut_blocks(rows, batch_size, lambda row: len(row["input"]))
     key = digest(blocks, settings, base.model_dump(), dict(digests))
-    with Progress(label, len(rows)) as progress:
+    with Progress(label, len(rows), directory.parent) as progress:
         computed = run_blocks(
             blocks,
             gate_block,
@@ -155,6 +159,7 @@ def run_answers(
             hosts=hosts,
             directory=directory / key,
             on_block=progress.fraction,
+            faults=faults,
         )
     found: Answers = {}
     for row in sorted(computed, key=lambda row: (row["adapter"], row["arm"], row["index"])):
@@ -173,8 +178,10 @@ def run_gate(
     resources: ResourceConfig,
     run_dir: Path,
     digests: Mapping[str, str],
-) -> dict[str, tuple[GateResult, Accuracy | None]]:
+) -> tuple[dict[str, tuple[GateResult, Accuracy | None]], dict[str, str]]:
     """Answer the held-out prompts with student and bare target base, all adapters in mixed batches, and judge.
+
+    Returns the verdicts by name, and the reasons by name of those that cannot be judged.
 
     Args:
         digests: content hashes of the students and fingerprints of the bases: a rerun reuses the answers of the same
@@ -194,6 +201,7 @@ def run_gate(
 
     answers: Answers = {}
     logliks: dict[tuple[str, str], float] = {}
+    faults: dict[str, str] = {}
     students = {f"student/{member.name}": str(member.student_dir) for member in members}
     teachers = {f"teacher/{member.name}": str(member.teacher_dir) for member in members}
     with Hosts(resources) as hosts:
@@ -213,10 +221,12 @@ def run_gate(
                 hosts=hosts,
                 directory=run_dir / "gate",
                 digests=digests,
+                faults=faults,
             )
             answers |= found
             logliks |= means
-    return {member.name: _judge_member(member, answers, logliks, config) for member in members}
+    sound = [member for member in members if member.name not in faults]
+    return {member.name: _judge_member(member, answers, logliks, config) for member in sound}, faults
 
 
 def _judge_member(

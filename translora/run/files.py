@@ -32,6 +32,8 @@ def write_bytes(path: Path, data: bytes) -> None:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error  # a write's own error names no file
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -111,6 +113,15 @@ def sha256_path(path: Path) -> str:
     files = sorted(file for file in path.rglob("*") if file.is_file())
     listing = [(file.relative_to(path).as_posix(), sha256_file(file)) for file in files]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object that this program wrote; empty where there is none, or none that can be read."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

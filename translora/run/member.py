@@ -13,17 +13,18 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from translora.bundle import BaseInfo, Bundle, BundleError, read_bundle, verify_bundle
+from translora.bundle import BaseInfo, Bundle
+from translora.bundle.remote import expand_remote, is_remote, name_of_url
 from translora.config import AdapterEntry, FleetConfig, GateConfig
-from translora.run.files import digest, remove_directory, sha256_path, write_json
+from translora.run.files import digest, sha256_path, write_json
 from translora.run.redact import printable, redact
-from translora.run.state import AdapterState, Phase, load_state, save_state, state_path
+from translora.run.resume import artifact_digest, continue_state
+from translora.run.state import SYNTHETIC, AdapterState, Phase, reached, save_state
 from translora.run.tracker import Tracker
 
 logger = logging.getLogger(__name__)
-SYNTHETIC, STUDENT, DISCRIMINATOR, BUNDLES = "synthetic.parquet", "student", "discriminator", "bundles"
+MAX_REPAIRS = 2
 MAX_NAME = 128
-PHASES: tuple[Phase, ...] = ("verify", "synthesis", "distill", "gate", "done")
 
 
 @dataclass
@@ -39,6 +40,10 @@ class Member:
     """Samples for the gate, beyond |D_syn|."""
     eval_rows: list[dict[str, str]]
     """Real held-out data to measure on; may be empty."""
+    entry: AdapterEntry
+    """Its line in the fleet file, with settings of its own."""
+    repairs: int = 0
+    """Times that this process found files of it damaged and had them made anew."""
 
     def waits_for(self, phase: Phase) -> bool:
         """Whether this phase is the next thing to do."""
@@ -66,6 +71,7 @@ class Run:
     config: FleetConfig
     source: BaseInfo
     target: BaseInfo
+    generator: BaseInfo
     tracker: Tracker
     source_tokenizer: Any
     generator_tokenizer: Any
@@ -79,6 +85,32 @@ class Run:
         logger.error("%s: quarantined: %s", state.name, reason)
         state.status, state.reason = "quarantined", printable(redact(reason))
         self.save(state)
+
+    def is_whole(self, member: Member) -> bool:
+        """Whether the files of the phases so far still are what was written.
+
+        If not, the adapter goes back to the phase that makes the first damaged one, a few times; then it is out.
+        """
+        run_dir, state = self.config.run_dir, member.state
+        damaged = [name for name, recorded in state.artifacts.items() if self.digest_of(name) != recorded]
+        if not damaged:
+            return True
+        member.repairs += 1
+        if member.repairs > MAX_REPAIRS:
+            self.quarantine(
+                state, f"{run_dir / damaged[0]}: damaged, {MAX_REPAIRS} times made anew; check the file system"
+            )
+            return False
+        identity = {"name", "bundle", "bundle_digest", "task_name", "num_samples", "recipes"}
+        fresh = AdapterState(**state.model_dump(include=identity), phase="synthesis")
+        member.state = continue_state(run_dir, fresh, self.target)
+        member.num_samples = attempt_size(member.state, self.config.gate)
+        self.save(member.state)
+        return False
+
+    def digest_of(self, relative: str) -> str:
+        """The present digest of one of a state's artifacts."""
+        return artifact_digest(self.config.run_dir, relative, self.target)
 
     def send_back(self, member: Member) -> None:
         """Begin another attempt of an adapter that did not pass: its set is laid aside, to be continued."""
@@ -95,7 +127,7 @@ class Run:
         """Record the hashes of what a phase wrote (paths below the run directory) and go on to the next one."""
         for path in artifacts:
             relative = relative_to(self.config.run_dir, path)
-            member.state.artifacts[relative] = artifact_digest(self.config.run_dir, relative, self.target)
+            member.state.artifacts[relative] = self.digest_of(relative)
         member.state.phase = phase
         self.save(member.state)
 
@@ -126,14 +158,14 @@ def cohort(run_dir: Path, phase: Phase, todo: list[Member], members: list[Member
     return todo
 
 
+def cohort_names(run_dir: Path) -> set[str]:
+    """Names of all adapters of the cohorts of a killed run."""
+    return {name for path in run_dir.glob("cohort-*.json") for name in json.loads(path.read_text(encoding="utf-8"))}
+
+
 def end_cohort(run_dir: Path, phase: Phase) -> None:
     """Forget the cohort: each of its members has left the phase."""
     (run_dir / f"cohort-{phase}.json").unlink(missing_ok=True)
-
-
-def reached(state: AdapterState, phase: Phase) -> bool:
-    """Whether an adapter is in a phase or past it."""
-    return PHASES.index(state.phase) >= PHASES.index(phase)
 
 
 def is_name(name: str) -> bool:
@@ -154,12 +186,14 @@ def expand_entries(entries: list[AdapterEntry]) -> dict[str, AdapterEntry]:
     for entry in entries:
         paths = [entry.bundle]
         is_glob = glob.has_magic(entry.bundle) and not Path(entry.bundle).is_dir()
-        if is_glob:
+        if is_remote(entry.bundle):
+            paths = expand_remote(entry.bundle)
+        elif is_glob:
             paths = sorted(path for path in glob.glob(entry.bundle) if Path(path).is_dir())
-            if not paths:
-                raise ValueError(f"adapters: the pattern {entry.bundle} matches no directory; correct it")
+        if not paths:
+            raise ValueError(f"adapters: the pattern {entry.bundle} matches no directory; correct it")
         for path in paths:
-            name = Path(path).name
+            name = name_of_url(path) if is_remote(path) else Path(path).name
             if not is_name(name):
                 name = f"unnamed-{digest(name)}"
             if name in found and found[name].bundle != path:
@@ -172,73 +206,3 @@ def expand_entries(entries: list[AdapterEntry]) -> dict[str, AdapterEntry]:
             if not is_glob:
                 explicit.add(name)
     return found
-
-
-def artifact_digest(run_dir: Path, relative: str, target: BaseInfo) -> str:
-    """What a rerun compares: a path's hash, or the digest of a bundle, to which its readers may add a model card.
-
-    Empty for a file that is missing and for a bundle that is missing or damaged.
-    """
-    path = run_dir / relative
-    if not relative.startswith(f"{BUNDLES}/"):
-        return sha256_path(path) if path.exists() else ""
-    try:
-        bundle = read_bundle(path)
-        verify_bundle(bundle, target)
-    except BundleError:
-        return ""
-    return bundle.digest
-
-
-def continue_state(run_dir: Path, fresh: AdapterState, target: BaseInfo) -> AdapterState:
-    """The state an earlier run left, as far as its files still are what it recorded; else `fresh`.
-
-    A changed bundle starts from the beginning. A missing or changed file sends the adapter back to the phase that
-    makes it. A quarantined adapter is tried again; one that failed the gate is not.
-    """
-    directory = run_dir / "adapters" / fresh.name
-    if not state_path(run_dir, fresh.name).is_file():
-        remove_directory(directory)
-        return fresh
-    state = load_state(run_dir, fresh.name)
-    if (state.bundle_digest, state.num_samples) != (fresh.bundle_digest, fresh.num_samples):
-        logger.info("%s: the bundle or its size changed: migrated anew", fresh.name)
-        remove_directory(directory)
-        remove_directory(run_dir / BUNDLES / fresh.name)
-        return fresh
-    state.bundle = fresh.bundle
-    earlier = [name for name in state.artifacts if name.startswith(f"adapters/{fresh.name}/synthetic-")]
-    if any(artifact_digest(run_dir, name, target) != state.artifacts[name] for name in earlier):
-        logger.warning("%s: the samples of its first attempt are missing or changed: migrated anew", fresh.name)
-        remove_directory(directory)
-        return fresh
-    made_by: dict[str, Phase] = {
-        f"adapters/{fresh.name}/{SYNTHETIC}": "synthesis",
-        f"adapters/{fresh.name}/{STUDENT}": "distill",
-        f"adapters/{fresh.name}/{DISCRIMINATOR}": "distill",
-        f"{BUNDLES}/{fresh.name}": "gate",
-    }
-    for relative, phase in made_by.items():
-        recorded = state.artifacts.get(relative)
-        if recorded is None or artifact_digest(run_dir, relative, target) == recorded:
-            continue
-        logger.warning("%s: %s is missing or changed: made anew", fresh.name, run_dir / relative)
-        for later in [other for other, maker in made_by.items() if PHASES.index(maker) >= PHASES.index(phase)]:
-            state.artifacts.pop(later, None)
-            if later.endswith(SYNTHETIC):
-                (run_dir / later).unlink(missing_ok=True)
-            else:
-                remove_directory(run_dir / later)
-        kept: dict[str, Any] = {"phase": phase, "artifacts": state.artifacts, "attempt": state.attempt}
-        if phase != "synthesis":
-            kept["synthesis"] = state.synthesis
-        if phase == "gate":
-            kept |= {"losses": state.losses, "step": state.step, "num_steps": state.num_steps}
-        return fresh.model_copy(update=kept)
-    if state.status == "quarantined":
-        state.status, state.reason = "pending", ""
-        if state.phase == "done":  # its bundle was broken for a while, after it had been migrated
-            passed = f"{BUNDLES}/{fresh.name}" in state.artifacts
-            state.status = "migrated" if passed else "failed_gate"
-            state.reason = "" if passed or state.gate is None else state.gate.reason
-    return state

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import importlib.metadata
 import json
+import logging
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from translora.run import lease
 from translora.run.files import TEMPORARY_PREFIX, remove_temporaries, write_json
 from translora.run.redact import without_secrets
 
+logger = logging.getLogger(__name__)
 LOCK, CONFIG = "lock", "config.json"
 PACKAGES = ("translora", "torch", "transformers", "peft", "deepspeed", "ray", "datasets", "wandb", "safetensors")
 MAY_CHANGE = {"adapters", "max_num_samples", "tasks", "resources", "tracking", "run_dir", "output_dir"}
@@ -25,6 +26,7 @@ EXECUTION_ONLY = {
     "gang_size",
     "num_workers",
     "checkpoint_every_steps",
+    "checkpoint_every_seconds",
     "max_failures",
     "gradient_checkpointing",
 }
@@ -36,22 +38,31 @@ WORK = ("rounds", "negatives", "tasks", "gangs", "bundles")
 
 
 @contextlib.contextmanager
-def open_run(run_dir: Path, config: BaseModel) -> Iterator[None]:
-    """Create or continue a run directory; holds its lock until the block ends.
+def open_run(run_dir: Path, config: BaseModel, *, settings_may_change: bool = False) -> Iterator[None]:
+    """Create or continue a run directory; holds its lease until the block ends.
+
+    Args:
+        settings_may_change: the caller finds what was made with other settings and does it again.
 
     Raises:
         ValueError: another process works on it, it cannot be written, it is no run directory, or what it holds was
             made with other settings.
+        LeaseLostError: another driver took it over.
     """
     with _locked(run_dir):
         resolved = without_secrets(json.loads(config.model_dump_json()))
         path = run_dir / CONFIG
         if path.is_file() and _holds_work(run_dir):
-            _check_same(path, resolved)
+            changed = changed_settings(_read_config(path), resolved)
+            if changed and not settings_may_change:
+                raise ValueError(f"{run_dir}: was made with other settings ({changed}); give another run_dir")
+            if changed:
+                logger.warning("%s: settings changed (%s): what they touch is done again", run_dir, changed)
         remove_temporaries(run_dir)
         write_json(path, resolved)
         write_json(run_dir / "versions.json", versions())
         yield
+        remove_temporaries(run_dir)  # of workers that outlived a killed driver for a moment
 
 
 def check_free(run_dir: Path) -> None:
@@ -61,32 +72,30 @@ def check_free(run_dir: Path) -> None:
         ValueError: another process works on the run, it cannot be written, or it is no run directory.
     """
     if run_dir.is_dir():
-        with _locked(run_dir):
-            pass
+        with _usable(run_dir):
+            _check_ours(run_dir)
+            lease.await_end(run_dir / LOCK, remove=False)
 
 
 @contextlib.contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
-    """Create the run directory if need be, and hold its lock."""
+def _usable(run_dir: Path) -> Iterator[None]:
+    """Turn what the file system refuses into one line."""
     try:
-        _check_ours(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / LOCK, "a")  # noqa: SIM115 (held for the whole run)
+        yield
     except OSError as error:
         raise ValueError(
             f"{run_dir}: cannot be used as run_dir ({error}); give a directory that you can write"
         ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-                raise ValueError(
-                    f"{run_dir}: another process works on this run; wait for it, or give another run_dir"
-                ) from error
-            raise ValueError(
-                f"{run_dir}: its file system does not lock ({error}); give a run_dir on one that does"
-            ) from error
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Create the run directory if need be, and hold its lease."""
+    with contextlib.ExitStack() as stack:
+        with _usable(run_dir):
+            _check_ours(run_dir)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lease.hold(run_dir / LOCK))
         yield
 
 
@@ -99,8 +108,9 @@ def _check_ours(run_dir: Path) -> None:
     if not run_dir.is_dir():
         return
     names = {path.name for path in run_dir.iterdir()}
-    # A run that was killed at its very start leaves its lock and perhaps half a config.
-    begun = {name for name in names if name == LOCK or name.startswith(f"{TEMPORARY_PREFIX}{CONFIG}-")}
+    # A run that was killed at its very start leaves its lease and perhaps half a config.
+    halves = tuple(f"{TEMPORARY_PREFIX}{name}-" for name in (CONFIG, LOCK))
+    begun = {name for name in names if name == LOCK or name.startswith(halves)}
     if names == begun or (CONFIG in names and "run_dir" in _read_config(run_dir / CONFIG)):
         return
     raise ValueError(f"{run_dir}: is not empty and no run directory; give another run_dir")
@@ -129,17 +139,16 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check_same(path: Path, resolved: dict[str, Any]) -> None:
-    before, now = _flatten(_read_config(path)), _flatten(resolved)
-    changed = [
-        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
+def changed_settings(earlier: dict[str, Any], now: dict[str, Any]) -> str:
+    """The settings that differ and decide a result, as `key before -> now`; empty where there is none."""
+    before, after = _flatten(earlier), _flatten(now)
+    return "; ".join(
+        f"{key} {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
         if key.split(".")[0] not in MAY_CHANGE
         and key.split(".")[-1] not in EXECUTION_ONLY
-        and before.get(key) != now.get(key)
-    ]
-    if changed:
-        raise ValueError(f"{path.parent}: was made with other settings ({'; '.join(changed)}); give another run_dir")
+        and before.get(key) != after.get(key)
+    )
 
 
 def versions() -> dict[str, str]:

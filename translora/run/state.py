@@ -16,6 +16,9 @@ from translora.run.redact import printable, redact
 
 Phase = Literal["verify", "synthesis", "distill", "gate", "done"]
 ScreenName = Literal["discriminator", "excess", "none"]
+SYNTHETIC, STUDENT, DISCRIMINATOR, BUNDLES = "synthetic.parquet", "student", "discriminator", "bundles"
+"""An adapter's files and directories below RUN/adapters/NAME, and where what passed the gate lies in the run."""
+PHASES: tuple[Phase, ...] = ("verify", "synthesis", "distill", "gate", "done")
 Status = Literal["pending", "migrated", "failed_gate", "quarantined"]
 
 
@@ -101,10 +104,17 @@ class AdapterState(BaseModel):
     accuracy: Accuracy | None = None
     seconds: dict[str, float] = {}
     """Wall seconds by phase (shared phases: the whole phase)."""
+    recipes: dict[str, str] = {}
+    """Hash of what each phase is made from; none in a state of an older version, which is kept as it is."""
     artifacts: dict[str, str] = {}
     """sha256 by path relative to the run directory: what a rerun verifies before it skips a phase."""
     output: str = ""
     """The migrated bundle, relative to the run directory."""
+
+
+def reached(state: AdapterState, phase: Phase) -> bool:
+    """Whether an adapter is in a phase or past it."""
+    return PHASES.index(state.phase) >= PHASES.index(phase)
 
 
 def state_path(run_dir: Path, name: str) -> Path:

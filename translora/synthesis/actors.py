@@ -13,31 +13,42 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
+import ray.exceptions
 from ray.data import TaskPoolStrategy
 
 from translora.config import BaseModelConfig, ResourceConfig
 from translora.run.files import write_parquet
+from translora.synthesis.calls import (
+    FAULT,
+    RETRY_SECONDS,
+    STANDING_SECONDS,
+    TRIES,
+    Computed,
+    Row,
+    Work,
+    call_host,
+    isolate,
+)
 
 if TYPE_CHECKING:
     from translora.engine.host import BlockFunction
 
 logger = logging.getLogger(__name__)
-Row = dict[str, Any]
 OnBlock = Callable[[int, int], None]
 WAIT_SECONDS = 30.0
 """How long the first host that is ready waits for the others; those that come later join at the next stage."""
-MAX_RESTARTS = 3
-"""Of a host that died; a block that kills it again and again ends the run, not the machine."""
+MAX_SUSPECTS = 8
+"""Blocks that actors died of: more of them are no accident of a row, but of the settings or of the machine."""
 
 
 class Hosts:
@@ -71,20 +82,33 @@ class Hosts:
         remote = ray.remote(EngineHost).options(
             num_gpus=resources.gpus_per_actor,
             num_cpus=resources.cpus_per_actor,
-            max_restarts=MAX_RESTARTS,
-            max_task_retries=MAX_RESTARTS,
+            max_restarts=-1,  # what ends an actor again and again is looked for in its rows, see calls
         )
         wanted = min(resources.num_actors, most)
         while len(self._actors) < wanted:
             num_threads = max(1, int(resources.cpus_per_actor)) if on_cpu else None
-            self._actors.append(remote.remote(num_threads, resources.num_actors))
-        asked = {actor.ready.remote(): actor for actor in self._actors[:wanted]}
-        ray.wait(list(asked), num_returns=1)
-        ready, waiting = ray.wait(list(asked), num_returns=wanted, timeout=WAIT_SECONDS)
-        ray.get(ready)
+            limit = resources.worker_timeout_seconds
+            self._actors.append(remote.remote(num_threads, resources.num_actors, limit))
+        deadline = time.monotonic() + STANDING_SECONDS
+        while True:
+            asked = {actor.ready.remote(): actor for actor in self._actors[:wanted]}
+            ray.wait(list(asked), num_returns=1)
+            ready, waiting = ray.wait(list(asked), num_returns=wanted, timeout=WAIT_SECONDS)
+            standing, fault = [], None
+            for reference in ready:
+                try:
+                    ray.get(reference)
+                    standing.append(asked[reference])
+                except ray.exceptions.RayActorError as error:  # it died a moment ago and starts again
+                    fault = error
+            if standing:
+                break
+            if time.monotonic() > deadline and fault is not None:
+                raise fault
+            time.sleep(RETRY_SECONDS)
         if waiting:
-            logger.warning("%d of %d actors stand, the cluster has no room for the others yet", len(ready), wanted)
-        return [asked[reference] for reference in ready]
+            logger.warning("%d of %d actors stand, the cluster has no room for the others yet", len(standing), wanted)
+        return standing
 
 
 def cut_blocks(rows: Sequence[Row], batch_size: int, order: Callable[[Row], Any]) -> list[list[Row]]:
@@ -118,6 +142,7 @@ def run_blocks(
     hosts: Hosts,
     directory: Path,
     on_block: OnBlock | None = None,
+    faults: dict[str, str] | None = None,
 ) -> list[Row]:
     """Compute every block on actors that hold `base` and `adapters`, and return all rows in block order.
 
@@ -132,53 +157,89 @@ def run_blocks(
         hosts: the actors.
         directory: one parquet file per finished block.
         on_block: called with (finished, total) as blocks finish.
+        faults: gets the reason by adapter of rows that cannot be computed (too large for the memory, or their process
+            dies again and again); they are missing from the result, and their block is not kept.
+
+    Raises:
+        RayError: a row cannot be computed and `faults` is unset, or the actors cannot be used at all.
     """
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{index:06d}.parquet" for index in range(len(blocks))]
     kept = [read_block(path, len(block)) for path, block in zip(paths, blocks, strict=True)]
-    missing = [index for index, rows in enumerate(kept) if rows is None]
-    finished = len(blocks) - len(missing)
-    if missing:
-        actors = hosts.get(len(missing))
-        items = [
-            {"block": index, "actor": turn % len(actors), "rows": json.dumps(blocks[index])}
-            for turn, index in enumerate(missing)
-        ]
-        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            call_host,
-            fn_kwargs={
-                "actors": actors,
-                "base": base.model_dump(),
-                "adapters": dict(adapters),
-                "function": function,
-                "settings": settings,
-            },
-            batch_size=1,
-            # A second block waits at each actor while it computes the first; one actor has nobody to wait for.
-            compute=TaskPoolStrategy(size=min(2 * len(actors) - 1, len(items))),
-            num_cpus=0,
-        )
-        for result in dataset.iter_rows():
-            index, rows = int(result["block"]), json.loads(result["rows"])
+    work = Work(function, base.model_dump(), dict(adapters), settings)
+    for _ in range(TRIES):
+        missing = [index for index, rows in enumerate(kept) if rows is None]
+        finished = len(blocks) - len(missing)
+        for index, (rows, seconds) in compute(blocks, missing, work, hosts):
             assert len(rows) == len(blocks[index]), f"block {index} came back with {len(rows)} rows"
-            write_parquet(paths[index], pa.Table.from_pylist(rows))
+            good = [row for row in rows if FAULT not in row]
+            table = pa.Table.from_pylist(good).replace_schema_metadata({"seconds": json.dumps(seconds)})
+            if len(good) == len(rows):
+                write_parquet(paths[index], table)
+            else:
+                kept[index] = table.to_pylist() + [row for row in rows if FAULT in row]
             finished += 1
             if on_block is not None:
                 on_block(finished, len(blocks))
-    # Computed rows are read back too: Parquet may spell a value differently, and a rerun must see the same.
-    whole = (pq.read_table(path).to_pylist() if rows is None else rows for path, rows in zip(paths, kept, strict=True))
-    return [row for rows in whole for row in rows]
+        # Computed rows are read back too: Parquet may spell a value differently, and a rerun must see the same.
+        for index in missing:
+            kept[index] = kept[index] or read_block(paths[index], len(blocks[index]))
+    found: list[Row] = []
+    for block, path, computed in zip(blocks, paths, kept, strict=True):
+        lost = f"{path} cannot be read back, {TRIES} times written"
+        found += [{**row, FAULT: lost} for row in block] if computed is None else computed
+    return without_faults(found, faults)
 
 
-def call_host(
-    batch: dict[str, Any],
-    actors: Sequence[Any],
-    base: dict[str, Any],
-    adapters: Mapping[str, str],
-    function: BlockFunction,
-    settings: dict[str, Any],
-) -> dict[str, Any]:
-    """Ray Data's task: hand one block to its actor. Number, actor and rows as JSON come in arrays of length 1."""
-    ((actor,), (text,)) = batch["actor"], batch["rows"]
-    results = ray.get(actors[int(actor)].run.remote(base, adapters, function, json.loads(text), settings))
-    return {"block": batch["block"], "rows": np.array([json.dumps(results)])}
+def without_faults(rows: Sequence[Row], faults: dict[str, str] | None) -> list[Row]:
+    """The rows that were computed; the reasons of the others go to `faults`, by adapter.
+
+    Raises:
+        RayError: a row was not computed and `faults` is None.
+    """
+    for row in rows:
+        if row.get(FAULT) is not None:
+            if faults is None:
+                raise ray.exceptions.RayError(f"{row.get('adapter', 'a row')}: {row[FAULT]}")
+            faults.setdefault(row["adapter"], row[FAULT])
+    return [row for row in rows if row.get(FAULT) is None]
+
+
+def compute(
+    blocks: Sequence[list[Row]], wanted: Sequence[int], work: Work, hosts: Hosts
+) -> Iterator[tuple[int, Computed]]:
+    """Compute the wanted blocks through Ray Data, in any order; those that actors die of come last, one at a time.
+
+    Raises:
+        RayError: too many blocks end their actors, or a base alone does.
+    """
+    if not wanted:
+        return
+    actors = hosts.get(len(wanted))
+    items = [
+        {"block": index, "actor": turn % len(actors), "rows": json.dumps(blocks[index])}
+        for turn, index in enumerate(wanted)
+    ]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        call_host,
+        fn_kwargs={"actors": actors, "work": work},
+        batch_size=1,
+        # A second block waits at each actor while it computes the first; one actor has nobody to wait for.
+        compute=TaskPoolStrategy(size=min(2 * len(actors) - 1, len(items))),
+        num_cpus=0,
+    )
+    suspects: list[int] = []
+    for result in dataset.iter_rows():
+        index, rows = int(result["block"]), json.loads(result["rows"])
+        if rows is not None:
+            yield index, (rows, json.loads(result["seconds"]))
+            continue
+        suspects.append(index)
+        if len(suspects) > MAX_SUSPECTS:
+            raise ray.exceptions.RayError(
+                f"{len(suspects)} blocks of rows ended the actors that computed them, {TRIES} times each; "
+                "lower synthesis.batch_size, or see Ray's logs for what ends them"
+            )
+    for index in suspects:
+        (actor,) = hosts.get(1)
+        yield index, isolate(actor, blocks[index], work, hosts.resources.worker_timeout_seconds)

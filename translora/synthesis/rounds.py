@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from translora.bundle.bundle import Bundle
-from translora.config import BaseModelConfig, ResourceConfig, SynthesisConfig
+from translora.config import BaseModelConfig, ResourceConfig, Screen, SynthesisConfig
 from translora.run.files import digest, write_bytes
 from translora.run.progress import Progress
 from translora.run.state import ScreenName, SynthesisStats
-from translora.synthesis.actors import Hosts, Row, cut_blocks, run_blocks
+from translora.synthesis.actors import Hosts, cut_blocks, run_blocks
+from translora.synthesis.calls import Row
 from translora.synthesis.prompts import generation_order, generation_row, normalise
 from translora.synthesis.quality import KnownInputs, answer_classes, distinct_ngrams, is_copy, own_cutoff
 from translora.synthesis.stages import generate_block, screen_and_label_block
@@ -44,6 +45,8 @@ class Pool:
     refused: list[Row] = field(default_factory=list)
     stats: SynthesisStats = field(default_factory=SynthesisStats)
     seen: KnownInputs = field(default_factory=KnownInputs)
+    fault: str = ""
+    """Why its rows cannot be computed; it asks for no more."""
 
     def __post_init__(self) -> None:
         self.stats.needed, self.stats.screen = self.needed, self.screen
@@ -77,23 +80,25 @@ class Pool:
     def next_count(self, oversample: float) -> int:
         """Inputs to generate in the next round, from what was accepted so far (prior: 3 of 5)."""
         missing = self.wanted - len(self.accepted)
-        if missing <= 0:
+        if missing <= 0 or self.fault:
             return 0
         acceptance = (len(self.accepted) + 3) / (self.stats.generated + 5)
         return min(math.ceil(missing / acceptance * oversample), self.budget - self.stats.generated)
 
 
-def choose_screen(config: SynthesisConfig, bundle: Bundle) -> ScreenName:
-    """The screen of one adapter.
+def choose_screen(config: SynthesisConfig, bundle: Bundle, own: Screen | None = None) -> ScreenName:
+    """The screen of one adapter; `own` is its entry's.
 
     Raises:
         ValueError: the discriminator is asked for, and the bundle has none.
     """
-    if config.screen == "auto":
+    screen = own or config.screen
+    if screen == "auto":
         return "discriminator" if bundle.discriminator_dir else "excess"
-    if config.screen == "discriminator" and not bundle.discriminator_dir:
-        raise ValueError(f"{bundle.path}: has no discriminator; set synthesis.screen to auto, excess or none")
-    return config.screen
+    if screen == "discriminator" and not bundle.discriminator_dir:
+        setting = "its screen" if own else "synthesis.screen"
+        raise ValueError(f"{bundle.path}: has no discriminator; set {setting} to auto, excess or none")
+    return screen
 
 
 def plan_round(pools: Sequence[Pool], config: SynthesisConfig, seed: int) -> list[Row]:
@@ -243,7 +248,8 @@ def synthesise(
     """Fill the pools, in rounds over all of them at once, on actors that keep both bases where memory has the room.
 
     A pool is left short when its budget or `config.max_rounds` is spent; `pool.stats.shortfall` says so. A pool that
-    an earlier synthesis of this run filled, or left short, is not computed again.
+    an earlier synthesis of this run filled, or left short, is not computed again. A pool whose rows cannot be computed
+    has a `fault` and is given up; the others go on.
 
     Args:
         fingerprints: of the generator and of the source base; blocks computed on other weights are not reused.
@@ -273,6 +279,7 @@ def synthesise(
             ):
                 break
             on_round()
+    keyed = {key: pool for key, pool in keyed.items() if not pool.fault}
     for pool in keyed.values():
         close(pool)
     write_outcomes(run_dir / "rounds", keyed)
@@ -295,10 +302,11 @@ def run_round(
     if not rows:
         return False
     by_name = {pool.name: pool for pool in pools}
+    faults: dict[str, str] = {}
     blocks = cut_blocks(rows, config.batch_size, generation_order)
     settings = {"sampling": config.sampling.model_dump()}
     key = digest("generate", blocks, settings, generator.model_dump(), fingerprints[0])
-    with Progress(f"round {number + 1}: generate", len(rows)) as progress:
+    with Progress(f"round {number + 1}: generate", len(rows), run_dir) as progress:
         generated = run_blocks(
             blocks,
             generate_block,
@@ -308,13 +316,14 @@ def run_round(
             hosts=hosts,
             directory=run_dir / "rounds" / f"{number:03d}-generate-{key}",
             on_block=progress.fraction,
+            faults=faults,
         )
     candidates = clean(generated, by_name, config)
     blocks = cut_blocks(candidates, config.batch_size, lambda row: len(row["input"]))
     answers = {"max_answer_tokens": config.max_answer_tokens}
     bundle_digests = {pool.name: pool.bundle.digest for pool in pools}
     key = digest("label", blocks, answers, source.model_dump(), fingerprints[1], bundle_digests)
-    with Progress(f"round {number + 1}: screen and label", len(candidates)) as progress:
+    with Progress(f"round {number + 1}: screen and label", len(candidates), run_dir) as progress:
         labelled = run_blocks(
             blocks,
             screen_and_label_block,
@@ -324,6 +333,9 @@ def run_round(
             hosts=hosts,
             directory=run_dir / "rounds" / f"{number:03d}-label-{key}",
             on_block=progress.fraction,
+            faults=faults,
         )
     admit(labelled, by_name)
+    for name, reason in faults.items():
+        by_name[name].fault = reason
     return True

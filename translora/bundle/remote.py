@@ -1,0 +1,131 @@
+"""Bundles behind a URL (s3://, gs://, abfs://, hf://, …), found and copied with fsspec.
+
+Object stores other than the local ones need their own package (s3fs, gcsfs, adlfs); credentials are found as those
+packages do. What is copied is then read and verified like any other bundle.
+"""
+
+from __future__ import annotations
+
+import glob
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from translora.bundle.manifest import MAX_FILES, BundleError
+from translora.run.files import digest, read_object, replace_directory, write_json
+
+TRIES = 3
+NUM_THREADS = 8
+_VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")
+"""What file systems call the version of a file; the first one that is there is compared."""
+
+
+def is_remote(path: str) -> bool:
+    """Whether a bundle or a glob is a URL."""
+    return "://" in path
+
+
+def expand_remote(pattern: str) -> list[str]:
+    """URLs of the directories that a URL with `*`, `?` or `[]` matches; the URL itself where it has none of them.
+
+    Raises:
+        ValueError: the file system is not known, not installed, or cannot be reached.
+    """
+    if not glob.has_magic(pattern):
+        return [pattern.rstrip("/")]
+    fs, path = _open(pattern)
+    try:
+        found = fs.glob(path, detail=True)
+    except Exception as error:  # a fault boundary: each store has errors of its own
+        raise ValueError(f"adapters: {pattern}: cannot be listed ({_line(error)})") from error
+    return sorted(fs.unstrip_protocol(name).rstrip("/") for name, info in found.items() if info["type"] == "directory")
+
+
+def name_of_url(url: str) -> str:
+    """The last component, by which the adapter is called.
+
+    Raises:
+        ValueError: it cannot be the name of a directory.
+    """
+    name = url.rstrip("/").rsplit("/", 1)[-1]
+    if name in ("", ".", "..") or set(name) & set('\\?*:"<>|\0'):
+        raise ValueError(f"adapters: {url}: {name!r} cannot be the name of an adapter; rename the directory")
+    return name
+
+
+def fetch(url: str, directory: Path) -> None:
+    """Copy a remote bundle to `directory`, if it is not there already in the version that the store has now.
+
+    Raises:
+        BundleError: it cannot be read; names the URL.
+    """
+    record = directory.parent / f"{directory.name}.json"
+    for attempt in range(TRIES):
+        try:
+            fs, root = _open(url)
+            files = _list(fs, root, url)
+            listing = digest(url, [[name, size, version] for name, _, size, version in files])
+            if directory.is_dir() and read_object(record).get("listing") == listing:
+                return
+            with replace_directory(directory) as temporary:
+                for name, remote, _, _ in files:
+                    (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                    fs.get_file(remote, str(temporary / name))
+            write_json(record, {"url": url, "listing": listing})
+            return
+        except BundleError:
+            raise
+        except Exception as error:  # a fault boundary: each store has errors of its own
+            if attempt + 1 == TRIES:
+                raise BundleError(f"{url}: cannot be copied, {TRIES} times tried ({_line(error)})") from error
+            time.sleep(2**attempt)
+
+
+def fetch_all(urls: dict[str, str], directory: Path) -> dict[str, str]:
+    """Copy remote bundles (URL by name) to `directory`/name; returns the reasons of those that cannot be had."""
+
+    def one(item: tuple[str, str]) -> tuple[str, str]:
+        try:
+            fetch(item[1], directory / item[0])
+        except BundleError as error:
+            return item[0], str(error)
+        return item[0], ""
+
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        return {name: reason for name, reason in pool.map(one, urls.items()) if reason}
+
+
+def _open(url: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+
+    try:
+        fs, path = url_to_fs(url)
+    except (ValueError, ImportError, OSError) as error:
+        raise BundleError(f"{url}: {_line(error)}") from error
+    return fs, path
+
+
+def _list(fs: Any, root: str, url: str) -> list[tuple[str, str, int, str]]:
+    """Relative path, remote path, bytes and version of each file; paths that would leave the bundle are refused."""
+    fs.invalidate_cache()
+    found = fs.find(root, detail=True)
+    if not found:
+        raise BundleError(f"{url}: no such directory; give the directory of a bundle")
+    if len(found) > MAX_FILES:
+        raise BundleError(f"{url}: more than {MAX_FILES} files; give the directory of one bundle")
+    files = []
+    for remote, info in sorted(found.items()):
+        name = remote.removeprefix(root.rstrip("/")).lstrip("/")
+        parts = PurePosixPath(name).parts
+        if not parts or ".." in parts or "\\" in name or "\0" in name:
+            raise BundleError(f"{url}: {remote!r} is not a path inside the bundle")
+        version = next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), "")
+        files.append((name, remote, int(info.get("size") or 0), version))
+    return files
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error."""
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -1,0 +1,165 @@
+"""How a config file is read: YAML, its paths expanded, checked in one go, each fault with its place.
+
+Importing this module loads neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+
+class Strict(BaseModel):
+    """A config object: unknown keys are errors, the docstring under a field describes it."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+
+
+class ConfigFile(Strict):
+    """A config that is a file of its own."""
+
+    command: ClassVar[str]
+    """The command that reads it."""
+
+
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)  # what os.path.expandvars looks for
+_PLACED = (".", "~", "/", "$")
+"""How a value starts that is a path, and no name of a model or of a DeepSpeed config."""
+
+
+def expand(path: str, relative_to: Path, is_pattern: bool = False) -> str:
+    """Expand `~` and `$VARS`; a relative path is taken relative to the config file's directory.
+
+    `is_pattern`: a glob pattern, unless it names a directory; the config file's directory is then taken literally. A
+    URL stays as it is.
+
+    Raises:
+        ValueError: an environment variable is not set.
+    """
+    for match in _VARIABLE.finditer(path):
+        name = match[1] or match[2]
+        if name not in os.environ:
+            raise ValueError(f"{path}: the environment variable {name} is not set; set it, or write the path out")
+    expanded = os.path.expandvars(os.path.expanduser(path))
+    if os.path.isabs(expanded) or (is_pattern and "://" in expanded):
+        return expanded
+    joined = os.path.normpath(os.path.join(relative_to, expanded))
+    if is_pattern and glob.has_magic(expanded) and not os.path.isdir(joined):
+        return os.path.normpath(os.path.join(glob.escape(str(relative_to)), expanded))
+    return joined
+
+
+def _resolve_model(raw: dict[str, Any], relative_to: Path) -> None:
+    model = raw.get("model")
+    if not isinstance(model, str):
+        return
+    candidate = expand(model, relative_to)
+    if model.startswith(_PLACED) or os.path.isdir(candidate):
+        raw["model"] = candidate
+
+
+def _resolve_ds_config(raw: Any, relative_to: Path) -> None:
+    name = raw.get("ds_config") if isinstance(raw, dict) else None
+    if not isinstance(name, str):
+        return
+    candidate = expand(name, relative_to)
+    if name.startswith(_PLACED) or os.path.isfile(candidate):
+        raw["ds_config"] = candidate
+
+
+def _resolve_paths(raw: dict[str, Any], here: Path) -> None:
+    """Expand every path of a config file in place, whatever its values are: they are checked afterwards.
+
+    Raises:
+        ValueError: an environment variable is not set.
+    """
+    for key in ("run_dir", "output_dir", "output"):
+        if isinstance(raw.get(key), str):
+            raw[key] = expand(raw[key], here)
+    for model in (raw.get("source"), raw.get("target")):
+        if isinstance(model, dict):
+            _resolve_model(model, here)
+    arms = raw.get("arms")
+    for sections in (raw, *(arms.values() if isinstance(arms, dict) else ())):
+        if not isinstance(sections, dict):
+            continue
+        synthesis = sections.get("synthesis")
+        if isinstance(synthesis, dict) and isinstance(synthesis.get("generator"), dict):
+            _resolve_model(synthesis["generator"], here)
+        for section in ("distill", "train"):
+            _resolve_ds_config(sections.get(section), here)
+    entries = raw.get("adapters") or raw.get("tasks") or []
+    for index, entry in enumerate(entries if isinstance(entries, list) else []):
+        if isinstance(entry, str) and "adapters" in raw:
+            entries[index] = entry = {"bundle": entry}
+        for key in ("bundle", "eval_data", "data", "adapter", "seeds"):
+            if isinstance(entry, dict) and isinstance(entry.get(key), str):
+                entry[key] = expand(entry[key], here, is_pattern=key == "bundle")
+
+
+_KINDS = {
+    "adapters": ("a fleet", "migrate"),
+    "arms": ("an evaluate", "evaluate"),
+    "output_dir": ("a prepare", "prepare"),
+}
+"""What a file is by the first of these keys that it has, and the command that reads it."""
+ConfigT = TypeVar("ConfigT", bound=ConfigFile)
+
+
+def load_config(path: str | Path, kind: type[ConfigT]) -> ConfigT:
+    """Read a YAML file into a checked config; relative paths become relative to the file.
+
+    Raises:
+        ValueError: the file is missing or not YAML, or a key or value is wrong; names the file and each fault.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); give the path of a YAML file") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
+    found = next((_KINDS[key] for key in _KINDS if key in raw), None)
+    if found is not None and found[1] != kind.command:
+        raise ValueError(f"{path}: this is {found[0]} file; use `translora {found[1]}`")
+    try:
+        _resolve_paths(raw, path.resolve().parent)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {'; '.join(fault_text(kind, fault) for fault in error.errors())}") from error
+
+
+def fault_text(kind: type[BaseModel], fault: ErrorDetails) -> str:
+    """One fault as `where: what`; an unknown setting comes with those that are known there."""
+    where = ".".join(str(part) for part in fault["loc"]) or "config"
+    if fault["type"] != "extra_forbidden":
+        return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
+    *parents, unknown = fault["loc"]
+    known = _settings_at(kind, parents)
+    close = difflib.get_close_matches(str(unknown), known, n=1)
+    return f"{where}: unknown setting; " + (f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}")
+
+
+def _settings_at(kind: Any, loc: Sequence[int | str]) -> list[str]:
+    """Names of the settings of the config object at `loc`."""
+    for part in loc:
+        if isinstance(part, str):
+            kind = kind.model_fields[part].annotation
+        # An item of a list, or a section that may be left out: what is inside.
+        inner = [arg for arg in get_args(kind) if isinstance(arg, type) and issubclass(arg, BaseModel)]
+        kind = inner[0] if inner else kind
+    return sorted(kind.model_fields)

@@ -1,0 +1,85 @@
+"""The phase of a fleet that trains every adapter's student, and a discriminator for its next hop."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from translora.distill.job import FAILURE, TrainJob, make_job
+from translora.distill.launch import train_adapters
+from translora.run.files import derive_seed
+from translora.run.member import Member, Run
+from translora.run.state import DISCRIMINATOR, STUDENT
+from translora.synthesis.discriminator import discriminator_rows
+
+SAVE_EVERY_SECONDS = 2.0
+
+
+def train_jobs(run: Run, member: Member) -> list[TrainJob]:
+    """The two trainings of an adapter on the target base: the student, and a discriminator for the next hop."""
+    config, directory, entry = run.config, member.directory, member.entry
+    train, heldout, refused = (member.samples(split) for split in ("train", "heldout", "refused"))
+    seed = derive_seed(config.seed, member.name, DISCRIMINATOR)
+    positives = [row["input"] for row in train + heldout]
+    questions = discriminator_rows(
+        positives, [row["input"] for row in refused], member.state.task_name, config.discriminator.max_samples, seed
+    )
+    answers = [{"input": row["input"], "answer": row["answer"]} for row in train]
+    return [
+        make_job(
+            member.name,
+            kind,
+            rows,
+            settings,
+            output=directory / kind,
+            work_dir=directory / "train" / kind,
+            root_seed=config.seed,
+            with_end=kind == STUDENT,
+            epochs=entry.epochs if kind == STUDENT else None,
+            learning_rate=entry.learning_rate if kind == STUDENT else None,
+        )
+        for kind, rows, settings in (
+            (STUDENT, answers, config.distill),
+            (DISCRIMINATOR, questions, config.discriminator),
+        )
+    ]
+
+
+def distill_phase(run: Run, members: list[Member]) -> None:
+    """Train all students and discriminators on one worker group that holds the target base."""
+    config = run.config
+    members = [member for member in members if member.waits_for("distill")]
+    by_name = {member.name: member for member in members}
+    jobs = [job for member in members for job in train_jobs(run, member)]
+    last_saved = 0.0
+
+    def on_step(job_name: str, row: dict[str, float]) -> None:
+        nonlocal last_saved
+        name, _, kind = job_name.rpartition("/")
+        step, total = int(row["step"]), int(row["num_steps"])
+        run.tracker.log({f"loss/{kind}": row["loss"], "time/train_seconds": row["seconds"]}, step=step, adapter=name)
+        if kind == STUDENT:
+            state = by_name[name].state
+            state.step, state.num_steps = step, total
+            if time.monotonic() - last_saved > SAVE_EVERY_SECONDS or step == total:
+                last_saved = time.monotonic()
+                run.save(state)
+
+    train_adapters(
+        config.target,
+        run.target.name,
+        jobs,
+        config.distill,
+        config.resources,
+        config.run_dir,
+        label="distill",
+        on_step=on_step,
+    )
+    for member in members:
+        failures = [path for path in (member.directory / "train").glob(f"*/{FAILURE}")]
+        if failures:
+            run.quarantine(member.state, json.loads(failures[0].read_text())["reason"])
+            continue
+        member.state.losses = json.loads((member.directory / STUDENT / "losses.json").read_text())
+        member.state.step = member.state.num_steps = len(member.state.losses)
+        run.advance(member, "gate", member.directory / STUDENT, member.directory / DISCRIMINATOR)

@@ -1,0 +1,108 @@
+"""The phase of a fleet that judges every student and publishes those that pass as bundles of the target base."""
+
+from __future__ import annotations
+
+import logging
+
+from translora.bundle import BundleError, write_bundle
+from translora.engine.loading import load_tokenizer
+from translora.engine.prompts import prompt_format
+from translora.gate.agreement import GateMember, run_gate
+from translora.report.card import model_card
+from translora.run.files import sha256_path
+from translora.run.member import Member, Run
+from translora.run.state import DISCRIMINATOR, STUDENT
+
+logger = logging.getLogger(__name__)
+
+
+def gate_phase(run: Run, members: list[Member]) -> None:
+    """Judge every student on its held-out prompts; what passes becomes a bundle of the target base."""
+    config = run.config
+    gate_members = [
+        GateMember(
+            name=member.name,
+            student_dir=member.directory / STUDENT,
+            teacher_dir=member.bundle.path,
+            teacher_template=member.bundle.manifest.prompt_template,
+            heldout=member.samples("heldout"),
+            eval_rows=member.eval_rows,
+            only_answer=member.state.synthesis.only_answer,
+        )
+        for member in members
+    ]
+    results, faults = run_gate(
+        gate_members,
+        source=config.source,
+        target=config.target,
+        config=config.gate,
+        batch_size=config.synthesis.batch_size,
+        max_answer_tokens=config.synthesis.max_answer_tokens,
+        resources=config.resources,
+        run_dir=config.run_dir,
+        digests={member.name: sha256_path(member.directory / STUDENT) for member in members}
+        | {"source base": run.source.fingerprint, "target base": run.target.fingerprint},
+    )
+    template = prompt_format(load_tokenizer(config.target)).template
+    failed: list[Member] = []
+    for member in members:
+        if not member.waits_for("gate"):
+            continue
+        if member.name in faults:
+            run.quarantine(member.state, faults[member.name])
+            continue
+        member.state.gate, member.state.accuracy = results[member.name]
+        gate = member.state.gate
+        run.tracker.log(
+            {"adapter/agreement": gate.agreement_student, "adapter/agreement_base": gate.agreement_base},
+            adapter=member.name,
+        )
+        if not gate.passed:
+            failed.append(member)
+            continue
+        try:
+            publish(run, member, template)
+        except BundleError as error:
+            run.quarantine(member.state, f"cannot be published: {error}")
+    for member in failed:
+        state = member.state
+        assert state.gate is not None
+        if state.attempt <= config.gate.retries:
+            logger.warning("%s: did not pass the gate (%s): again with more samples", member.name, state.gate.reason)
+            run.send_back(member)
+        else:
+            state.status, state.reason = "failed_gate", state.gate.reason
+            run.advance(member, "done")
+
+
+def publish(run: Run, member: Member, template: str) -> None:
+    """Write the migrated adapter as a bundle of the target base, ready for the next hop."""
+    manifest, gate = member.bundle.manifest, member.state.gate
+    assert gate is not None
+    output = run.config.run_dir / "bundles" / member.name
+    write_bundle(
+        output,
+        adapter_dir=member.directory / STUDENT,
+        discriminator_dir=member.directory / DISCRIMINATOR,
+        seeds=member.bundle.seeds,
+        task_name=manifest.task_name,
+        base=run.target,
+        num_samples=member.state.num_samples,
+        prompt_template=template,
+        provenance={
+            "migrated_from": manifest.base_name,
+            "source_bundle_sha256": member.bundle.digest,
+            "agreement_with_teacher": gate.agreement_student,
+            "agreement_of_bare_base": gate.agreement_base,
+        },
+        model_card=model_card(
+            member.state,
+            source=run.source.name,
+            target=run.target.name,
+            prompt_template=template,
+            before=str(manifest.provenance.get("migrated_from", "")),
+        ),
+    )
+    member.state.output = f"bundles/{member.name}"
+    member.state.status = "migrated"
+    run.advance(member, "done", output)

@@ -1,0 +1,130 @@
+"""What an adapter's phases are made from: a rerun does again what a changed setting, base or bundle touches."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from translora.bundle import BaseInfo
+from translora.config import AdapterEntry, BaseModelConfig, FleetConfig
+from translora.run.files import digest, read_object, sha256_file, write_json
+from translora.run.rundir import EXECUTION_ONLY
+from translora.run.state import AdapterState, Phase
+
+HELD_OUT = {"holdout_fraction", "min_holdout"}
+"""Of the gate's settings: they decide the size of the synthetic set."""
+SEALS = "seals.json"
+
+
+def recipes(
+    config: FleetConfig,
+    entry: AdapterEntry,
+    *,
+    bundle_digest: str,
+    num_samples: int,
+    bases: tuple[BaseInfo, BaseInfo, BaseInfo],
+) -> dict[Phase, str]:
+    """A hash for each phase of what decides its result, given the results of the phases before it.
+
+    Args:
+        bases: source, target and generator; they count by their weights, not by where they lie.
+    """
+    source, target, generator = (
+        (base.fingerprint, settings.model_dump(exclude={"model"}))
+        for base, settings in zip(bases, base_settings(config), strict=True)
+    )
+    gate = config.gate.model_dump()
+    synthesis = config.synthesis.model_dump(exclude={"generator"})
+    answers = {key: synthesis[key] for key in ("batch_size", "max_answer_tokens")}
+    return {
+        "synthesis": digest(
+            bundle_digest,
+            num_samples,
+            synthesis,
+            entry.screen,
+            {key: gate[key] for key in HELD_OUT},
+            source,
+            generator,
+            config.seed,
+        ),
+        "distill": digest(
+            config.distill.model_dump(exclude=EXECUTION_ONLY),
+            entry.epochs,
+            entry.learning_rate,
+            config.discriminator.model_dump(),
+            target,
+            config.seed,
+        ),
+        "gate": digest(
+            {key: value for key, value in gate.items() if key not in HELD_OUT},
+            answers,
+            source,
+            target,
+            sha256_file(Path(entry.eval_data)) if entry.eval_data else None,
+        ),
+    }
+
+
+def base_settings(config: FleetConfig) -> tuple[BaseModelConfig, BaseModelConfig, BaseModelConfig]:
+    """Source, target and generator as the fleet file has them."""
+    return config.source, config.target, config.synthesis.generator or config.target
+
+
+class Seals:
+    """Finished adapters that were verified, by the size and time of change of each of their files.
+
+    Hashing a thousand bundles and what was made of them takes minutes; looking at their files does not. A seal fits as
+    long as no file, no setting and no base changed. What no longer fits is verified by its hashes.
+
+    Args:
+        run_dir: they lie in RUN/seals.json; deleting it makes a rerun hash everything.
+        bases: fingerprints of source, target and generator.
+    """
+
+    def __init__(self, run_dir: Path, config: FleetConfig, bases: tuple[BaseInfo, BaseInfo, BaseInfo]) -> None:
+        self.run_dir = run_dir
+        settings = config.model_dump(exclude={"adapters", "resources", "tracking", "run_dir"})
+        self._common = digest(settings, [base.fingerprint for base in bases])
+        known = read_object(run_dir / SEALS)
+        self._known = {str(name): seal for name, seal in known.items()}
+
+    def fits(self, entry: AdapterEntry, state: AdapterState) -> bool:
+        """Whether the adapter is finished and nothing of it changed since it was sealed."""
+        return state.name in self._known and self._known[state.name] == self._seal(entry, state)
+
+    def put(self, entry: AdapterEntry, state: AdapterState) -> None:
+        """Seal an adapter whose files were verified or just made, if it is finished."""
+        if state.phase == "done" and state.status in ("migrated", "failed_gate"):
+            self._known[state.name] = self._seal(entry, state)
+        else:
+            self._known.pop(state.name, None)
+
+    def save(self) -> None:
+        """Write them down."""
+        if read_object(self.run_dir / SEALS) != self._known:
+            write_json(self.run_dir / SEALS, self._known)
+
+    def _seal(self, entry: AdapterEntry, state: AdapterState) -> str:
+        places = [entry.bundle, *(str(self.run_dir / name) for name in sorted(state.artifacts))]
+        files = [_listing(place) for place in (*places, *([entry.eval_data] if entry.eval_data else []))]
+        verdict = (state.phase, state.status, state.bundle_digest, state.num_samples, state.artifacts)
+        return digest(self._common, entry.model_dump(exclude={"bundle", "eval_data"}), verdict, files)
+
+
+def _listing(path: str) -> list[Any]:
+    """Relative path, size and time of change of a file, or of every file below a directory."""
+    if os.path.isdir(path):
+        found = []
+        for folder, folders, names in os.walk(path):
+            folders.sort()
+            place = os.path.relpath(folder, path)
+            for name in sorted(names):
+                status = os.lstat(os.path.join(folder, name))
+                found.append([place, name, status.st_size, status.st_mtime_ns])
+        return found
+    try:
+        status = os.stat(path)
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns]

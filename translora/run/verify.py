@@ -1,0 +1,182 @@
+"""What is checked before the first phase: the settings against the bases, each bundle, and what a run left of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+
+from translora.bundle import BaseInfo, Bundle, BundleError, read_bundle, verify_bundle
+from translora.bundle.base import linear_modules
+from translora.bundle.remote import fetch_all, is_remote
+from translora.config import AdapterEntry, FleetConfig, TrainConfig
+from translora.distill.zero3 import read_ds_config
+from translora.engine.loading import resolve_dtype
+from translora.engine.prompts import prompt_format
+from translora.run.files import read_jsonl
+from translora.run.member import MAX_NAME, Member, Run, attempt_size, cohort_names, is_name
+from translora.run.recipes import Seals, recipes
+from translora.run.resume import continue_state
+from translora.run.state import AdapterState, load_state, state_path
+from translora.synthesis.prompts import generation_prompt
+from translora.synthesis.rounds import choose_screen
+
+DOWNLOADS = "downloads"
+"""Copies of remote bundles, below the run directory."""
+logger = logging.getLogger(__name__)
+
+
+def check_training(config: FleetConfig, target: BaseInfo) -> None:
+    """Check what the distillation will need before the synthesis is paid for.
+
+    Raises:
+        ValueError: the DeepSpeed config cannot be used, or a target module is no linear module of the target base.
+    """
+    check_section(config.distill, target, "distill")
+
+
+def check_section(settings: TrainConfig, base: BaseInfo, section: str) -> None:
+    """Check what a training on `base` will need; `section` is where the settings come from.
+
+    Raises:
+        ValueError: the DeepSpeed config cannot be used, or a target module is no linear module of the base.
+    """
+    read_ds_config(settings.ds_config, resolve_dtype(settings.dtype))
+    linears = {name.rpartition(".")[2] for name in linear_modules(base)}
+    missing = [name for name in settings.lora.target_modules if name not in linears]
+    if missing:
+        raise ValueError(
+            f"{section}.lora.target_modules: {', '.join(missing)} not in {base.name}; "
+            f"it has {', '.join(sorted(linears))}"
+        )
+
+
+def verify_fleet(run: Run, entries: Mapping[str, AdapterEntry], seals: Seals) -> dict[str, Member | AdapterState]:
+    """Read and check every bundle and what an earlier run left of it; only the state where there is nothing to do.
+
+    A finished adapter whose files are as they were when they were last verified is not read again.
+    """
+    found: dict[str, Member | AdapterState] = {}
+    run_dir = run.config.run_dir
+    busy = cohort_names(run_dir)
+    remote = {name: entry.bundle for name, entry in entries.items() if is_remote(entry.bundle)}
+    unreachable = fetch_all(remote, run_dir / DOWNLOADS)
+    for name, entry in entries.items():
+        if name in unreachable:
+            found[name] = refused(run, name, entry, unreachable[name])
+            continue
+        if name in remote:
+            entry = entry.model_copy(update={"bundle": str(run_dir / DOWNLOADS / name)})
+        sealed = None if name in busy else sealed_state(run, name, entry, seals)
+        found[name] = sealed or verify(run, name, entry)
+        if isinstance(member := found[name], Member):
+            seals.put(entry, member.state)
+    seals.save()
+    if skipped := sum(isinstance(one, AdapterState) and one.phase == "done" for one in found.values()):
+        logger.info("%d of %d adapters are finished and unchanged", skipped, len(found))
+    return found
+
+
+def refused(run: Run, name: str, entry: AdapterEntry, reason: str) -> AdapterState:
+    """Quarantine an adapter whose bundle cannot be had; what an earlier run made of it is kept."""
+    try:
+        state = load_state(run.config.run_dir, name)
+    except ValueError:
+        state = AdapterState(name=name, bundle=entry.bundle)
+    run.quarantine(state, reason)
+    return state
+
+
+def sealed_state(run: Run, name: str, entry: AdapterEntry, seals: Seals) -> AdapterState | None:
+    """The state of a finished adapter that nothing has happened to; None where it must be looked at."""
+    try:
+        state = load_state(run.config.run_dir, name)
+    except ValueError:
+        return None
+    return state if seals.fits(entry, state) else None
+
+
+def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
+    """Read and check one bundle, and what an earlier run left of it; only its state when it is quarantined."""
+    config = run.config
+    state = AdapterState(name=name, bundle=entry.bundle)
+    try:
+        if state_path(config.run_dir, name).is_file():
+            state = load_state(config.run_dir, name)
+    except ValueError as error:
+        # Not written over: it may be of a newer version, and the work of that version with it.
+        logger.error("%s: quarantined: %s", name, error)
+        return state.model_copy(update={"status": "quarantined", "reason": str(error)})
+    try:
+        bundle = read_bundle(entry.bundle)
+        check_name_and_size(config, entry, bundle)
+        verify_bundle(bundle, run.source)
+        choose_screen(config.synthesis, bundle, entry.screen)
+        check_prompts(run, bundle)
+        eval_rows = read_jsonl(entry.eval_data, required=("input", "target")) if entry.eval_data else []
+    except (BundleError, ValueError) as error:
+        run.quarantine(state, str(error))
+        return state
+    num_samples = entry.num_samples or bundle.manifest.num_samples
+    bases = (run.source, run.target, run.generator)
+    fresh = AdapterState(
+        name=name,
+        bundle=entry.bundle,
+        bundle_digest=bundle.digest,
+        task_name=bundle.manifest.task_name,
+        phase="synthesis",
+        num_samples=num_samples,
+        recipes=recipes(config, entry, bundle_digest=bundle.digest, num_samples=num_samples, bases=bases),
+    )
+    state = continue_state(config.run_dir, fresh, run.target)
+    run.save(state)
+    num_heldout = max(config.gate.min_holdout, math.ceil(config.gate.holdout_fraction * num_samples))
+    directory, size = config.run_dir / "adapters" / name, attempt_size(state, config.gate)
+    return Member(bundle, state, directory, size, num_heldout, eval_rows, entry)
+
+
+def check_name_and_size(config: FleetConfig, entry: AdapterEntry, bundle: Bundle) -> None:
+    """What the bundle's owner chose and the fleet would feel: its directory's name, and how much work it asks for.
+
+    Raises:
+        ValueError: the name is none for an adapter, or |D| is above the limit and the fleet file does not confirm it.
+    """
+    if not is_name(bundle.path.name):
+        raise ValueError(
+            f"{bundle.path}: the directory's name cannot be an adapter's; rename it: at most {MAX_NAME} printable "
+            "characters, no dot or ~ in front, no space at its ends"
+        )
+    num_samples = bundle.manifest.num_samples
+    if entry.num_samples is None and num_samples > config.max_num_samples:
+        raise ValueError(
+            f"{bundle.path}: its |D| is {num_samples:,}, max_num_samples is {config.max_num_samples:,}; set "
+            "num_samples for this adapter, or raise max_num_samples"
+        )
+
+
+def check_prompts(run: Run, bundle: Bundle) -> None:
+    """Whether the bundle's template and seeds can be used with the bases' tokenizers.
+
+    Raises:
+        ValueError: no chat template for a `chat` bundle, or a template or seeds that do not fit a base's context.
+    """
+    synthesis = run.config.synthesis
+    try:
+        empty = prompt_format(run.source_tokenizer, bundle.manifest.prompt_template).encode_prompt("")
+    except ValueError as error:
+        raise ValueError(f"{bundle.path}: {error}") from error
+    num_tokens = len(empty) + synthesis.sampling.max_new_tokens + synthesis.max_answer_tokens
+    context = run.source.config.get("max_position_embeddings")
+    if context is not None and num_tokens > context:
+        raise ValueError(
+            f"{bundle.path}: its prompt template makes prompts and answers of {num_tokens} tokens, the source base's "
+            f"context is {context}; ship a shorter template"
+        )
+    prompt = generation_prompt(bundle.seeds, 0, 0)
+    num_tokens = len(run.generator_tokenizer(prompt)["input_ids"]) + synthesis.sampling.max_new_tokens
+    context = run.generator.config.get("max_position_embeddings")
+    if context is not None and num_tokens > context:
+        raise ValueError(
+            f"{bundle.path}: its seeds make a prompt of {num_tokens} tokens, the generator's context is {context}; "
+            "ship fewer or shorter seeds"
+        )

@@ -1,0 +1,89 @@
+"""The phase of a fleet that fills every adapter's synthetic set."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from translora.run.files import derive_seed, write_parquet
+from translora.run.member import Member, Run
+from translora.run.state import SYNTHETIC
+from translora.synthesis.rounds import Pool, choose_screen, synthesise
+
+logger = logging.getLogger(__name__)
+
+
+def synthesis_phase(run: Run, members: list[Member]) -> None:
+    """Fill every adapter's synthetic set and write it, split into train, heldout and refused."""
+    config = run.config
+    generator = config.synthesis.generator or config.target
+    pools = []
+    for member in members:
+        needed = member.num_samples + member.num_heldout
+        budget = math.ceil(config.synthesis.max_generated_factor * needed)
+        screen = choose_screen(config.synthesis, member.bundle, member.entry.screen)
+        surplus = config.synthesis.excess_surplus if screen == "excess" else 1.0
+        pools.append(Pool(member.name, member.bundle, needed, budget, screen, surplus))
+        if member.state.attempt > 1:
+            pools[-1].carry_on(member.state.synthesis, pq.read_table(member.earlier_set).to_pylist())
+
+    def after_round() -> None:
+        for member, pool in zip(members, pools, strict=True):
+            if not member.waits_for("synthesis"):
+                continue
+            member.state.synthesis = pool.stats.model_copy(deep=True)
+            run.save(member.state)
+            run.tracker.log(
+                {"adapter/accepted": float(pool.stats.accepted), "adapter/acceptance": pool.stats.acceptance},
+                step=pool.stats.rounds,
+                adapter=member.name,
+            )
+
+    synthesise(
+        pools,
+        generator=generator,
+        source=config.source,
+        fingerprints=(run.generator.fingerprint, run.source.fingerprint),
+        config=config.synthesis,
+        resources=config.resources,
+        seed=config.seed,
+        run_dir=config.run_dir,
+        on_round=after_round,
+    )
+    for member, pool in zip(members, pools, strict=True):
+        if not member.waits_for("synthesis"):
+            continue
+        member.state.synthesis = pool.stats
+        if pool.fault:
+            run.quarantine(member.state, pool.fault)
+            continue
+        if len(pool.accepted) < max(2, config.synthesis.min_accepted_fraction * pool.needed):
+            run.quarantine(member.state, f"too few synthetic samples: {pool.stats.shortfall}")
+            continue
+        if pool.stats.shortfall:
+            logger.warning("%s: goes on with fewer samples: %s", member.name, pool.stats.shortfall)
+        if pool.stats.warning:
+            logger.warning("%s: %s", member.name, pool.stats.warning)
+        write_synthetic(member, pool, config.seed, config.gate.min_holdout)
+        run.advance(member, "distill", member.directory / SYNTHETIC)
+
+
+def write_synthetic(member: Member, pool: Pool, seed: int, min_holdout: int) -> None:
+    """Write the adapter's synthetic set: input, answer, score, split (train, heldout, refused)."""
+    order = list(range(len(pool.accepted)))
+    random.Random(derive_seed(seed, member.name, "split")).shuffle(order)
+    share = round(len(order) * member.num_heldout / pool.needed)
+    num_heldout = max(1, min(member.num_heldout, max(share, min_holdout), len(order) // 2))
+    heldout = set(order[:num_heldout])
+    rows = [
+        {"adapter": member.name, **row, "split": "heldout" if index in heldout else "train"}
+        for index, row in enumerate(pool.accepted)
+    ] + [{"adapter": member.name, **row, "split": "refused"} for row in pool.refused]
+    names = ("adapter", "sample_id", "input", "answer", "score", "split")
+    types = (pa.string(), pa.int64(), pa.string(), pa.string(), pa.float64(), pa.string())
+    table = pa.Table.from_pylist(rows, pa.schema(list(zip(names, types, strict=True))))
+    write_parquet(member.directory / SYNTHETIC, table)
