@@ -42,7 +42,7 @@ def store(base: Path, tmp_path: Path) -> Iterator[Path]:
 
 def verified(run_dir: Path, base: Path, *bundles: str) -> dict[str, Member | AdapterState]:
     settings = config(run_dir, source={"model": str(base)}, target={"model": str(base)})
-    info, tokenizer = inspect_base(str(base)), load_tokenizer(str(base))
+    info, tokenizer = inspect_base(str(base)), load_tokenizer(settings.source)
     entries = expand_entries([AdapterEntry(bundle=bundle) for bundle in bundles])
     with Tracker(run_dir, settings.tracking, {}, "test") as tracker:
         run = Run(settings, info, info, info, tracker, tokenizer, tokenizer)
