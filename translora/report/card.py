@@ -25,7 +25,7 @@ def model_card(state: AdapterState, *, source: str, target: str, prompt_template
         base_model=target, library_name="peft", tags=["translora", "lora"], pipeline_tag="text-generation"
     )
     templates = environment(keep_trailing_newline=True)
-    templates.filters |= {"percent": percent, "code": _code, "line": _line}
+    templates.filters |= {"percent": percent, "code": code_cell, "line": one_line}
     body = templates.get_template("card.md.j2").render(
         state=state,
         source=source,
@@ -40,12 +40,12 @@ def model_card(state: AdapterState, *, source: str, target: str, prompt_template
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}"))
 
 
-def _line(text: str) -> str:
+def one_line(text: str) -> str:
     """The text on one line, so that it stays where it is put."""
     return " ".join(text.split())
 
 
-def _code(text: str) -> str:
+def code_cell(text: str) -> str:
     """The text as code in a cell of a table."""
-    text = _line(text).replace("`", "'").replace("|", r"\|")
+    text = one_line(text).replace("`", "'").replace("|", r"\|")
     return f"`{text}`"
