@@ -200,14 +200,16 @@ def test_an_encoder_block_does_not_change_after_the_solve_behind_its_own() -> No
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory):
+def llama_files(tmp_path_factory: pytest.TempPathFactory):
     root = tmp_path_factory.mktemp("llama")
     base = make_base(root / "base")
-    loras = [
-        read_lora(make_adapter(root / "a", base, 1, 2, use_rslora=True)),
-        read_lora(make_adapter(root / "b", base, 2, 4)),
-    ]
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).eval(), loras
+    return base, [make_adapter(root / "a", base, 1, 2, use_rslora=True), make_adapter(root / "b", base, 2, 4)]
+
+
+@pytest.fixture(scope="module")
+def llama(llama_files):
+    base, dirs = llama_files
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).eval(), [read_lora(path) for path in dirs]
 
 
 def causal_batches(seed: int, pad: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -255,6 +257,29 @@ def test_one_solve_with_equal_weights_is_regmean(llama) -> None:
         regmean = np.linalg.lstsq(rows, targets, rcond=None)[0].T
         # The bank keeps scalings in float32, and 8 / sqrt(2) is none: the features differ in the eighth digit.
         assert np.abs((B @ A).numpy() - regmean).max() < 1e-6, name
+
+
+def merge_share(rank: int, root: str, base: str, dirs: list[str]) -> None:
+    """One of two ranks: half of each task's batches."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=2)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).eval()
+    data = [[*causal_batches(task), *causal_batches(task + 5)][rank : rank + 1] for task in range(2)]
+    merged = run_iteris(model, [read_lora(path) for path in dirs], data, IterisSettings(max_iter=3))
+    torch.save(merged, f"{root}/merged-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_with_a_share_of_the_samples_each_get_the_same_adapter(llama_files, llama, tmp_path) -> None:
+    base, dirs = llama_files
+    torch.multiprocessing.spawn(merge_share, (str(tmp_path), str(base), [str(path) for path in dirs]), nprocs=2)
+    model, loras = llama
+    data = [[*causal_batches(task), *causal_batches(task + 5)] for task in range(2)]
+    whole = run_iteris(model, loras, data, IterisSettings(max_iter=3))
+    shares = [torch.load(tmp_path / f"merged-{rank}.pt") for rank in range(2)]
+    for name, (A, B) in whole.items():
+        assert torch.equal(shares[0][name][0], shares[1][name][0])
+        assert torch.allclose(B @ A, shares[0][name][1] @ shares[0][name][0], atol=1e-8), name
 
 
 def test_padding_does_not_count_and_modules_share_inputs(llama) -> None:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from translora.lora.bank import AdapterBank, load_bank
@@ -48,7 +49,8 @@ def run_iteris(
     Args:
         model: the frozen base in eval mode, on one device; left as it was.
         loras: two or more adapters of it; they may differ in ranks, scaling and modules.
-        batches: each task's inputs, for the adapter of the same place.
+        batches: each task's inputs, for the adapter of the same place. Where torch.distributed is up, every rank calls
+            this with its own share of them and gets the same result; under ZeRO-3 the shares are of equal number.
         settings: schedule, regularisation, weights.
         on_solve: called after each solve with its number, from 1, and the adapter so far.
     """
@@ -171,6 +173,10 @@ def collect(
 
         with _watched(bank, grams, see):
             _forward(model, bank, batch, [task, MERGED] if with_merged else [task])
+    if dist.is_available() and dist.is_initialized():
+        for gram in grams.values():
+            for sums in (gram.G,) if gram.G is gram.H else (gram.G, gram.H):
+                dist.all_reduce(sums)
     return grams
 
 
@@ -226,6 +232,8 @@ def _weights(
     if settings.norm == "equal":
         return [1.0] * len(grams)
     base_weight = bank.modules[name].base.weight if settings.norm == "base+delta" else None
+    if base_weight is not None and not base_weight.numel():
+        raise ValueError(f"norm base+delta: the weight of {name} is partitioned here; use norm delta under ZeRO-3")
     own = [gram[block[name]] for gram in grams]
     return adaptive_weights(*factors, own, norm=settings.norm, base_weight=base_weight)
 
