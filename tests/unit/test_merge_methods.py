@@ -201,6 +201,7 @@ def test_the_card_says_what_it_was_made_of(world: Path) -> None:
     [
         ({"adapters": ["a"]}, "adapters: List should have at least 2"),
         ({"adapters": ["a", "a"]}, "named twice"),
+        ({"out": "./b"}, "out: b is one of the adapters"),
         ({"weights": [1.0]}, "1 for 2 adapters"),
         ({"method": "iteris", "data": ["x"]}, "1 files for 2 adapters"),
         ({"method": "iteris", "data": ["x", "y"], "weights": [1.0, 1.0]}, "finds its own"),

@@ -108,6 +108,8 @@ class MergeConfig(Strict):
     def _check(self) -> Self:
         if len({path.resolve() for path in self.adapters}) < len(self.adapters):
             raise ValueError("adapters: one is named twice; give it a larger weight instead")
+        if self.out.resolve() in {path.resolve() for path in self.adapters}:
+            raise ValueError(f"out: {self.out} is one of the adapters; give another directory")
         if self.weights is not None and len(self.weights) != len(self.adapters):
             raise ValueError(f"weights: {len(self.weights)} for {len(self.adapters)} adapters; give one for each")
         if self.weights is not None and self.method in ("cat", "iteris", "regmean"):
