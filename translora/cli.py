@@ -1,4 +1,4 @@
-"""The command line: translora migrate | prepare | evaluate | status | report.
+"""The command line: translora migrate | prepare | evaluate | merge | status | report.
 
 Exit codes: 0 all adapters migrated, 1 some failed the gate or were quarantined, 2 the input cannot be used,
 3 a worker or the cluster failed, 130 Ctrl-C, 143 SIGTERM (after these three the same command continues).
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from translora import __version__
 from translora.config import FleetConfig, PrepareConfig, ResourceConfig, load_config
 from translora.evaluate.config import EvaluateConfig
+from translora.merge.config import METHODS, merge_config
 from translora.run.lease import LeaseLostError
 from translora.run.redact import printable, redact
 from translora.run.rundir import check_free
@@ -77,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("config", type=Path, help="evaluate.yaml")
     evaluate.add_argument("--report-only", action="store_true", help="write the report again from its JSON")
     evaluate.set_defaults(work=run_evaluate)
+    add_merge(commands.add_parser("merge", help="merge LoRA adapters of one base into one plain adapter"))
     status = commands.add_parser("status", help="show where a run stands, also while it goes on")
     status.add_argument("run", type=Path, help="run directory")
     status.add_argument("--json", action="store_true", help="print JSON")
@@ -88,6 +90,21 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (migrate, prepare, evaluate):
         command.add_argument("--verbose", action="store_true", help="show the libraries' own logs too")
     return parser
+
+
+def add_merge(merge: argparse.ArgumentParser) -> None:
+    """The flags of `translora merge`; each is a field of MergeConfig."""
+    merge.add_argument("method", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
+    merge.add_argument("--adapters", type=Path, nargs="+", required=True, help="PEFT directories (bundles too)")
+    merge.add_argument("--data", type=Path, nargs="+", help="JSONL or synthetic.parquet: one for each adapter")
+    merge.add_argument("--out", type=Path, required=True, help="directory of the merged adapter")
+    merge.add_argument("--base", help="model directory or hub id; default: what the adapters name")
+    merge.add_argument("--weights", type=float, nargs="+", help="one for each adapter")
+    merge.add_argument("--rank", type=int, help="truncate the result to this rank")
+    merge.add_argument("--seed", type=int, help="root of every random number")
+    merge.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings, such as iteris.max_iter=5")
+    merge.add_argument("--verbose", action="store_true", help="show the libraries' own logs too")
+    merge.set_defaults(work=run_merge)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -184,6 +201,20 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         write_results(results, config.output)
     sys.stdout.write(f"{config.output}\n")
     return MIGRATED if all(one.accuracy is not None for one in results.migrations) else FAILED
+
+
+def run_merge(arguments: argparse.Namespace) -> int:
+    """`translora merge METHOD --adapters ... --out ...`."""
+    from translora.run.log import setup_logging
+
+    setup_logging(arguments.verbose)
+    unwind_on_sigterm()
+    flags = ("method", "adapters", "data", "out", "base", "weights", "rank", "seed")
+    config = merge_config({flag: getattr(arguments, flag) for flag in flags}, arguments.set)
+    from translora.merge.run import merge
+
+    sys.stdout.write(f"{merge(config)}\n")
+    return MIGRATED
 
 
 def run_status(arguments: argparse.Namespace) -> int:

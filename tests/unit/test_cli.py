@@ -15,7 +15,7 @@ from translora.run.state import AdapterState, save_state
 def test_help_and_configs_load_neither_torch_nor_ray() -> None:
     code = (
         "import sys; import translora.cli, translora.config, translora.run.status, translora.report.html\n"
-        "import translora.evaluate.config, translora.evaluate.render\n"
+        "import translora.evaluate.config, translora.evaluate.render, translora.merge.config\n"
         "translora.cli.build_parser().format_help()\n"
         "heavy = {'torch', 'ray', 'transformers', 'deepspeed', 'wandb'} & sys.modules.keys()\n"
         "assert not heavy, heavy"
@@ -29,6 +29,7 @@ def test_help_and_configs_load_neither_torch_nor_ray() -> None:
         ("migrate", "fleet.yaml", "migrate a fleet of bundles; a rerun continues where it stopped"),
         ("prepare", "prepare.yaml", "the owner's side: make bundles from task data"),
         ("evaluate", "evaluate.yaml", "measure on real task data what migrations keep, and report it"),
+        ("merge", "--adapters", "merge LoRA adapters of one base into one plain adapter"),
         ("status", "run directory", "show where a run stands, also while it goes on"),
         ("report", "run directory", "write the HTML report of a run again and print its table"),
     ],

@@ -207,10 +207,12 @@ def write_lora(
     *,
     alpha: float,
     base_model: str,
+    target_modules: list[str] | None = None,
 ) -> None:
     """Write `modules[name] = (A [r, in], B [out, r])`, all of one rank, as a PEFT directory.
 
-    The caller gathers partitioned tensors first and calls this on one rank only.
+    The caller gathers partitioned tensors first and calls this on one rank only. PEFT adapts the base's modules whose
+    names end in one of `target_modules`; the last parts of the names written here, when unset.
     """
     ranks = {lora_A.shape[0] for lora_A, _ in modules.values()}
     assert len(ranks) == 1, f"one rank an adapter, got {sorted(ranks)}"
@@ -226,7 +228,7 @@ def write_lora(
         "inference_mode": True,
         "use_rslora": False,
         "use_dora": False,
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in modules}),
+        "target_modules": target_modules or sorted({name.rsplit(".", 1)[-1] for name in modules}),
     }
     tensors = {}
     for name, (lora_A, lora_B) in modules.items():

@@ -1,0 +1,236 @@
+"""Every method through the command: rsLoRA, the adapters' order, unequal ranks, truncation, the card, bad input."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tests.tiny import SEEDS, make_adapter, make_base
+from translora.cli import main
+from translora.lora.peft_io import LoraWeights, read_lora
+from translora.merge.aggregate import component_mean, fedex
+from translora.merge.config import COMBINATIONS, METHODS, merge_config
+from translora.merge.peft_methods import ELEMENTWISE, combine, truncate
+from translora.run.files import write_jsonl
+
+QUICK = ["iteris.max_iter=2", "cat.learning_rate=0.1", "cat.batch_size=4", "dtype=float32"]
+WITH_DATA = ("cat", "iteris", "regmean")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("merge")
+    base = make_base(root / "base")
+    for index, name in enumerate("abc"):
+        make_adapter(root / name, base, index, 2)
+    make_adapter(root / "wide", base, 7, 3, target_modules=["v_proj", "o_proj"])
+    make_adapter(root / "a-rs", base, 0, 2, use_rslora=True)
+    make_adapter(root / "four", base, 4, 4, alpha=16)
+    make_adapter(root / "four-rs", base, 4, 4, alpha=8, use_rslora=True)
+    make_adapter(root / "four-b", base, 5, 4)
+    for index, name in enumerate("abcf"):
+        rows = [{"input": f"{index} {text}", "answer": f"yes {name}"} for text in SEEDS]
+        write_jsonl(root / f"{name}.jsonl", rows)
+    return root
+
+
+def run(root: Path, method: str, names: list[str], out: str, *flags: str) -> dict[str, torch.Tensor]:
+    """The merged adapter's updates by module."""
+    arguments = ["merge", method, "--base", str(root / "base"), "--out", str(root / out), *flags]
+    arguments += ["--adapters", *(str(root / name) for name in names)]
+    if method in WITH_DATA:  # the adapters of one first letter are those of one task
+        arguments += ["--data", *(str(root / f"{name[0]}.jsonl") for name in names)]
+    assert main([*arguments, "--set", *QUICK]) == 0
+    return updates(read_lora(root / out))
+
+
+def updates(lora: LoraWeights) -> dict[str, torch.Tensor]:
+    return {name: lora.scaling[name] * B @ A for name, (A, B) in lora.modules.items()}
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_order_of_the_adapters_changes_not_a_bit(world: Path, method: str) -> None:
+    names = ["a", "b", "c"]
+    run(world, method, names, f"{method}-abc")
+    run(world, method, names[::-1], f"{method}-cba")
+    files = [world / f"{method}-{order}/adapter_model.safetensors" for order in ("abc", "cba")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    one, other = (json.loads((world / f"{method}-{order}/merge.json").read_text()) for order in ("abc", "cba"))
+    assert one == other
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world / "base"), files[0].parent)
+    assert any(parameter.abs().max() > 0 for name, parameter in loaded.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rslora_is_merged_by_its_scaling(world: Path, method: str) -> None:
+    """8 / sqrt(4) by rsLoRA is 16 / 4 without; PEFT alone makes cat and svd of the former sqrt(r) too large."""
+    plain, rs = (read_lora(world / name) for name in ("four", "four-rs"))
+    assert largest_difference(updates(plain), updates(rs)) == 0 and rs.config["use_rslora"]
+    run(world, method, ["four", "four-b"], f"{method}-plain")
+    run(world, method, ["four-rs", "four-b"], f"{method}-rs")
+    files = [world / f"{method}-{kind}/adapter_model.safetensors" for kind in ("plain", "rs")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert read_lora(files[0].parent).config["use_rslora"] is False
+
+
+def test_linear_has_cross_terms_as_in_peft(world: Path) -> None:
+    """A and B are each scaled by sqrt(w) and summed: of two equal adapters comes twice their mean."""
+    lora = read_lora(world / "a")
+    merged = combine([lora, lora], [0.5, 0.5], "linear")
+    twice = {name: 2 * update for name, update in updates(lora).items()}
+    assert largest_difference({name: B @ A for name, (A, B) in merged.items()}, twice) < 1e-5
+
+
+def test_static_cat_and_svd_are_the_weighted_sum_whatever_the_ranks(world: Path) -> None:
+    names, weights = ["a-rs", "b", "wide"], [0.2, 0.5, -0.7]
+    loras = [updates(read_lora(world / name)) for name in names]
+    expected = {
+        name: sum(weight * lora[name] for weight, lora in zip(weights, loras, strict=True) if name in lora)
+        for name in {name for lora in loras for name in lora}
+    }
+    for method, flags in (("static_cat", ()), ("svd", ("--rank", "7"))):
+        found = run(world, method, names, f"exact-{method}", "--weights", *map(str, weights), *flags)
+        assert largest_difference(found, expected) < 1e-4, method
+        lora = read_lora(world / f"exact-{method}")
+        assert lora.max_rank == 7 and len({len(A) for A, _ in lora.modules.values()}) == 1
+
+
+def test_truncation_is_the_best_of_its_rank(world: Path) -> None:
+    whole = run(world, "iteris", ["a", "b"], "whole")
+    cut = run(world, "iteris", ["a", "b"], "cut", "--rank", "3")
+    assert read_lora(world / "cut").max_rank == 3
+    for name, update in whole.items():
+        U, S, Vh = torch.linalg.svd(update)
+        assert torch.allclose(cut[name], U[:, :3] * S[:3] @ Vh[:3], atol=1e-4 * float(S[0])), name
+    assert "truncated" in (world / "cut/README.md").read_text()
+    assert "truncated" not in (world / "whole/README.md").read_text()
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ELEMENTWISE])
+def test_different_ranks_and_modules_are_merged(world: Path, method: str) -> None:
+    (world / "w.jsonl").write_bytes((world / "c.jsonl").read_bytes())
+    found = run(world, method, ["a", "b", "wide"], f"mixed-{method}")
+    assert {name.rsplit(".", 1)[-1] for name in found} == {"q_proj", "v_proj", "o_proj"}
+    assert all(torch.isfinite(update).all() for update in found.values())
+
+
+@pytest.mark.parametrize("method", ELEMENTWISE)
+def test_elementwise_methods_refuse_different_ranks(
+    world: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["merge", method, "--base", str(world / "base"), "--out", str(world / "none"), "--adapters"]
+    assert main([*arguments, str(world / "a"), str(world / "wide")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "has the ranks 2, 3" in error and "svd" in error
+    assert not (world / "none").exists()
+
+
+def random_loras(ranks: list[int], seed: int = 0) -> list[LoraWeights]:
+    g = torch.Generator().manual_seed(seed)
+    return [
+        LoraWeights(
+            {"m": (torch.randn(r, 9, generator=g).double(), torch.randn(6, r, generator=g).double())},
+            {"m": 0.3 + r},
+            {},
+        )
+        for r in ranks
+    ]
+
+
+@pytest.mark.parametrize("weights", [[1 / 3] * 3, [0.2, 0.5, 0.3]])
+@pytest.mark.parametrize("ranks", [[2, 2, 2], [1, 4, 2]])
+def test_fedex_mean_and_residual_are_the_exact_mean(ranks: list[int], weights: list[float]) -> None:
+    loras = random_loras(ranks)
+    mean, residual = fedex(loras, weights)
+    exact = sum(w * updates(lora)["m"] for w, lora in zip(weights, loras, strict=True))
+    (A, B), (rest_A, rest_B) = mean["m"], residual["m"]
+    assert torch.allclose(B @ A + rest_B @ rest_A, exact, atol=1e-12)
+    assert len(A) == max(ranks) and len(rest_A) == 2 * max(ranks)
+    assert not torch.allclose(B @ A, exact, atol=0.1), "the mean of the factors alone is not"
+
+
+def test_components_are_averaged_over_those_that_have_them() -> None:
+    loras, weights = random_loras([1, 3]), [0.25, 0.75]
+    A, B = component_mean(loras, weights)["m"]
+    (A0, B0), (A1, B1) = (lora.modules["m"] for lora in loras)
+    assert torch.allclose(A, torch.cat([0.25 * A0 + 0.75 * A1[:1], A1[1:]]))
+    assert torch.allclose(B, torch.cat([0.25 * 1.3 * B0 + 0.75 * 3.3 * B1[:, :1], 3.3 * B1[:, 1:]], dim=1))
+
+
+def test_dare_depends_on_the_seed_alone() -> None:
+    loras = random_loras([2, 2])
+    one, same, other = (combine(loras, [0.5, 0.5], "dare_linear", density=0.5, seed=seed)["m"][0] for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_a_single_adapter_is_really_truncated() -> None:
+    (lora,) = random_loras([4])
+    cut = truncate({"m": lora.modules["m"]}, 2)["m"]
+    assert len(cut[0]) == 2 and torch.linalg.matrix_rank(cut[1] @ cut[0]) == 2
+
+
+def test_the_card_says_what_it_was_made_of(world: Path) -> None:
+    run(world, "iteris", ["a", "b"], "carded")
+    text = (world / "carded/README.md").read_text()
+    assert ModelCard(text).data.to_dict() == {
+        "base_model": "base",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["translora", "lora", "merge"],
+    }
+    record = json.loads((world / "carded/merge.json").read_text())
+    assert sorted(one["name"] for one in record["adapters"]) == ["a", "b"]
+    assert all(one["sha256"] in text and one["data_sha256"] in text for one in record["adapters"])
+    assert record["settings"]["iteris"]["max_iter"] == 2 and "2411.15231" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"adapters": ["a"]}, "adapters: List should have at least 2"),
+        ({"adapters": ["a", "a"]}, "named twice"),
+        ({"out": "./b"}, "out: b is one of the adapters"),
+        ({"weights": [1.0]}, "1 for 2 adapters"),
+        ({"method": "iteris", "data": ["x"]}, "1 files for 2 adapters"),
+        ({"method": "iteris", "data": ["x", "y"], "weights": [1.0, 1.0]}, "finds its own"),
+        ({"method": "cat"}, "data: missing"),
+        ({"data": ["x", "y"]}, "linear uses none"),
+        ({"method": "fedex", "weights": [0.5, 0.6]}, "sum to 1"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes: dict[str, object], fault: str) -> None:
+    with pytest.raises(ValueError, match=fault):
+        merge_config({"method": "linear", "adapters": ["a", "b"], "out": "o"} | changes)
+
+
+def test_assignments_reach_their_sections(world: Path) -> None:
+    settings = {"method": "linear", "adapters": ["a", "b"], "out": "o"}
+    config = merge_config(settings, ["iteris.max_iter=5", "density=0.2"])
+    assert config.iteris.max_iter == 5 and config.density == 0.2
+    with pytest.raises(ValueError, match="did you mean max_iter"):
+        merge_config(settings, ["iteris.max_itr=5"])
+    with pytest.raises(ValueError, match="not of the form"):
+        merge_config(settings, ["density"])
+
+
+def test_what_is_no_merged_adapter_is_not_replaced(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["merge", "static_cat", "--base", str(world / "base"), "--adapters", str(world / "a"), str(world / "b")]
+    assert main([*arguments, "--out", str(world / "c")]) == 2
+    assert "is no merged adapter" in capsys.readouterr().err
+    assert (world / "c/adapter_config.json").exists()
+
+
+def test_every_combination_of_peft_is_offered() -> None:
+    assert set(itertools.chain(COMBINATIONS, WITH_DATA, ("fedex", "component_mean"))) == set(METHODS)

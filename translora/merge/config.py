@@ -1,0 +1,156 @@
+"""Typed configuration of `translora merge`: the methods, their settings, and how the flags become one object.
+
+Importing this module loads neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from translora.config import DType, Strict, fault_text
+
+Combination = Literal[
+    "linear",
+    "static_cat",
+    "svd",
+    "ties",
+    "ties_svd",
+    "dare_ties",
+    "dare_linear",
+    "dare_ties_svd",
+    "dare_linear_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
+"""PEFT's combinations; `static_cat` is its `cat`."""
+Method = Literal["cat", "iteris", "regmean", "fedex", "component_mean"] | Combination
+METHODS: tuple[str, ...] = tuple(name for part in get_args(Method) for name in (get_args(part) or (part,)))
+COMBINATIONS: tuple[str, ...] = get_args(Combination)
+NEED_OWN_DATA = ("iteris", "regmean")
+"""Methods that want one data file for each adapter."""
+
+
+class IterisSettings(Strict):
+    """IterIS (arXiv 2411.15231); RegMean is one solve with equal weights and no regularisation."""
+
+    max_iter: int = Field(default=10, ge=1, le=100)
+    """Solves; the first takes the inputs of the single adapters, each later one those of the model merged so far."""
+    a1: float = Field(default=1e-5, ge=0)
+    """Regularisation of G, relative to its norm (paper: 1e-7 to 1e-4)."""
+    a2: float = Field(default=1e-5, ge=0)
+    """Regularisation of H, relative to its norm (paper: 1e-7 to 1e-4)."""
+    reg_coef: float = Field(default=0.0, ge=0, le=1)
+    """Share of the single adapter's inputs that is mixed into the merged model's."""
+    norm: Literal["delta", "base+delta", "equal"] = "delta"
+    """Whose norm weighs a task: the LoRA's (paper), base and LoRA together, or every task alike."""
+    max_gram_gigabytes: float = Field(default=16.0, gt=0)
+    """Most memory for Grams; more modules than fit take turns, with a pass over the data each."""
+    num_threads: int = Field(default=4, ge=1)
+    """Modules that are solved side by side."""
+
+
+class CatSettings(Strict):
+    """CAT (LoRA Soups, arXiv 2410.13025): one learned scalar per adapter and module."""
+
+    coefficients: Literal["softmax", "unconstrained"] = "softmax"
+    """`softmax`: convex in each module (paper); `unconstrained`: any real number."""
+    learning_rate: float = Field(default=0.05, gt=0)
+    """Peak learning rate of AdamW, linear decay; the paper's 1e-4 hardly moves the coefficients."""
+    epochs: float = Field(default=1, gt=0)
+    """Passes over the mixture."""
+    batch_size: int = Field(default=6, ge=1)
+    """Rows of an optimizer step."""
+
+
+class MergeConfig(Strict):
+    """`translora merge METHOD --adapters ... --data ... --out ...`."""
+
+    method: Method
+    """How the adapters are merged."""
+    adapters: list[Path] = Field(min_length=2)
+    """PEFT directories of one base, bundles included; their order changes nothing."""
+    out: Path
+    """The merged adapter's directory."""
+    data: list[Path] = []
+    """JSONL (`input`, and `answer` or `target`) or a run's synthetic.parquet; for iteris and regmean one file for each
+    adapter, in their order, for cat any number."""
+    base: str | None = None
+    """Model directory or hub id; what the adapters' configs name when unset."""
+    dtype: DType = "auto"
+    """Dtype of the base in the passes over the data; `auto` is bfloat16 where the device multiplies it natively."""
+    prompt_template: str = "auto"
+    """As in prepare.yaml."""
+    max_length: int = Field(default=1024, ge=8)
+    """Longest prompt plus answer, in tokens; longer rows are dropped with a warning."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows of a forward pass of iteris and regmean."""
+    weights: list[float] | None = None
+    """One for each adapter; equal ones when unset: 1 for ties, which divides by the number that agree, else 1/N."""
+    rank: int | None = Field(default=None, ge=1, le=1024)
+    """Truncate the result to this rank through PEFT's svd."""
+    density: float = Field(default=0.5, gt=0, lt=1)
+    """Share of entries that ties, dare and magnitude_prune keep."""
+    majority_sign_method: Literal["total", "frequency"] = "total"
+    """How ties elects signs."""
+    seed: int = 0
+    """Root of every random number."""
+    iteris: IterisSettings = IterisSettings()
+    """Settings of iteris."""
+    cat: CatSettings = CatSettings()
+    """Settings of cat."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len({path.resolve() for path in self.adapters}) < len(self.adapters):
+            raise ValueError("adapters: one is named twice; give it a larger weight instead")
+        if self.out.resolve() in {path.resolve() for path in self.adapters}:
+            raise ValueError(f"out: {self.out} is one of the adapters; give another directory")
+        if self.weights is not None and len(self.weights) != len(self.adapters):
+            raise ValueError(f"weights: {len(self.weights)} for {len(self.adapters)} adapters; give one for each")
+        if self.weights is not None and self.method in ("cat", "iteris", "regmean"):
+            raise ValueError(f"weights: {self.method} finds its own; leave them out, or use another method")
+        averages = self.method in ("fedex", "component_mean")
+        if self.weights is not None and averages and (min(self.weights) <= 0 or abs(sum(self.weights) - 1) > 1e-6):
+            raise ValueError(f"weights: {self.method} is an average; give positive weights that sum to 1")
+        if self.method in NEED_OWN_DATA and len(self.data) != len(self.adapters):
+            raise ValueError(
+                f"data: {len(self.data)} files for {len(self.adapters)} adapters; {self.method} takes one for each, "
+                "in the adapters' order"
+            )
+        if self.method == "cat" and not self.data:
+            raise ValueError("data: missing; cat learns from a small mixture of the skills' data")
+        if self.data and self.method not in ("cat", *NEED_OWN_DATA):
+            raise ValueError(f"data: {self.method} uses none; leave it out, or use cat, iteris or regmean")
+        return self
+
+
+def merge_config(settings: dict[str, Any], assignments: Sequence[str] = ()) -> MergeConfig:
+    """A checked config of the command's flags and its `--set section.key=value` assignments.
+
+    Raises:
+        ValueError: names the setting and what is wrong with it.
+    """
+    raw = {key: value for key, value in settings.items() if value is not None}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        *sections, last = key.strip().split(".")
+        if not equals or not last:
+            raise ValueError(f"--set {assignment}: not of the form iteris.max_iter=5")
+        inner = raw
+        for section in sections:
+            inner = inner.setdefault(section, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"--set {assignment}: {section} has no settings of its own")
+        try:
+            inner[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {assignment}: the value is no plain value ({error})") from error
+    try:
+        return MergeConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError("; ".join(fault_text(MergeConfig, fault) for fault in error.errors())) from error

@@ -1,0 +1,86 @@
+"""Data of a merge: rows of a file, their tokens, and padded batches.
+
+Shapes: B rows of T tokens, filled up on the right.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from translora.distill.data import Sample
+from translora.engine.prompts import PromptFormat
+from translora.run.files import check_row, read_jsonl
+
+logger = logging.getLogger(__name__)
+ANSWERS = ("answer", "target")
+"""Fields that may hold a row's answer; a row without one is an unlabelled input."""
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows with an `input`: JSONL, or a run's synthetic.parquet, whose refused samples are left out.
+
+    Raises:
+        ValueError: names the file and what is wrong with it.
+    """
+    if path.suffix != ".parquet":
+        return read_jsonl(path, required=("input",))
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        found = pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); give a run's adapters/NAME/synthetic.parquet") from error
+    rows = [row for row in found if row.get("split") != "refused"]
+    if not rows:
+        raise ValueError(f"{path}: no accepted samples; give the synthetic set of an adapter that was migrated")
+    return [check_row(row, ("input",), f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+
+
+def read_samples(path: Path, prompts: PromptFormat, max_length: int) -> list[Sample]:
+    """Tokens of a file's rows; those longer than `max_length` are dropped with a warning.
+
+    Raises:
+        ValueError: names the file; no row is left.
+    """
+    samples = []
+    rows = read_rows(path)
+    for row in rows:
+        answer = next((str(row[field]).strip() for field in ANSWERS if row.get(field)), None)
+        ids = prompts.encode_answer(answer) if answer else []
+        sample = Sample(prompts.encode_prompt(row["input"]), ids)
+        if len(sample.prompt_ids) + len(ids) <= max_length:
+            samples.append(sample)
+    if len(samples) < len(rows):
+        dropped = len(rows) - len(samples)
+        logger.warning("%s: %d of %d rows exceed max_length %d", path, dropped, len(rows), max_length)
+    if not samples:
+        raise ValueError(f"{path}: no row of at most {max_length} tokens; raise max_length")
+    return samples
+
+
+def pad_batch(samples: Sequence[Sample], pad_token_id: int, *, with_labels: bool = False) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask [B, T], and labels [B, T] that are -100 outside the answers."""
+    rows = [sample.prompt_ids + sample.answer_ids for sample in samples]
+    width = max(map(len, rows))
+    batch = {
+        "input_ids": torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+    }
+    if with_labels:
+        labels = [[-100] * len(sample.prompt_ids) + sample.answer_ids for sample in samples]
+        batch["labels"] = torch.tensor([row + [-100] * (width - len(row)) for row in labels])
+    return batch
+
+
+def batches(samples: Sequence[Sample], batch_size: int, pad_token_id: int) -> list[dict[str, torch.Tensor]]:
+    """All samples in batches, rows of similar length together."""
+    ordered = sorted(samples, key=lambda sample: (len(sample.prompt_ids) + len(sample.answer_ids), sample.prompt_ids))
+    return [
+        pad_batch(ordered[start : start + batch_size], pad_token_id) for start in range(0, len(ordered), batch_size)
+    ]

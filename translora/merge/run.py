@@ -1,0 +1,193 @@
+"""`translora merge`: read the adapters, merge them, write one plain PEFT adapter with a model card.
+
+Adapters are put into an order of their own contents first: the order that they are named in changes not a bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from translora.bundle import inspect_base
+from translora.bundle.adapter import check_adapter, check_recorded_base, recorded_base
+from translora.bundle.base import BaseInfo, linear_modules
+from translora.config import BaseModelConfig
+from translora.engine.loading import device, load_model, load_tokenizer, resolve_dtype
+from translora.engine.prompts import prompt_format
+from translora.lora.peft_io import MAX_RANK, LoraWeights, read_lora, write_lora
+from translora.merge import aggregate, cat
+from translora.merge.config import COMBINATIONS, Combination, MergeConfig
+from translora.merge.data import batches, read_samples
+from translora.merge.features import run_iteris
+from translora.merge.peft_methods import Merged, combine, fingerprint, truncate
+from translora.report.merge_card import Ingredient, merge_card
+from translora.run.files import replace_directory, sha256_file, sha256_path, write_bytes, write_json
+
+logger = logging.getLogger(__name__)
+SETTINGS_FILE = "merge.json"
+"""Beside the adapter: settings, hashes and coefficients, and the mark of a directory that may be replaced."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """An adapter with what belongs to it."""
+
+    path: Path
+    lora: LoraWeights
+    weight: float
+    data: Path | None
+
+
+def merge(config: MergeConfig) -> Path:
+    """Merge adapters; returns the directory of the result.
+
+    Raises:
+        ValueError: an adapter, the base, the data or a setting cannot be used; names it and the remedy.
+    """
+    if config.out.exists() and not (config.out / SETTINGS_FILE).is_file():
+        raise ValueError(f"{config.out}: exists and is no merged adapter, so it is not replaced; give another --out")
+    base = find_base(config)
+    for path in config.adapters:
+        check_recorded_base(path, base.name, "merge adapters of one base")
+        check_adapter(path, base)
+    tasks = read_tasks(config)
+    started = time.monotonic()
+    merged, learnt = run_method(config, tasks, base)
+    merged = {name: (A.float(), B.float()) for name, (A, B) in merged.items()}
+    if config.rank is not None and config.rank < max(len(A) for A, _ in merged.values()):
+        merged = truncate(merged, config.rank)
+    if (rank := max(len(A) for A, _ in merged.values())) > MAX_RANK:
+        raise ValueError(f"the merged adapter has rank {rank}, the limit is {MAX_RANK}; give --rank")
+    logger.info("%s: %d adapters, rank %d, %.1f s", config.method, len(tasks), rank, time.monotonic() - started)
+    write_result(config, tasks, base, merged, learnt)
+    return config.out
+
+
+def find_base(config: MergeConfig) -> BaseInfo:
+    """The base that is named, or that the first adapter's config names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    named = config.base or recorded_base(config.adapters[0])
+    if named is None:
+        raise ValueError(f"{config.adapters[0]}: its config names no base; give --base")
+    try:
+        return inspect_base(named)
+    except ValueError as error:
+        if config.base is not None:
+            raise
+        raise ValueError(f"{error}; or give --base (the adapter's config names {named!r})") from error
+
+
+def read_tasks(config: MergeConfig) -> list[Task]:
+    """The adapters with their weights and data, in an order that depends on their contents alone."""
+    num = len(config.adapters)
+    alike = 1.0 if "ties" in config.method else 1 / num
+    own = config.data if config.method != "cat" else [None] * num
+    files: Sequence[Path | None] = own or [None] * num
+    tasks = [
+        Task(path, read_lora(path), weight, file)
+        for path, weight, file in zip(config.adapters, config.weights or [alike] * num, files, strict=True)
+    ]
+    return sorted(
+        tasks,
+        key=lambda task: (fingerprint(task.lora), task.weight, sha256_file(task.data) if task.data else ""),
+    )
+
+
+def run_method(config: MergeConfig, tasks: Sequence[Task], base: BaseInfo) -> tuple[Merged, dict[str, Any]]:
+    """The merged adapter of scaling 1, and what was learnt on the way for the record."""
+    loras, weights = [task.lora for task in tasks], [task.weight for task in tasks]
+    if config.method in COMBINATIONS:
+        merged = combine(
+            loras,
+            weights,
+            cast(Combination, config.method),
+            density=config.density,
+            majority_sign_method=config.majority_sign_method,
+            rank=config.rank,
+            seed=config.seed,
+        )
+        return merged, {}
+    if config.method == "fedex":
+        return aggregate.stack(*aggregate.fedex(loras, weights)), {}
+    if config.method == "component_mean":
+        return aggregate.component_mean(loras, weights), {}
+    settings = BaseModelConfig(model=str(base.path), dtype=config.dtype)
+    tokenizer = load_tokenizer(settings)
+    prompts = prompt_format(tokenizer, config.prompt_template)
+    pad = int(tokenizer.pad_token_id)
+    if config.method == "cat":
+        files = sorted(config.data, key=sha256_file)
+        mixture = [sample for path in files for sample in read_samples(path, prompts, config.max_length)]
+        model = load_model(settings, resolve_dtype(config.dtype), device())
+        found = cat.train_coefficients(model, loras, mixture, config.cat, pad_token_id=pad, seed=config.seed)
+        return cat.export(loras, found.by_module), {"coefficients": found.by_module, "losses": found.losses}
+    files = [task.data for task in tasks if task.data is not None]
+    inputs = [batches(read_samples(path, prompts, config.max_length), config.batch_size, pad) for path in files]
+    iteris = config.iteris
+    if config.method == "regmean":
+        iteris = iteris.model_copy(update={"max_iter": 1, "a1": 0.0, "a2": 0.0, "norm": "equal"})
+    model = load_model(settings, resolve_dtype(config.dtype), device())
+    return run_iteris(model, loras, inputs, iteris), {}
+
+
+def write_result(
+    config: MergeConfig, tasks: Sequence[Task], base: BaseInfo, merged: Merged, learnt: dict[str, Any]
+) -> None:
+    """Write weights, config, card and record to one directory, whole or not at all."""
+    rank = max(len(A) for A, _ in merged.values())
+    modules = {name: pad_rank(pair, rank) for name, pair in merged.items()}
+    ingredients = [
+        Ingredient(
+            name=task.path.resolve().name,
+            sha256=sha256_path(task.path),
+            rank=task.lora.max_rank,
+            weight=None if config.method in ("cat", "iteris", "regmean") else task.weight,
+            data_sha256=sha256_file(task.data) if task.data else None,
+        )
+        for task in tasks
+    ]
+    data = sorted(sha256_file(path) for path in config.data) if config.method == "cat" else []
+    shown = config.model_dump(mode="json", exclude={"adapters", "data", "out", "base", "weights"})
+    with replace_directory(config.out) as directory:
+        write_lora(
+            directory,
+            modules,
+            alpha=float(rank),
+            base_model=base.name,
+            target_modules=target_names(list(modules), base),
+        )
+        card = merge_card(
+            name=config.out.resolve().name,
+            method=config.method,
+            base=base.name,
+            rank=rank,
+            truncated=config.rank == rank,
+            ingredients=ingredients,
+            mixture=data,
+        )
+        write_bytes(directory / "README.md", card.encode())
+        record = {"settings": shown, "base": base.fingerprint, "adapters": [vars(one) for one in ingredients], **learnt}
+        write_json(directory / SETTINGS_FILE, record)
+
+
+def pad_rank(pair: tuple[torch.Tensor, torch.Tensor], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B filled up with zeros to one rank for all modules: every reader of PEFT's format takes that."""
+    lora_A, lora_B = pair
+    grow = rank - len(lora_A)
+    return torch.nn.functional.pad(lora_A, (0, 0, 0, grow)), torch.nn.functional.pad(lora_B, (0, grow))
+
+
+def target_names(modules: Sequence[str], base: BaseInfo) -> list[str]:
+    """PEFT's target_modules: last parts of the names where these mean the same modules, else the whole names."""
+    lasts = {name.rsplit(".", 1)[-1] for name in modules}
+    meant = {name for name in linear_modules(base) if name.rsplit(".", 1)[-1] in lasts}
+    return sorted(lasts if meant == set(modules) else modules)

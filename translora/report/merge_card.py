@@ -1,0 +1,72 @@
+"""The model card of a merged adapter: what it was made of, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from translora import __version__
+from translora.report.markdown import code, escape, one_line
+from translora.report.templates import environment
+
+SOURCES = {
+    "cat": "CAT with learned coefficients (LoRA Soups, [arXiv 2410.13025](https://arxiv.org/abs/2410.13025))",
+    "iteris": "IterIS ([arXiv 2411.15231](https://arxiv.org/abs/2411.15231))",
+    "regmean": "RegMean ([arXiv 2212.09849](https://arxiv.org/abs/2212.09849)) on the adapters' updates",
+    "fedex": "FedEx-LoRA ([arXiv 2410.09432](https://arxiv.org/abs/2410.09432)): mean and exact residual",
+    "component_mean": "the mean of rank-1 components over the adapters that have them",
+}
+"""Others are PEFT's `add_weighted_adapter`."""
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """One of the adapters."""
+
+    name: str
+    sha256: str
+    rank: int
+    weight: float | None
+    data_sha256: str | None
+
+
+def merge_card(
+    *,
+    name: str,
+    method: str,
+    base: str,
+    rank: int,
+    truncated: bool,
+    ingredients: Sequence[Ingredient],
+    mixture: Sequence[str],
+) -> str:
+    """README.md of a merged adapter as the Hugging Face hub reads it.
+
+    Args:
+        name: of the adapter.
+        method: as on the command line.
+        base: name of the base.
+        rank: of the result.
+        truncated: whether the rank was cut.
+        ingredients: the adapters.
+        mixture: sha256 of the files that coefficients were learnt on.
+    """
+    metadata = ModelCardData(
+        base_model=base, library_name="peft", tags=["translora", "lora", "merge"], pipeline_tag="text-generation"
+    )
+    templates = environment(keep_trailing_newline=True)
+    templates.filters |= {"code": code, "line": one_line, "text": escape}
+    body = templates.get_template("merge_card.md.j2").render(
+        name=name,
+        source=SOURCES.get(method, f"PEFT's `{'cat' if method == 'static_cat' else method}`"),
+        method=method,
+        base=base,
+        rank=rank,
+        truncated=truncated,
+        ingredients=ingredients,
+        mixture=mixture,
+        version=__version__,
+    )
+    return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}"))
