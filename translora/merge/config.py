@@ -12,7 +12,8 @@ from typing import Any, Literal, Self, get_args
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from translora.config import DType, Strict, fault_text
+from translora.config import DType
+from translora.config_file import Strict, fault_text
 
 Combination = Literal[
     "linear",
