@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from translora.config import ResourceConfig
@@ -15,3 +18,20 @@ def test_settings_that_would_wait_for_ever_are_refused(ray_cluster: None) -> Non
         check_resources(ResourceConfig(), num_workers=int(has) + 1)
     with pytest.raises(ValueError, match=r"gpus_per_actor asks for 64 GPUs"):
         check_resources(ResourceConfig(gpus_per_actor=64), num_workers=1)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+def test_a_driver_whose_local_ray_died_ends_with_the_code_that_asks_for_a_restart(name: str) -> None:
+    script = (
+        "import psutil, time\n"
+        "from translora.run.log import setup_logging\n"
+        "setup_logging()\n"
+        "from translora.run.cluster import start_ray\n"
+        "start_ray()\n"
+        f"[one.kill() for one in psutil.Process().children(recursive=True) if one.name() == {name!r}]\n"
+        "time.sleep(100)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 3, done.stderr
+    assert f"translora: Ray's {name} died; what is finished is kept, the same command continues" in done.stderr

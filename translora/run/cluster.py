@@ -8,17 +8,23 @@ import os
 import socket
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from translora.config import ResourceConfig
 from translora.run.log import quiet_environment
-from translora.run.signals import unwind_on_sigterm
+from translora.run.signals import TERMINATED, exit_code, unwind_on_sigterm
 
 logger = logging.getLogger(__name__)
 
 # Ray 2.60 logs "has constructor arguments in the object store" as an error whenever Ray Data starts an actor
 # (ray #53727); its C++ log has no finer switch than the level. Failures reach the driver as exceptions all the same.
+RAY_PROCESSES = ("gcs_server", "raylet")
+BROKEN = 3
+"""Exit code: the cluster failed."""
+WATCH_SECONDS = 2.0
 _CORE_LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 _CORE_LOG_NOTICE = b"Set ray log level from environment variable"
 
@@ -49,6 +55,30 @@ def start_ray(*, address: str | None = None, on_gpu: bool = False, verbose: bool
         with _without_notice():
             ray.init(**arguments)
     unwind_on_sigterm()
+    if found is None:
+        threading.Thread(target=_end_with_ray, daemon=True).start()
+
+
+def _end_with_ray() -> None:
+    """End this process with an exit code of its own when the local Ray that it started has died.
+
+    Ray's core would end it after a minute without a word, and with 1, the code for adapters that failed (ray 2.60). Not
+    by unwinding: with its GCS server or raylet gone, Ray's own shutdown can wait for ever. Every file is replaced as a
+    whole, so nothing is lost.
+    """
+    import ray
+    from ray._private import worker  # no public name (ray 2.60)
+
+    while ray.is_initialized():
+        node = worker._global_node
+        dead = [] if node is None else [name for name, _ in node.dead_processes() if name in RAY_PROCESSES]
+        if dead and exit_code() == TERMINATED:
+            return  # the signal went to all processes; the main thread ends with its code
+        if dead and ray.is_initialized():
+            sys.stderr.write(f"translora: Ray's {dead[0]} died; what is finished is kept, the same command continues\n")
+            sys.stderr.flush()
+            os._exit(BROKEN)
+        time.sleep(WATCH_SECONDS)
 
 
 def check_resources(resources: ResourceConfig, num_workers: int) -> None:
