@@ -141,8 +141,8 @@ def start_cluster(resources: ResourceConfig, num_workers: int, verbose: bool) ->
     """Start or join Ray and refuse what it could never give."""
     from translora.run.cluster import check_resources, start_ray
 
-    start_ray(address=resources.ray_address, on_gpu=resources.gpus_per_actor > 0, verbose=verbose)
-    check_resources(resources, num_workers)
+    is_local = start_ray(address=resources.ray_address, on_gpu=resources.gpus_per_actor > 0, verbose=verbose)
+    check_resources(resources, num_workers, may_grow=not is_local)
 
 
 def run_migrate(arguments: argparse.Namespace) -> int:

@@ -62,7 +62,7 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
             for phase in PHASE_WORK:
                 run_phase(run, phase, members)
         for member in members:
-            seals.put(member.entry, member.state)
+            seals.put(member.entry, member.state, member.looked)
         seals.save()
         return [found.state if isinstance(found, Member) else found for found in verified.values()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -143,4 +144,14 @@ def test_of_many_drivers_that_find_a_dead_ones_lease_one_gets_it(tmp_path: Path)
     for driver in drivers:
         driver.join()
     assert sum(winner is not None for winner in winners) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_no_empty_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("translora.run.lease.json.dump", full)
+    with pytest.raises(OSError, match="No space left"), hold(tmp_path / "lock"):
+        pass
     assert list(tmp_path.iterdir()) == []

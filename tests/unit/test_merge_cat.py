@@ -106,3 +106,12 @@ def test_without_answers_there_is_nothing_to_learn_from(world) -> None:
     *_, model, loras = world
     with pytest.raises(ValueError, match="no row has an answer"):
         train_coefficients(model, loras, [Sample([1, 2], [])], CatSettings())
+
+
+def test_rows_without_an_answer_are_left_out(world) -> None:
+    *_, model, loras = world
+    settings = CatSettings(learning_rate=0.05, epochs=1, batch_size=2)
+    silent = [Sample([5, 7, 9], []) for _ in range(6)]
+    found = train_coefficients(model.float(), loras, [*silent, *SAMPLES], settings, seed=3)
+    alone = train_coefficients(model, loras, SAMPLES, settings, seed=3)
+    assert found == alone and len(found.losses) == len(SAMPLES) // 2

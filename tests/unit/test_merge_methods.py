@@ -161,6 +161,22 @@ def test_fedex_mean_and_residual_are_the_exact_mean(ranks: list[int], weights: l
     assert not torch.allclose(B @ A, exact, atol=0.1), "the mean of the factors alone is not"
 
 
+def test_fedex_of_bfloat16_adapters_is_exact_too() -> None:
+    loras = random_loras([3, 2, 3])
+    for lora in loras:
+        lora.modules["m"] = tuple(factor.bfloat16() for factor in lora.modules["m"])  # type: ignore[assignment]
+    (A, B), (rest_A, rest_B) = (part["m"] for part in fedex(loras, [1 / 3] * 3))
+    exact = sum(lora.scaling["m"] * lora.modules["m"][1].double() @ lora.modules["m"][0].double() for lora in loras) / 3
+    assert torch.allclose((B @ A + rest_B @ rest_A).double(), exact, atol=1e-5)
+
+
+def test_a_data_file_that_is_not_there_is_one_line(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapters = [str(world / name) for name in sorted(path.name for path in world.iterdir() if path.is_dir())[:2]]
+    missing = str(world / "typo.jsonl")
+    code = main(["merge", "cat", "--adapters", *adapters, "--data", missing, "--out", str(world / "never")])
+    assert code == 2 and f"--data {missing}: no such file" in capsys.readouterr().err
+
+
 def test_components_are_averaged_over_those_that_have_them() -> None:
     loras, weights = random_loras([1, 3]), [0.25, 0.75]
     A, B = component_mean(loras, weights)["m"]

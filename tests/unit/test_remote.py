@@ -104,6 +104,13 @@ def test_a_store_that_fails_is_asked_a_few_times(store: Path, tmp_path: Path, mo
     assert not (tmp_path / "b").exists() and not list(tmp_path.glob(".tmp-*"))
 
 
+def test_a_bundle_that_is_too_large_is_not_copied(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("translora.bundle.remote.MAX_BUNDLE_BYTES", 1000)
+    with pytest.raises(BundleError, match="bytes, the limit is 1,000"):
+        fetch("memory://bucket/bundles/a", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_file_that_would_leave_the_bundle_is_refused(store: Path, tmp_path: Path) -> None:
     STORE.store["/bucket/bundles/a/../../outside"] = STORE.store["/bucket/bundles/a/adapter_config.json"]
     try:

@@ -20,7 +20,7 @@ from translora.run.resume import continue_state
 from translora.run.rundir import check_free, open_run
 from translora.run.state import AdapterState, Phase, load_state, save_state
 from translora.run.tracker import Tracker
-from translora.run.verify import check_training, verify, verify_fleet
+from translora.run.verify import check_training, refused, verify, verify_fleet
 
 
 def config(run_dir: Path, **changes: object) -> FleetConfig:
@@ -365,11 +365,30 @@ def test_a_sealed_adapter_is_not_read_again_until_a_file_or_a_setting_changes(
         os.utime(path, (0, 0))
         assert isinstance(look_again(), Member), path
         assert isinstance(look_again(), AdapterState)
-    (own / "adapter_model.safetensors").write_bytes(b"damaged")
+    seals = Seals(tmp_path, run.config, bases)
+    member = verify_fleet(run, entries, seals)["a"]
+    if isinstance(member, AdapterState):  # it was sealed: have it read once more
+        (tmp_path / "seals.json").unlink()
+        member = verify_fleet(run, entries, seals := Seals(tmp_path, run.config, bases))["a"]
+    assert isinstance(member, Member)
+    (own / "adapter_model.safetensors").write_bytes(b"damaged")  # while the run is on
+    seals.put(member.entry, member.state, member.looked)
+    seals.save()
     state = look_again()
     assert isinstance(state, AdapterState) and state.status == "quarantined"
     shutil.copytree(bundle.path, own, dirs_exist_ok=True)
     assert isinstance(look_again(dataclasses.replace(run, config=changed)), Member)
+
+
+def test_a_state_that_cannot_be_read_is_not_written_over_when_its_bundle_cannot_be_had(
+    tmp_path: Path, run: Run
+) -> None:
+    path = tmp_path / "adapters/a/state.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('{"of a newer version": true}')
+    state = refused(run, "a", AdapterEntry(bundle="memory://gone"), "unreachable")
+    assert (state.status, state.reason) == ("quarantined", "unreachable")
+    assert path.read_text() == '{"of a newer version": true}'
 
 
 def test_a_file_that_is_damaged_in_the_middle_of_a_run_is_made_anew_a_few_times(

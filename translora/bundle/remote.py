@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from translora.bundle.manifest import MAX_FILES, BundleError
+from translora.bundle.manifest import MAX_BUNDLE_BYTES, MAX_FILES, BundleError
 from translora.run.files import digest, read_object, replace_directory, write_json
 
 TRIES = 3
@@ -114,6 +114,11 @@ def _list(fs: Any, root: str, url: str) -> list[tuple[str, str, int, str]]:
         raise BundleError(f"{url}: no such directory; give the directory of a bundle")
     if len(found) > MAX_FILES:
         raise BundleError(f"{url}: more than {MAX_FILES} files; give the directory of one bundle")
+    num_bytes = sum(int(info.get("size") or 0) for info in found.values())
+    if num_bytes > MAX_BUNDLE_BYTES:
+        raise BundleError(
+            f"{url}: {num_bytes:,} bytes, the limit is {MAX_BUNDLE_BYTES:,}; give the directory of one bundle"
+        )
     files = []
     for remote, info in sorted(found.items()):
         name = remote.removeprefix(root.rstrip("/")).lstrip("/")

@@ -22,7 +22,7 @@ from translora.distill.shrink import read_notes
 from translora.distill.train import train_worker
 from translora.run.files import digest, remove_directory
 from translora.run.progress import Progress
-from translora.run.signals import interruptible_fit
+from translora.run.signals import TERMINATED, exit_code, interruptible_fit
 
 logger = logging.getLogger(__name__)
 OnStep = Callable[[str, dict[str, float]], None]
@@ -191,5 +191,6 @@ def fit(trainer: Callable[[], TorchTrainer], directory: Path, most_notes: int) -
             if not num_notes < len(read_notes(directory)) < most_notes:
                 raise
         except KeyboardInterrupt:
-            ask_for_checkpoints(directory, CHECKPOINT_SECONDS)
+            if exit_code() == TERMINATED:  # after Ctrl-C Ray Train has ended the workers already
+                ask_for_checkpoints(directory, CHECKPOINT_SECONDS)
             raise

@@ -39,5 +39,5 @@ def given_up(notes: Sequence[dict[str, Any]]) -> dict[str, str]:
         note["jobs"][0]: f"{note['jobs'][0]}: out of memory with one sample in the pass ({note['reason']}); "
         "lower max_length, or give the workers more memory"
         for note in notes
-        if note.get("micro_batch_size") == 1 and len(note.get("jobs", ())) == 1
+        if note.get("micro_batch_size") == note.get("gang_size") == 1 and len(note.get("jobs", ())) == 1
     }

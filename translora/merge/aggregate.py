@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from translora.lora.peft_io import LoraWeights
-from translora.merge.peft_methods import Merged, Pair
+from translora.merge.peft_methods import Merged, Pair, exact
 
 
 def fedex(loras: Sequence[LoraWeights], weights: Sequence[float]) -> tuple[Merged, Merged]:
@@ -77,6 +77,6 @@ def _padded(loras: Sequence[LoraWeights], name: str) -> list[Pair]:
     for lora in loras:
         A, B = lora.modules.get(name, (like_A[:0], like_B[:, :0]))
         grow = rank - len(A)
-        padded_A = torch.nn.functional.pad(A, (0, 0, 0, grow))
-        found.append((padded_A, torch.nn.functional.pad(B * lora.scaling.get(name, 1.0), (0, grow))))
+        A, B = exact(A), exact(B) * lora.scaling.get(name, 1.0)
+        found.append((torch.nn.functional.pad(A, (0, 0, 0, grow)), torch.nn.functional.pad(B, (0, grow))))
     return found

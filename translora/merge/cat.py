@@ -7,6 +7,7 @@ adapter of rank sum r_i.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from translora.distill.data import Sample, batch_indices, num_steps
 from translora.lora.peft_io import LoraWeights
 from translora.merge.config import CatSettings
 from translora.merge.data import pad_batch
-from translora.merge.peft_methods import Merged, combine
+from translora.merge.peft_methods import Merged, combine, exact
+
+logger = logging.getLogger(__name__)
 
 
 class CatLinear(nn.Module):
@@ -116,8 +119,12 @@ def train_coefficients(
     Raises:
         ValueError: there is no answer in `data` to learn from, or the loss is not finite.
     """
-    if not any(sample.answer_ids for sample in data):
+    answered = [sample for sample in data if sample.answer_ids]
+    if not answered:
         raise ValueError("data: no row has an answer, and cat learns from answers; give rows with `answer` or `target`")
+    if len(answered) < len(data):
+        logger.warning("cat: %d of %d rows have no answer and are left out", len(data) - len(answered), len(data))
+    data = answered
     steps = num_steps(len(data), settings.epochs, settings.batch_size)
     losses: list[float] = []
     with cat_modules(model, adapters, settings.coefficients == "softmax") as modules:
@@ -147,7 +154,7 @@ def export(adapters: Sequence[LoraWeights], by_module: Mapping[str, Sequence[flo
     """
     scaled = [
         LoraWeights(
-            modules={name: (A, B * by_module[name][index]) for name, (A, B) in adapter.modules.items()},
+            modules={name: (A, exact(B) * by_module[name][index]) for name, (A, B) in adapter.modules.items()},
             scaling=adapter.scaling,
             config=adapter.config,
         )

@@ -86,6 +86,11 @@ def truncate(merged: Merged, rank: int) -> Merged:
     return combine([whole, whole], [0.5, 0.5], "svd", rank=rank)
 
 
+def exact(factor: torch.Tensor) -> torch.Tensor:
+    """A factor in float32 or more: sums over bfloat16 files are not made in bfloat16."""
+    return factor.to(torch.promote_types(factor.dtype, torch.float32))
+
+
 def as_lora(merged: Merged) -> LoraWeights:
     """A merged adapter as one that can be merged again."""
     return LoraWeights(modules=merged, scaling=dict.fromkeys(merged, 1.0), config={})

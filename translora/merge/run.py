@@ -52,6 +52,9 @@ def merge(config: MergeConfig) -> Path:
     """
     if config.out.exists() and not (config.out / SETTINGS_FILE).is_file():
         raise ValueError(f"{config.out}: exists and is no merged adapter, so it is not replaced; give another --out")
+    for path in config.data:
+        if not path.is_file():
+            raise ValueError(f"--data {path}: no such file; give JSONL, or a synthetic.parquet")
     base = find_base(config)
     for path in config.adapters:
         check_recorded_base(path, base.name, "merge adapters of one base")

@@ -29,18 +29,21 @@ _CORE_LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 _CORE_LOG_NOTICE = b"Set ray log level from environment variable"
 
 
-def start_ray(*, address: str | None = None, on_gpu: bool = False, verbose: bool = False) -> None:
+def start_ray(*, address: str | None = None, on_gpu: bool = False, verbose: bool = False) -> bool:
     """Join the cluster at `address`, or start a local one; call `setup_logging` first.
 
     Args:
         address: as in `ray.init`.
         on_gpu: the workers get GPUs.
         verbose: let Ray speak.
+
+    Returns:
+        Whether a local Ray was started, which cannot grow.
     """
     import ray
 
     if ray.is_initialized():
-        return
+        return False
     from ray._private.services import canonicalize_bootstrap_address  # no public name (ray 2.60)
 
     # RAY_ADDRESS first, then `address`, then a cluster that `ray start` left on this machine; None is a new local one.
@@ -57,6 +60,7 @@ def start_ray(*, address: str | None = None, on_gpu: bool = False, verbose: bool
     unwind_on_sigterm()
     if found is None:
         threading.Thread(target=_end_with_ray, daemon=True).start()
+    return found is None
 
 
 def _end_with_ray() -> None:
@@ -81,7 +85,7 @@ def _end_with_ray() -> None:
         time.sleep(WATCH_SECONDS)
 
 
-def check_resources(resources: ResourceConfig, num_workers: int) -> None:
+def check_resources(resources: ResourceConfig, num_workers: int, *, may_grow: bool = False) -> None:
     """Refuse settings that would wait for ever on a local Ray; on a cluster, which may grow, only warn.
 
     Raises:
@@ -99,7 +103,7 @@ def check_resources(resources: ResourceConfig, num_workers: int) -> None:
     for setting, kind, amount in wanted:
         if amount > has.get(kind, 0):
             message = f"{setting} asks for {amount:g} {kind}s, Ray has {has.get(kind, 0):g}; lower it or add nodes"
-            if len(ray.nodes()) == 1 and resources.ray_address is None:
+            if not may_grow:
                 raise ValueError(message)
             logger.warning(message)
 

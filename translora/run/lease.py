@@ -187,6 +187,9 @@ def _create(path: Path, owner: Owner) -> bool:
             json.dump(asdict(owner), handle)
     except FileExistsError:
         return False
+    except OSError:  # a full disk: an empty lease would be waited for
+        path.unlink(missing_ok=True)
+        raise
     return True
 
 

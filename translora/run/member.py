@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Member:
     """Real held-out data to measure on; may be empty."""
     entry: AdapterEntry
     """Its line in the fleet file, with settings of its own."""
+    looked: list[Any] = field(default_factory=list)
+    """The files that it is made from, as they were before they were read; see recipes.Seals."""
     repairs: int = 0
     """Times that this process found files of it damaged and had them made anew."""
 
@@ -116,6 +118,7 @@ class Run:
         """Begin another attempt of an adapter that did not pass: its set is laid aside, to be continued."""
         state = member.state
         state.attempt += 1
+        state.earlier = state.synthesis.model_copy(deep=True)
         member.num_samples = attempt_size(state, self.config.gate)
         os.replace(member.directory / SYNTHETIC, member.earlier_set)
         state.artifacts = {relative_to(self.config.run_dir, member.earlier_set): sha256_path(member.earlier_set)}

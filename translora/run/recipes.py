@@ -91,12 +91,20 @@ class Seals:
 
     def fits(self, entry: AdapterEntry, state: AdapterState) -> bool:
         """Whether the adapter is finished and nothing of it changed since it was sealed."""
-        return state.name in self._known and self._known[state.name] == self._seal(entry, state)
+        return state.name in self._known and self._known[state.name] == self._seal(entry, state, self.look(entry))
 
-    def put(self, entry: AdapterEntry, state: AdapterState) -> None:
-        """Seal an adapter whose files were verified or just made, if it is finished."""
+    def look(self, entry: AdapterEntry) -> list[Any]:
+        """The files that an adapter is made from, as they are now; to be called before they are read."""
+        return [_listing(place) for place in (entry.bundle, *([entry.eval_data] if entry.eval_data else []))]
+
+    def put(self, entry: AdapterEntry, state: AdapterState, looked: list[Any]) -> None:
+        """Seal an adapter whose files were verified or just made, if it is finished.
+
+        Args:
+            looked: from `look`. A bundle that its owner replaced since then must not pass for the one that was read.
+        """
         if state.phase == "done" and state.status in ("migrated", "failed_gate"):
-            self._known[state.name] = self._seal(entry, state)
+            self._known[state.name] = self._seal(entry, state, looked)
         else:
             self._known.pop(state.name, None)
 
@@ -105,9 +113,8 @@ class Seals:
         if read_object(self.run_dir / SEALS) != self._known:
             write_json(self.run_dir / SEALS, self._known)
 
-    def _seal(self, entry: AdapterEntry, state: AdapterState) -> str:
-        places = [entry.bundle, *(str(self.run_dir / name) for name in sorted(state.artifacts))]
-        files = [_listing(place) for place in (*places, *([entry.eval_data] if entry.eval_data else []))]
+    def _seal(self, entry: AdapterEntry, state: AdapterState, looked: list[Any]) -> str:
+        files = [*looked, *(_listing(str(self.run_dir / name)) for name in sorted(state.artifacts))]
         verdict = (state.phase, state.status, state.bundle_digest, state.num_samples, state.artifacts)
         return digest(self._common, entry.model_dump(exclude={"bundle", "eval_data"}), verdict, files)
 
@@ -120,7 +127,10 @@ def _listing(path: str) -> list[Any]:
             folders.sort()
             place = os.path.relpath(folder, path)
             for name in sorted(names):
-                status = os.lstat(os.path.join(folder, name))
+                try:
+                    status = os.lstat(os.path.join(folder, name))
+                except FileNotFoundError:  # its owner is at work there
+                    continue
                 found.append([place, name, status.st_size, status.st_mtime_ns])
         return found
     try:

@@ -114,7 +114,7 @@ def touched_again(run_dir: Path, state: AdapterState, fresh: AdapterState) -> Ad
 
 def sent_back(state: AdapterState, fresh: AdapterState, phase: Phase) -> AdapterState:
     """`fresh` with what the phases before `phase` have come to."""
-    kept: dict[str, Any] = {"phase": phase, "artifacts": state.artifacts, "attempt": state.attempt}
+    kept: dict[str, Any] = {"phase": phase} | {key: getattr(state, key) for key in ("artifacts", "attempt", "earlier")}
     if phase != "synthesis":
         kept["synthesis"] = state.synthesis
     if phase == "gate":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import logging
@@ -83,6 +84,8 @@ def _usable(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise ValueError(
             f"{run_dir}: cannot be used as run_dir ({error}); give a directory that you can write"
         ) from error

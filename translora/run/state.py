@@ -96,6 +96,8 @@ class AdapterState(BaseModel):
     attempt: int = 1
     """Above 1 the gate sent it back for more samples."""
     synthesis: SynthesisStats = SynthesisStats()
+    earlier: SynthesisStats | None = None
+    """What the attempt before this one ended with, from which its synthesis goes on."""
     step: int = 0
     num_steps: int = 0
     losses: list[float] = []

@@ -67,10 +67,12 @@ def verify_fleet(run: Run, entries: Mapping[str, AdapterEntry], seals: Seals) ->
             continue
         if name in remote:
             entry = entry.model_copy(update={"bundle": str(run_dir / DOWNLOADS / name)})
+        looked = seals.look(entry)
         sealed = None if name in busy else sealed_state(run, name, entry, seals)
         found[name] = sealed or verify(run, name, entry)
         if isinstance(member := found[name], Member):
-            seals.put(entry, member.state)
+            member.looked = looked
+            seals.put(entry, member.state, looked)
     seals.save()
     if skipped := sum(isinstance(one, AdapterState) and one.phase == "done" for one in found.values()):
         logger.info("%d of %d adapters are finished and unchanged", skipped, len(found))
@@ -79,10 +81,13 @@ def verify_fleet(run: Run, entries: Mapping[str, AdapterEntry], seals: Seals) ->
 
 def refused(run: Run, name: str, entry: AdapterEntry, reason: str) -> AdapterState:
     """Quarantine an adapter whose bundle cannot be had; what an earlier run made of it is kept."""
-    try:
-        state = load_state(run.config.run_dir, name)
-    except ValueError:
-        state = AdapterState(name=name, bundle=entry.bundle)
+    state = AdapterState(name=name, bundle=entry.bundle)
+    if state_path(run.config.run_dir, name).is_file():
+        try:
+            state = load_state(run.config.run_dir, name)
+        except ValueError:  # not written over, see verify
+            logger.error("%s: quarantined: %s", name, reason)
+            return state.model_copy(update={"status": "quarantined", "reason": reason})
     run.quarantine(state, reason)
     return state
 

@@ -89,7 +89,7 @@ class Hosts:
             num_threads = max(1, int(resources.cpus_per_actor)) if on_cpu else None
             limit = resources.worker_timeout_seconds
             self._actors.append(remote.remote(num_threads, resources.num_actors, limit))
-        deadline = time.monotonic() + STANDING_SECONDS
+        deadline = None  # from the first death on: a cluster may take long to make room
         while True:
             asked = {actor.ready.remote(): actor for actor in self._actors[:wanted]}
             ray.wait(list(asked), num_returns=1)
@@ -103,6 +103,7 @@ class Hosts:
                     fault = error
             if standing:
                 break
+            deadline = deadline or time.monotonic() + STANDING_SECONDS
             if time.monotonic() > deadline and fault is not None:
                 raise fault
             time.sleep(RETRY_SECONDS)

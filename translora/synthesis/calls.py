@@ -62,7 +62,8 @@ def call(actors: Sequence[Any], first: int, rows: list[Row], work: Work, tries: 
     Raises:
         RayActorError: `tries` actors died of it, or none stands.
     """
-    turn, deadline = first, time.monotonic() + STANDING_SECONDS
+    turn = first
+    deadline: float | None = None
     while True:
         actor = actors[turn % len(actors)]
         turn += 1
@@ -70,10 +71,12 @@ def call(actors: Sequence[Any], first: int, rows: list[Row], work: Work, tries: 
             ray.get(actor.ready.remote())
         except RayActorError:
             # It starts again, or waits for room on the cluster: another one may stand.
+            deadline = deadline or time.monotonic() + STANDING_SECONDS
             if time.monotonic() > deadline:
                 raise
             time.sleep(RETRY_SECONDS)
             continue
+        deadline = None
         try:
             computed: Computed = ray.get(actor.run.remote(work.base, work.adapters, work.function, rows, work.settings))
             return computed
@@ -81,7 +84,6 @@ def call(actors: Sequence[Any], first: int, rows: list[Row], work: Work, tries: 
             tries -= 1
             if tries == 0:
                 raise
-            deadline = time.monotonic() + STANDING_SECONDS
 
 
 def isolate(actor: Any, rows: list[Row], work: Work, limit_seconds: float) -> Computed:

@@ -29,7 +29,8 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
         surplus = config.synthesis.excess_surplus if screen == "excess" else 1.0
         pools.append(Pool(member.name, member.bundle, needed, budget, screen, surplus))
         if member.state.attempt > 1:
-            pools[-1].carry_on(member.state.synthesis, pq.read_table(member.earlier_set).to_pylist())
+            rows = pq.read_table(member.earlier_set).to_pylist()
+            pools[-1].carry_on(member.state.earlier or member.state.synthesis, rows)
 
     def after_round() -> None:
         for member, pool in zip(members, pools, strict=True):
