@@ -9,7 +9,7 @@ from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
 from translora.gate.agreement import GateMember, run_gate
 from translora.report.card import model_card
-from translora.run.files import sha256_path
+from translora.run.files import full_disk, sha256_path
 from translora.run.member import Member, Run
 from translora.run.state import DISCRIMINATOR, STUDENT
 
@@ -63,6 +63,8 @@ def gate_phase(run: Run, members: list[Member]) -> None:
         try:
             publish(run, member, template)
         except BundleError as error:
+            if (full := full_disk(error)) is not None:
+                raise full from error
             run.quarantine(member.state, f"cannot be published: {error}")
     for member in failed:
         state = member.state

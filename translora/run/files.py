@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -113,6 +114,15 @@ def sha256_path(path: Path) -> str:
     files = sorted(file for file in path.rglob("*") if file.is_file())
     listing = [(file.relative_to(path).as_posix(), sha256_file(file)) for file in files]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def full_disk(error: BaseException | None) -> OSError | None:
+    """The full disk or spent quota behind an error: that ends a run, and is no fault of the adapter that met it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return error
+        error = error.__cause__
+    return None
 
 
 def read_object(path: Path) -> dict[str, Any]:

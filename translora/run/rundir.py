@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib.metadata
 import json
 import logging
@@ -15,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from translora.run import lease
-from translora.run.files import TEMPORARY_PREFIX, remove_temporaries, write_json
+from translora.run.files import TEMPORARY_PREFIX, full_disk, remove_temporaries, write_json
 from translora.run.redact import without_secrets
 
 logger = logging.getLogger(__name__)
@@ -84,7 +83,7 @@ def _usable(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if full_disk(error):
             raise
         raise ValueError(
             f"{run_dir}: cannot be used as run_dir ({error}); give a directory that you can write"
