@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ def small_disk(root: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", disk], check=True)
 
 
+@pytest.mark.skipif("TRANSLORA_FULL_DISK" not in os.environ, reason="mounts a file system: set TRANSLORA_FULL_DISK=1")
 def test_a_full_disk_ends_in_one_line_and_the_same_command_continues(root: Path, small_disk: Path) -> None:
     config = write_config(root, "disk/run")
     ends = []
