@@ -55,6 +55,11 @@ ARMS = [f"only {skill}" for skill in SKILLS] + [
 Rows = list[dict[str, str]]
 
 
+def place(work: Path, arm: str) -> Path:
+    """Where an arm's adapter lies; its figures are in the .json of the same name."""
+    return work / arm.replace(", ", "-").replace(" ", "-")
+
+
 def tests(size: int) -> dict[str, Rows]:
     """The three test sets."""
     _, tickets = split("ticket-routing", 96, size, seed=0)
@@ -138,7 +143,7 @@ def run_command(arguments: Sequence[str]) -> tuple[float, float]:
 def merge(arm: str, base: Path, adapters: dict[str, Path], work: Path, settings: Sequence[str]) -> tuple[float, float]:
     """Merge by one arm; the result lies at work/ARM."""
     method, _, source = arm.partition(", ")
-    arguments = ["merge", method, "--base", str(base), "--out", str(work / arm.replace(", ", "-"))]
+    arguments = ["merge", method, "--base", str(base), "--out", str(place(work, arm))]
     arguments += ["--adapters", *map(str, adapters.values())]
     if source:
         arguments += ["--data", *(str(work / f"{skill}.{source}.jsonl") for skill in adapters)]
@@ -179,14 +184,14 @@ def measure(arguments: argparse.Namespace) -> None:
     sets = tests(arguments.tests)
     engine: TransformersEngine | None = None
     for arm in arguments.arms:
-        record = work / f"{arm.replace(', ', '-').replace(' ', '-')}.json"
+        record = place(work, arm).with_suffix(".json")
         if record.exists():
             continue
         print(f"{arm} ...", flush=True)
         single = arm.removeprefix("only ") if arm.startswith("only ") else None
         seconds, gigabytes = (0.0, 0.0) if single else merge(arm, base, adapters, work, arguments.set)
         engine = engine or TransformersEngine(BaseModelConfig(model=str(base)), {})
-        engine.use_adapters({"it": adapters[single] if single else work / arm.replace(", ", "-")})
+        engine.use_adapters({"it": adapters[single] if single else place(work, arm)})
         correct = {
             name: [
                 is_equal(*pair)
@@ -212,7 +217,7 @@ def print_table(arguments: argparse.Namespace) -> None:
     print("| arm | routing | tag | both | seconds | GB |\n| --- | --- | --- | --- | --- | --- |")
     both: dict[str, np.ndarray] = {}
     for arm in arguments.arms:
-        found = json.loads((arguments.work / f"{arm.replace(', ', '-').replace(' ', '-')}.json").read_text())
+        found = json.loads(place(arguments.work, arm).with_suffix(".json").read_text())
         scores = {name: np.array([values], dtype=float) for name, values in found["correct"].items()}
         cells = [
             cell(Resample(1, score.shape[1], name, over_seeds=False).estimate(score)) for name, score in scores.items()

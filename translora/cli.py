@@ -22,6 +22,7 @@ from translora import __version__
 from translora.config import FleetConfig, PrepareConfig, ResourceConfig, load_config
 from translora.evaluate.config import EvaluateConfig
 from translora.merge.config import METHODS, merge_config
+from translora.run.files import full_disk
 from translora.run.lease import LeaseLostError
 from translora.run.redact import printable, redact
 from translora.run.rundir import check_free
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         say(str(error))
         return UNUSABLE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not full_disk(error):
             raise
         where = f"{error.filename}: " if error.filename else ""
         say(f"{where}{error.strerror}; free some space: what is finished is kept, the same command continues")
@@ -137,6 +138,14 @@ def say(text: str) -> None:
     sys.stderr.write(f"translora: {shown}\n")
 
 
+def begin(arguments: argparse.Namespace) -> None:
+    """What comes before a command that works: its logs, and a SIGTERM that unwinds."""
+    from translora.run.log import setup_logging
+
+    setup_logging(arguments.verbose)
+    unwind_on_sigterm()
+
+
 def start_cluster(resources: ResourceConfig, num_workers: int, verbose: bool) -> None:
     """Start or join Ray and refuse what it could never give."""
     from translora.run.cluster import check_resources, start_ray
@@ -147,10 +156,7 @@ def start_cluster(resources: ResourceConfig, num_workers: int, verbose: bool) ->
 
 def run_migrate(arguments: argparse.Namespace) -> int:
     """`translora migrate fleet.yaml`."""
-    from translora.run.log import setup_logging
-
-    setup_logging(arguments.verbose)
-    unwind_on_sigterm()
+    begin(arguments)
     config = load_config(arguments.config, FleetConfig)
     check_free(config.run_dir)
     from translora.fleet import migrate
@@ -163,10 +169,7 @@ def run_migrate(arguments: argparse.Namespace) -> int:
 
 def run_prepare(arguments: argparse.Namespace) -> int:
     """`translora prepare prepare.yaml`."""
-    from translora.run.log import setup_logging
-
-    setup_logging(arguments.verbose)
-    unwind_on_sigterm()
+    begin(arguments)
     config = load_config(arguments.config, PrepareConfig)
     check_free(config.run_dir)
     from translora.prepare import prepare
@@ -181,10 +184,7 @@ def run_prepare(arguments: argparse.Namespace) -> int:
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     """`translora evaluate evaluate.yaml`."""
-    from translora.run.log import setup_logging
-
-    setup_logging(arguments.verbose)
-    unwind_on_sigterm()
+    begin(arguments)
     config = load_config(arguments.config, EvaluateConfig)
     from translora.evaluate.render import read_results, write_report, write_results
 
@@ -205,10 +205,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
 def run_merge(arguments: argparse.Namespace) -> int:
     """`translora merge METHOD --adapters ... --out ...`."""
-    from translora.run.log import setup_logging
-
-    setup_logging(arguments.verbose)
-    unwind_on_sigterm()
+    begin(arguments)
     flags = ("method", "adapters", "data", "out", "base", "weights", "rank", "seed")
     config = merge_config({flag: getattr(arguments, flag) for flag in flags}, arguments.set)
     from translora.merge.run import merge

@@ -226,6 +226,11 @@ class FleetConfig(ConfigFile):
     resources: ResourceConfig = ResourceConfig()
     """Actors."""
 
+    @property
+    def generator(self) -> BaseModelConfig:
+        """What invents the task inputs."""
+        return self.synthesis.generator or self.target
+
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 

@@ -50,7 +50,7 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
             generator=generator,
             tracker=tracker,
             source_tokenizer=load_tokenizer(config.source),
-            generator_tokenizer=load_tokenizer(base_settings(config)[2]),
+            generator_tokenizer=load_tokenizer(config.generator),
         )
         check_training(config, target)
         seals = Seals(config.run_dir, config, (source, target, generator))

@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from translora.bundle.reading import TensorHeader, read_header, read_json_object
+from translora.run.redact import first_line
 
 logger = logging.getLogger(__name__)
 HUB_TIMEOUT_SECONDS = 10.0
@@ -80,7 +81,7 @@ def _find_on_hub(model: str, with_code: bool) -> Path:
                 f"{model}: not a directory here, not in the hub's cache, and the hub cannot be reached ({refusal}); "
                 f"{advice}"
             ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise ValueError(f"{model}: the download from the hub failed ({reason}); run again, or {advice}") from error
 
 
@@ -243,7 +244,7 @@ def _linears_and_head(
     except Exception as error:
         if not trust_remote_code:
             refuse_code(path / "config.json", error)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ValueError(
             f"{path / 'config.json'}: transformers makes no causal language model of it ({reason}); {_COPY_AGAIN}, or "
             "use a base whose architecture this version of transformers has"

@@ -43,7 +43,7 @@ from translora.bundle.manifest import (
     list_files,
     read_manifest,
 )
-from translora.run.files import TEMPORARY_PREFIX, read_jsonl, replace_directory, sha256_file, write_json
+from translora.run.files import TEMPORARY_PREFIX, full_disk, read_jsonl, replace_directory, sha256_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +70,15 @@ class Bundle:
 
 @contextlib.contextmanager
 def _bundle_errors(temporary: str = "", path: str = "") -> Iterator[None]:
-    """Turn every ValueError or OSError about a bundle's files into a BundleError that names `path`, not `temporary`."""
+    """Turn every ValueError or OSError about a bundle's files into a BundleError that names `path`, not `temporary`.
+
+    But for a full disk, which is no fault of the bundle.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
+        if full_disk(error):
+            raise
         text = str(error)
         if isinstance(error, BundleError) and (not temporary or temporary not in text):
             raise

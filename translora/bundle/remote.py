@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from translora.bundle.manifest import MAX_BUNDLE_BYTES, MAX_FILES, BundleError
-from translora.run.files import digest, read_object, replace_directory, write_json
+from translora.run.files import digest, full_disk, read_object, replace_directory, write_json
+from translora.run.redact import first_line
 
 TRIES = 3
 NUM_THREADS = 8
@@ -38,7 +39,7 @@ def expand_remote(pattern: str) -> list[str]:
     try:
         found = fs.glob(path, detail=True)
     except Exception as error:  # a fault boundary: each store has errors of its own
-        raise ValueError(f"adapters: {pattern}: cannot be listed ({_line(error)})") from error
+        raise ValueError(f"adapters: {pattern}: cannot be listed ({first_line(error, 300)})") from error
     return sorted(fs.unstrip_protocol(name).rstrip("/") for name, info in found.items() if info["type"] == "directory")
 
 
@@ -77,8 +78,10 @@ def fetch(url: str, directory: Path) -> None:
         except BundleError:
             raise
         except Exception as error:  # a fault boundary: each store has errors of its own
+            if full_disk(error):
+                raise
             if attempt + 1 == TRIES:
-                raise BundleError(f"{url}: cannot be copied, {TRIES} times tried ({_line(error)})") from error
+                raise BundleError(f"{url}: cannot be copied, {TRIES} times tried ({first_line(error, 300)})") from error
             time.sleep(2**attempt)
 
 
@@ -102,7 +105,7 @@ def _open(url: str) -> tuple[Any, str]:
     try:
         fs, path = url_to_fs(url)
     except (ValueError, ImportError, OSError) as error:
-        raise BundleError(f"{url}: {_line(error)}") from error
+        raise BundleError(f"{url}: {first_line(error, 300)}") from error
     return fs, path
 
 
@@ -128,9 +131,3 @@ def _list(fs: Any, root: str, url: str) -> list[tuple[str, str, int, str]]:
         version = next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), "")
         files.append((name, remote, int(info.get("size") or 0), version))
     return files
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error."""
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__

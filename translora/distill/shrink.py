@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from translora.run.files import read_object, write_json
+from translora.run.redact import first_line
 
 
 def note_out_of_memory(
@@ -18,7 +19,7 @@ def note_out_of_memory(
 ) -> None:
     """Leave a note of a pass that was too much; `jobs` were in it."""
     number = len(list(directory.glob("memory-*.json")))
-    reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+    reason = first_line(error, 300)
     value = {"gang_size": gang_size, "micro_batch_size": micro_batch_size, "jobs": list(jobs), "reason": reason}
     write_json(directory / f"memory-{number:03d}-{rank}.json", value)
 

@@ -18,6 +18,7 @@ from translora.engine.loading import device, hide_gpus, resolve_dtype
 from translora.engine.memory import is_out_of_memory, release_memory
 from translora.engine.transformers import TransformersEngine
 from translora.lora.peft_io import read_lora
+from translora.run.redact import first_line
 from translora.run.watchdog import Watchdog
 from translora.synthesis.calls import FAULT, Computed, Row
 
@@ -128,7 +129,7 @@ def _in_halves(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        reason = first_line(error, 300)
     release_memory()
     if len(rows) == 1:
         return [{**rows[0], FAULT: f"out of memory with one row in the batch: {reason}"}]

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from translora.bundle.base import inspect_base, refuse_code
 from translora.config import Attention, BaseModelConfig, DType
+from translora.run.redact import first_line
 
 logger = logging.getLogger(__name__)
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -73,7 +74,7 @@ def load_tokenizer(base: BaseModelConfig) -> PreTrainedTokenizerBase:
     except Exception as error:
         if not base.trust_remote_code and (path / TOKENIZER_CONFIG).exists():
             refuse_code(path / TOKENIZER_CONFIG, error)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ValueError(f"{path}: its tokenizer cannot be loaded ({reason}); {remedy}") from error
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:

@@ -9,8 +9,7 @@ from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
 from translora.gate.agreement import GateMember, run_gate
 from translora.report.card import model_card
-from translora.run.files import full_disk, sha256_path
-from translora.run.member import Member, Run
+from translora.run.member import Member, Run, relative_to
 from translora.run.state import DISCRIMINATOR, STUDENT
 
 logger = logging.getLogger(__name__)
@@ -40,7 +39,10 @@ def gate_phase(run: Run, members: list[Member]) -> None:
         max_answer_tokens=config.synthesis.max_answer_tokens,
         resources=config.resources,
         run_dir=config.run_dir,
-        digests={member.name: sha256_path(member.directory / STUDENT) for member in members}
+        digests={
+            member.name: member.state.artifacts[relative_to(config.run_dir, member.directory / STUDENT)]
+            for member in members
+        }
         | {"source base": run.source.fingerprint, "target base": run.target.fingerprint},
     )
     template = prompt_format(load_tokenizer(config.target)).template
@@ -63,8 +65,6 @@ def gate_phase(run: Run, members: list[Member]) -> None:
         try:
             publish(run, member, template)
         except BundleError as error:
-            if (full := full_disk(error)) is not None:
-                raise full from error
             run.quarantine(member.state, f"cannot be published: {error}")
     for member in failed:
         state = member.state

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from huggingface_hub import ModelCard, ModelCardData
 
 from translora import __version__
@@ -22,12 +24,10 @@ def model_card(state: AdapterState, *, source: str, target: str, prompt_template
         before: name of the base before the source, where the adapter had been moved before.
     """
     assert state.gate is not None
-    metadata = ModelCardData(
-        base_model=target, library_name="peft", tags=["translora", "lora"], pipeline_tag="text-generation"
-    )
-    templates = environment(keep_trailing_newline=True)
-    templates.filters |= {"percent": percent, "code": code, "line": one_line, "text": escape}
-    body = templates.get_template("card.md.j2").render(
+    return render_card(
+        "card.md.j2",
+        target,
+        ["translora", "lora"],
         state=state,
         source=source,
         target=target,
@@ -36,6 +36,13 @@ def model_card(state: AdapterState, *, source: str, target: str, prompt_template
         accuracies=[getattr(state.accuracy, field) for field in ACCURACY_FIELDS if state.accuracy],
         loglik=loglik_text(state.gate),
         remarks=remarks(state),
-        version=__version__,
     )
+
+
+def render_card(template: str, base: str, tags: list[str], **values: Any) -> str:
+    """A model card for an adapter of `base` in the hub's format: its metadata, and the template with these values."""
+    metadata = ModelCardData(base_model=base, library_name="peft", tags=tags, pipeline_tag="text-generation")
+    templates = environment(keep_trailing_newline=True)
+    templates.filters |= {"percent": percent, "code": code, "line": one_line, "text": escape}
+    body = templates.get_template(template).render(version=__version__, **values)
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}"))

@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from huggingface_hub import ModelCard, ModelCardData
-
-from translora import __version__
-from translora.report.markdown import code, escape, one_line
-from translora.report.templates import environment
+from translora.report.card import render_card
 
 SOURCES = {
     "cat": "CAT with learned coefficients (LoRA Soups, [arXiv 2410.13025](https://arxiv.org/abs/2410.13025))",
@@ -53,20 +49,16 @@ def merge_card(
         ingredients: the adapters.
         mixture: sha256 of the files that coefficients were learnt on.
     """
-    metadata = ModelCardData(
-        base_model=base, library_name="peft", tags=["translora", "lora", "merge"], pipeline_tag="text-generation"
-    )
-    templates = environment(keep_trailing_newline=True)
-    templates.filters |= {"code": code, "line": one_line, "text": escape}
-    body = templates.get_template("merge_card.md.j2").render(
+    return render_card(
+        "merge_card.md.j2",
+        base,
+        ["translora", "lora", "merge"],
         name=name,
         source=SOURCES.get(method, f"PEFT's `{'cat' if method == 'static_cat' else method}`"),
         method=method,
-        base=base,
+        model=base,
         rank=rank,
         truncated=truncated,
         ingredients=ingredients,
         mixture=mixture,
-        version=__version__,
     )
-    return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}"))

@@ -116,13 +116,9 @@ def sha256_path(path: Path) -> str:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
-def full_disk(error: BaseException | None) -> OSError | None:
-    """The full disk or spent quota behind an error: that ends a run, and is no fault of the adapter that met it."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return error
-        error = error.__cause__
-    return None
+def full_disk(error: BaseException) -> bool:
+    """Whether it is a full disk or a spent quota: that ends a run, and is no fault of the adapter that met it."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def recipes(
 
 def base_settings(config: FleetConfig) -> tuple[BaseModelConfig, BaseModelConfig, BaseModelConfig]:
     """Source, target and generator as the fleet file has them."""
-    return config.source, config.target, config.synthesis.generator or config.target
+    return config.source, config.target, config.generator
 
 
 class Seals:

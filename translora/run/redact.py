@@ -43,6 +43,12 @@ def redact(text: str) -> str:
     return text
 
 
+def first_line(error: BaseException, most: int | None = None) -> str:
+    """The first line of an error's message, of `most` characters; the name of its type where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0][:most] if text else type(error).__name__
+
+
 def printable(text: str, keep: str = "") -> str:
     r"""The text with control characters spelt out (a newline as `\n`), so that a terminal obeys none of them.
 

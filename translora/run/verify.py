@@ -79,15 +79,30 @@ def verify_fleet(run: Run, entries: Mapping[str, AdapterEntry], seals: Seals) ->
     return found
 
 
+def known_state(run: Run, name: str, entry: AdapterEntry) -> AdapterState:
+    """The state that an earlier run left, or a first one.
+
+    Raises:
+        ValueError: it cannot be read. It may be of a newer version, and the work of that version with it: such a file
+            is never written over, see `unreadable`.
+    """
+    if state_path(run.config.run_dir, name).is_file():
+        return load_state(run.config.run_dir, name)
+    return AdapterState(name=name, bundle=entry.bundle)
+
+
+def unreadable(name: str, entry: AdapterEntry, reason: str) -> AdapterState:
+    """A quarantine that is not written down."""
+    logger.error("%s: quarantined: %s", name, reason)
+    return AdapterState(name=name, bundle=entry.bundle, status="quarantined", reason=reason)
+
+
 def refused(run: Run, name: str, entry: AdapterEntry, reason: str) -> AdapterState:
     """Quarantine an adapter whose bundle cannot be had; what an earlier run made of it is kept."""
-    state = AdapterState(name=name, bundle=entry.bundle)
-    if state_path(run.config.run_dir, name).is_file():
-        try:
-            state = load_state(run.config.run_dir, name)
-        except ValueError:  # not written over, see verify
-            logger.error("%s: quarantined: %s", name, reason)
-            return state.model_copy(update={"status": "quarantined", "reason": reason})
+    try:
+        state = known_state(run, name, entry)
+    except ValueError:
+        return unreadable(name, entry, reason)
     run.quarantine(state, reason)
     return state
 
@@ -104,14 +119,10 @@ def sealed_state(run: Run, name: str, entry: AdapterEntry, seals: Seals) -> Adap
 def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
     """Read and check one bundle, and what an earlier run left of it; only its state when it is quarantined."""
     config = run.config
-    state = AdapterState(name=name, bundle=entry.bundle)
     try:
-        if state_path(config.run_dir, name).is_file():
-            state = load_state(config.run_dir, name)
+        state = known_state(run, name, entry)
     except ValueError as error:
-        # Not written over: it may be of a newer version, and the work of that version with it.
-        logger.error("%s: quarantined: %s", name, error)
-        return state.model_copy(update={"status": "quarantined", "reason": str(error)})
+        return unreadable(name, entry, str(error))
     try:
         bundle = read_bundle(entry.bundle)
         check_name_and_size(config, entry, bundle)

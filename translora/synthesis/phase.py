@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 def synthesis_phase(run: Run, members: list[Member]) -> None:
     """Fill every adapter's synthetic set and write it, split into train, heldout and refused."""
     config = run.config
-    generator = config.synthesis.generator or config.target
     pools = []
     for member in members:
         needed = member.num_samples + member.num_heldout
@@ -46,7 +45,7 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
 
     synthesise(
         pools,
-        generator=generator,
+        generator=config.generator,
         source=config.source,
         fingerprints=(run.generator.fingerprint, run.source.fingerprint),
         config=config.synthesis,
