@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,6 +110,14 @@ def test_a_bundle_that_is_too_large_is_not_copied(store: Path, tmp_path: Path, m
     with pytest.raises(BundleError, match="bytes, the limit is 1,000"):
         fetch("memory://bucket/bundles/a", tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_full_disk_is_no_fault_of_the_bundle(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(type(STORE), "get_file", lambda *_, **__: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError, match="No space left"):
+        fetch("memory://bucket/bundles/a", tmp_path / "a")
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_a_file_that_would_leave_the_bundle_is_refused(store: Path, tmp_path: Path) -> None:
