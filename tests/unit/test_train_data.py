@@ -1,13 +1,18 @@
 import logging
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.tiny import make_tokenizer
+from tests.tiny import make_base, make_tokenizer
+from translora.bundle import inspect_base
+from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
 from translora.distill.data import batch_indices, encode_samples, num_steps
+from translora.distill.job import RECIPE, TrainJob
+from translora.distill.launch import train_adapters
 from translora.engine.prompts import prompt_format
-from translora.run.files import derive_seed
+from translora.run.files import derive_seed, digest, write_jsonl
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 5))
@@ -38,3 +43,19 @@ def test_long_samples_are_dropped_with_a_warning_and_none_left_is_an_error(caplo
 def test_seeds_differ_by_every_part() -> None:
     assert len({derive_seed(0, "a"), derive_seed(1, "a"), derive_seed(0, "b"), derive_seed("0", "a", 0)}) == 4
     assert derive_seed(0, "a") == derive_seed(0, "a") < 2**63
+
+
+def test_the_checkpoints_of_a_driver_that_died_after_the_last_adapter_are_removed(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    data, output = tmp_path / "data.jsonl", tmp_path / "adapter"
+    write_jsonl(data, [{"input": "a", "answer": "b"}])
+    job = TrainJob("client/student", str(data), str(output), str(tmp_path), seed=0, epochs=1, learning_rate=1e-3)
+    config = TrainConfig()
+    output.mkdir()
+    (output / RECIPE).write_text(job.recipe(config, inspect_base(str(base)).fingerprint))
+    checkpoints = tmp_path / "run" / "gangs" / digest([job.name])
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "plan.json").write_text("{}")
+    settings = BaseModelConfig(model=str(base))
+    train_adapters(settings, "base", [job], config, ResourceConfig(), tmp_path / "run", label="distill")
+    assert list((tmp_path / "run").rglob("*")) == [tmp_path / "run" / "gangs"]

@@ -107,7 +107,10 @@ def train_adapters(
     """
     fingerprint = inspect_base(base.model).fingerprint
     missing = [job for job in jobs if not job.is_done(config, fingerprint)]
+    # All jobs, also those that are done: a resumed run must find the same gangs again.
+    directory = run_dir / "gangs" / digest([job.name for job in jobs])
     if not missing:
+        remove_directory(directory)  # of a driver that was killed after the last adapter
         return
     logger.info(
         "training on %s: %d adapters and discriminators, starting %d workers",
@@ -115,8 +118,6 @@ def train_adapters(
         len(missing),
         config.num_workers,
     )
-    # All jobs, also those that are done: a resumed run must find the same gangs again.
-    directory = run_dir / "gangs" / digest([job.name for job in jobs])
     directory.mkdir(parents=True, exist_ok=True)
     trainer = functools.partial(make_trainer, base, base_name, jobs, config, resources, run_dir, directory)
     steps: dict[str, int] = {}
