@@ -19,7 +19,7 @@ from examples import bases, tasks
 from translora.bundle import Bundle
 from translora.config import FleetConfig, PrepareConfig, load_config
 from translora.evaluate.config import EvaluateConfig
-from translora.synthesis.rounds import Pool
+from translora.synthesis.pool import Pool
 
 ROOT = Path(__file__).resolve().parents[2]
 LABELS = {"ticket-routing": set(tasks.TEAMS), "review-weather": set(tasks.WEATHERS)}

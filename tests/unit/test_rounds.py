@@ -14,7 +14,8 @@ from translora.bundle.manifest import Manifest
 from translora.config import BaseModelConfig, ResourceConfig, SynthesisConfig
 from translora.synthesis import rounds
 from translora.synthesis.actors import Row, cut_blocks, read_block
-from translora.synthesis.rounds import Pool, admit, choose_screen, clean, plan_round, synthesise
+from translora.synthesis.pool import Pool, admit, choose_screen, close
+from translora.synthesis.rounds import clean, plan_round, synthesise
 
 SEEDS = ["send a red box", "ship a blue bag", "pack a green cup", "lend a black hat", "sell a red pen"]
 
@@ -121,7 +122,7 @@ def test_of_a_surplus_those_with_the_greatest_excess_are_kept() -> None:
     scores = (0.5, 2.0, -0.1, 0.7, 1.5)
     admit([labelled("task", 1, score, start=index)[0] for index, score in enumerate(scores)], {"task": one})
     assert one.stats.dropped == {"refused": 1}
-    rounds.close(one)
+    close(one)
     assert [row["sample_id"] for row in one.accepted] == [1, 4]
     assert sorted(row["sample_id"] for row in one.refused) == [0, 2, 3]
     assert one.stats.dropped == {"refused": 1, "outranked": 2} and one.stats.shortfall == ""
@@ -130,8 +131,8 @@ def test_of_a_surplus_those_with_the_greatest_excess_are_kept() -> None:
 def test_a_teacher_with_one_answer_is_warned_of_and_one_that_answers_nothing_leaves_the_set_empty() -> None:
     one, silent = pool("one", needed=3), pool("silent", needed=3)
     admit(labelled("one", 3) + labelled("silent", 3, answer=""), {"one": one, "silent": silent})
-    rounds.close(one)
-    rounds.close(silent)
+    close(one)
+    close(silent)
     assert one.stats.classes == {"red": 3} and "answers 'red' to all 3 samples" in one.stats.warning
     assert silent.accepted == [] and "0 of 3 samples" in silent.stats.shortfall
     assert "'empty_answer': 3" in silent.stats.shortfall and silent.stats.warning == ""

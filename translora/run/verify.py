@@ -18,8 +18,8 @@ from translora.run.member import MAX_NAME, Member, Run, attempt_size, cohort_nam
 from translora.run.recipes import Seals, recipes
 from translora.run.resume import continue_state
 from translora.run.state import AdapterState, load_state, state_path
+from translora.synthesis.pool import choose_screen
 from translora.synthesis.prompts import generation_prompt
-from translora.synthesis.rounds import choose_screen
 
 DOWNLOADS = "downloads"
 """Copies of remote bundles, below the run directory."""

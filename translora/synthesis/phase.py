@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from translora.run.files import derive_seed, write_parquet
 from translora.run.member import Member, Run
 from translora.run.state import SYNTHETIC
-from translora.synthesis.rounds import Pool, choose_screen, synthesise
+from translora.synthesis.pool import Pool, choose_screen
+from translora.synthesis.rounds import synthesise
 
 logger = logging.getLogger(__name__)
 
