@@ -113,7 +113,7 @@ def synthesise(base: Path, adapters: dict[str, Path], seeds: dict[str, list[str]
     for skill in SKILLS:
         texts: list[str] = []
         for start in range(0, 8 * num, 24):
-            rows = [generation_row(skill, seeds[skill], index, 0, 5) for index in range(start, start + 24)]
+            rows = [generation_row(skill, seeds[skill], index, 0, index % 5) for index in range(start, start + 24)]
             requests = [
                 Request(raw_prompt(engine.tokenizer, row["prompt"]), None, 48, row["stop"], row["seed"]) for row in rows
             ]

@@ -191,7 +191,7 @@ def invent_negatives(config: PrepareConfig, tasks: list[Task], base: BaseInfo) -
         count = min(len(task.rows), config.discriminator.max_samples // 2)
         for sample_id in range(count):
             orderings = config.synthesis.num_orderings
-            rows.append(generation_row(task.entry.name, task.seeds, sample_id, config.seed, orderings))
+            rows.append(generation_row(task.entry.name, task.seeds, sample_id, config.seed, sample_id % orderings))
     blocks = cut_blocks(rows, config.synthesis.batch_size, generation_order)
     settings = {"sampling": config.synthesis.sampling.model_dump()}
     key = digest(blocks, settings, config.source.model_dump(), base.fingerprint)

@@ -59,7 +59,7 @@ def test_generation_prompt_numbers_all_seeds_and_leaves_the_next_number_open() -
 
 def test_the_seeds_take_turns_as_the_last_example() -> None:
     seeds = ["one", "two", "three", "four", "five"]
-    rows = [generation_row("task", seeds, sample_id, 0, num_orderings=10) for sample_id in range(40)]
+    rows = [generation_row("task", seeds, sample_id, 0, sample_id % 10) for sample_id in range(40)]
     last = [row["prompt"].split("\n")[-2].removeprefix("5. ") for row in rows]
     assert last == seeds * 8
     assert len({row["prompt"] for row in rows}) == 10, "rows of one order share their prompt"

@@ -128,6 +128,64 @@ def test_of_a_surplus_those_with_the_greatest_excess_are_kept() -> None:
     assert one.stats.dropped == {"refused": 1, "outranked": 2} and one.stats.shortfall == ""
 
 
+def fill(one: Pool, config: SynthesisConfig, answer_of: Callable[[int], str]) -> int:
+    """Rounds in which the last seed of a request decides the teacher's answer; the number of rounds."""
+    for count in range(10):
+        rows = plan_round([one], config, seed=0)
+        if not rows:
+            return count
+        asked = [(row["sample_id"], one.orderings[row["sample_id"]]) for row in rows]
+        admit([labelled("task", 1, answer=answer_of(o), start=i)[0] for i, o in asked if i % 2], {"task": one})
+    raise AssertionError("no end")
+
+
+def test_a_rare_answer_gets_more_requests_from_the_seeds_that_lead_to_it() -> None:
+    config = SynthesisConfig(oversample=1.0)
+
+    def answer(ordering: int) -> str:
+        return "no" if ordering == 3 else "yes"
+
+    plain, balanced = pool(needed=60, budget=1000), pool(needed=60, budget=1000)
+    balanced.class_surplus = 1.5
+    fill(plain, config, answer)
+    assert fill(balanced, config, answer) <= 5
+    first = plain.stats.generated // 2
+    late = [ordering for number, ordering in balanced.orderings.items() if number >= first]
+    assert late.count(3) > 0.5 * len(late), "and in turn before anything is known"
+    assert [plain.orderings[number] for number in range(10)] == [*range(5), *range(5)]
+    for one in (plain, balanced):
+        close(one)
+        assert len(one.accepted) == 60 and one.stats.shortfall == ""
+    assert plain.stats.classes["no"] <= 13 and balanced.stats.classes["no"] >= 15
+    assert len(balanced.accepted + balanced.refused) <= 90
+
+
+def test_of_a_surplus_half_an_even_split_of_each_answer_is_kept() -> None:
+    one = pool(needed=8)
+    one.class_surplus = 1.5
+    answers = ["yes"] * 9 + ["No", "no", "NO"]
+    admit([labelled("task", 1, answer=text, start=n)[0] for n, text in enumerate(answers)], {"task": one})
+    close(one)
+    assert [row["sample_id"] for row in one.accepted] == [*range(6), 9, 10]
+    assert one.stats.classes == {"yes": 6, "No": 2} and one.stats.dropped == {"outranked": 4}
+    again = pool(needed=8)
+    rows = [{**row, "split": "train"} for row in one.accepted] + [{**row, "split": "refused"} for row in one.refused]
+    again.carry_on(one.stats, rows)
+    assert len(again.accepted) == 12 and not again.refused, "what was left out is at hand for another attempt"
+
+
+def test_free_text_and_an_even_mix_cost_nothing() -> None:
+    config = SynthesisConfig(oversample=1.0)
+    for answer in ("{number}", "{parity}"):
+        plain, balanced = pool(needed=30, budget=1000), pool(needed=30, budget=1000)
+        balanced.class_surplus = 1.5
+        for one in (plain, balanced):
+            plan_round([one], config, seed=0)
+            texts = [answer.format(number=n, parity=n % 2) for n in range(20)]
+            admit([labelled("task", 1, answer=text, start=n)[0] for n, text in enumerate(texts)], {"task": one})
+        assert plan_round([plain], config, seed=0) == plan_round([balanced], config, seed=0)
+
+
 def test_a_teacher_with_one_answer_is_warned_of_and_one_that_answers_nothing_leaves_the_set_empty() -> None:
     one, silent = pool("one", needed=3), pool("silent", needed=3)
     admit(labelled("one", 3) + labelled("silent", 3, answer=""), {"one": one, "silent": silent})

@@ -27,14 +27,11 @@ def generation_prompt(seeds: Sequence[str], ordering: int, seed: int) -> str:
     return "Here are 10 examples:\n" + "\n".join(lines) + f"\n{len(seeds) + 1}."
 
 
-def generation_row(
-    name: str, seeds: Sequence[str], sample_id: int, root_seed: int, num_orderings: int
-) -> dict[str, Any]:
-    """One request to the generator; it depends on the adapter's name and the sample's number, on no neighbour.
+def generation_row(name: str, seeds: Sequence[str], sample_id: int, root_seed: int, ordering: int) -> dict[str, Any]:
+    """One request to the generator; it depends on the adapter's name and samples, on no neighbour.
 
-    The seeds come in one of `num_orderings` orders, so that rows of the same order share the computing of their prompt.
+    The seeds come in one of a few orders, so that rows of the same order share the computing of their prompt.
     """
-    ordering = sample_id % num_orderings
     return {
         "adapter": name,
         "sample_id": sample_id,
