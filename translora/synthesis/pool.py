@@ -174,7 +174,8 @@ def choose(pool: Pool) -> list[Row]:
     classes = answer_classes([row["answer"] for row in ranked])
     fewest = pool.least_of_each(classes)
     taken: Counter[str] = Counter()
-    first, others = [], []
+    first: list[Row] = []
+    others: list[Row] = []
     for row in ranked:
         answer = normalise(row["answer"])
         taken[answer] += 1
