@@ -164,7 +164,7 @@ def run_migrate(arguments: argparse.Namespace) -> int:
     with cluster_faults():
         states = migrate(config, lambda: start_cluster(config.resources, config.distill.num_workers, arguments.verbose))
     print_report(config.run_dir, states)
-    return MIGRATED if all(state.status == "migrated" for state in states) else FAILED
+    return MIGRATED if all(state.status in ("migrated", "merged") for state in states) else FAILED
 
 
 def run_prepare(arguments: argparse.Namespace) -> int:

@@ -12,10 +12,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from translora.config_file import ConfigFile, Strict
+from translora.config_file import NAME_PATTERN, ConfigFile, DType, Strict
 from translora.config_file import load_config as load_config
+from translora.merge.config import MergeEntry
 
-DType = Literal["auto", "bfloat16", "float32"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 Screen = Literal["auto", "discriminator", "excess", "none"]
 
@@ -212,6 +212,8 @@ class FleetConfig(ConfigFile):
     """The base that replaces it."""
     adapters: list[AdapterEntry] = Field(min_length=1)
     """The bundles."""
+    merges: list[MergeEntry] = []
+    """Bundles that become one adapter, before or after the migration."""
     max_num_samples: int = Field(default=20_000, ge=2)
     """Largest |D| that is taken over from a bundle, whose owner chose it; above it an adapter needs a `num_samples`."""
     seed: int = 0
@@ -233,9 +235,6 @@ class FleetConfig(ConfigFile):
     def generator(self) -> BaseModelConfig:
         """What invents the task inputs."""
         return self.synthesis.generator or self.target
-
-
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
 
 class PrepareEntry(Strict):

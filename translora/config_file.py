@@ -11,11 +11,15 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
+
+DType = Literal["auto", "bfloat16", "float32"]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+"""Of what becomes a directory's name."""
 
 
 class Strict(BaseModel):
@@ -104,6 +108,14 @@ def _resolve_paths(raw: dict[str, Any], here: Path) -> None:
         for key in ("bundle", "eval_data", "data", "adapter", "seeds"):
             if isinstance(entry, dict) and isinstance(entry.get(key), str):
                 entry[key] = expand(entry[key], here, is_pattern=key == "bundle")
+    for merge in raw["merges"] if isinstance(raw.get("merges"), list) else []:
+        if not isinstance(merge, dict):
+            continue
+        if isinstance(merge.get("eval_data"), str):
+            merge["eval_data"] = expand(merge["eval_data"], here)
+        for key in ("data", *(["adapters"] if merge.get("when") == "before" else [])):
+            if isinstance(merge.get(key), list):
+                merge[key] = [expand(path, here) if isinstance(path, str) else path for path in merge[key]]
 
 
 _KINDS = {

@@ -1,7 +1,8 @@
 """`translora migrate`: the way of a fleet from its bundles to new bundles, top to bottom.
 
-verify -> synthesis (generate, screen, label; in rounds) -> distill -> gate and publish. Each phase takes the
-adapters that reached it, works on all of them at once, and leaves files behind that a rerun verifies and skips.
+(merge) -> verify -> synthesis (generate, screen, label; in rounds) -> distill -> gate and publish -> (merge). Each
+phase takes the adapters that reached it, works on all of them at once, and leaves files behind that a rerun verifies
+and skips. The merges are those that the fleet file asks for.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from translora.config import FleetConfig
 from translora.distill.phase import distill_phase
 from translora.engine.loading import load_tokenizer
 from translora.gate.phase import gate_phase
+from translora.merge.fleet import entries_before, merge_after, merge_before
 from translora.run.member import Member, Run, cohort, end_cohort, expand_entries
 from translora.run.recipes import Seals, base_settings
 from translora.run.rundir import open_run
@@ -34,6 +36,7 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
         ValueError: the config or a base cannot be used. A fault of one bundle quarantines that adapter alone.
     """
     entries = expand_entries(config.adapters)
+    entries |= entries_before(config, list(entries))
     source, target, generator = (
         inspect_base(settings.model, settings.trust_remote_code) for settings in base_settings(config)
     )
@@ -54,7 +57,8 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
         )
         check_training(config, target)
         seals = Seals(config.run_dir, config, (source, target, generator))
-        verified = verify_fleet(run, entries, seals)
+        unmerged = merge_before(config, source, start_cluster)
+        verified = verify_fleet(run, entries, seals, unmerged)
         members = [member for member in verified.values() if isinstance(member, Member)]
         if any(member.state.status == "pending" for member in members):
             start_cluster()
@@ -64,7 +68,8 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
         for member in members:
             seals.put(member.entry, member.state, member.looked)
         seals.save()
-        return [found.state if isinstance(found, Member) else found for found in verified.values()]
+        states = [found.state if isinstance(found, Member) else found for found in verified.values()]
+        return states + merge_after(config, target, states, start_cluster)
 
 
 def run_phase(run: Run, phase: Phase, members: list[Member]) -> None:

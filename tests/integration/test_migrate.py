@@ -15,7 +15,7 @@ from tests.integration.world import TASKS, World, kill_when, make_world
 from tests.secrets import PLANTED
 from translora.bundle import inspect_base, read_bundle, verify_bundle, write_bundle
 from translora.lora.peft_io import read_lora
-from translora.run.files import sha256_path
+from translora.run.files import sha256_file, sha256_path
 from translora.run.state import AdapterState, load_states
 
 pytestmark = pytest.mark.timeout(900)
@@ -179,6 +179,38 @@ def test_other_thresholds_on_a_finished_run_repeat_the_gate_alone(world: World, 
     assert kept == {path: path.stat().st_mtime_ns for path in (run_dir / "adapters").glob("*/student/*")}
     for task in TASKS:
         assert sha256_path(run_dir / "bundles" / task) == sha256_path(undisturbed / "bundles" / task)
+
+
+def test_a_finished_fleet_merges_before_and_after_and_migrates_only_what_is_new(
+    world: World, undisturbed: Path
+) -> None:
+    run_dir = world.root / "runs" / "merged"
+    shutil.copytree(undisturbed, run_dir)
+    fleet = world.fleet_config("merged")
+    sources = [f"source-bundles/{task}" for task in TASKS]
+    fleet["merges"] = [
+        {"name": "early", "when": "before", "method": "static_cat", "adapters": sources, "num_samples": 8},
+        {"name": "late", "when": "after", "method": "iteris", "adapters": list(TASKS), "iteris": {"max_iter": 2}},
+    ]
+    kept = {path: path.stat().st_mtime_ns for path in (run_dir / "adapters").glob("*/student/*")}
+    config = world.write("merged.yaml", fleet)
+    done = world.run("migrate", config)
+    assert "3 of 3 migrated, 1 merged" in done.stdout
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}, "what was migrated before is not touched"
+    target = inspect_base(str(world.target))
+    for name, num_samples in (("early", 8), ("late", 24)):
+        bundle = read_bundle(run_dir / "bundles" / name)
+        verify_bundle(bundle, target)
+        assert bundle.manifest.num_samples == num_samples and len(bundle.seeds) == 10
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.target), bundle.path)
+    record = json.loads((run_dir / "merging" / "late" / "merge.json").read_text())
+    synthetic = {sha256_file(run_dir / "adapters" / task / "synthetic.parquet") for task in TASKS}
+    assert {part["data_sha256"] for part in record["adapters"]} == synthetic, "no data but what the run invented"
+    assert json.loads(world.run("status", run_dir, "--json").stdout)["statuses"] == {"migrated": 3, "merged": 1}
+    before = {path: path.stat().st_mtime_ns for path in (run_dir / "bundles").rglob("*")}
+    again = world.run("migrate", config)
+    assert before == {path: path.stat().st_mtime_ns for path in (run_dir / "bundles").rglob("*")}
+    assert "merging" not in again.stderr and "generate" not in again.stderr
 
 
 def test_one_bad_bundle_and_one_starved_adapter_leave_the_rest_of_the_fleet_alone(world: World) -> None:

@@ -12,7 +12,6 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from translora.config import (
-    NAME_PATTERN,
     AdapterEntry,
     BaseModelConfig,
     DiscriminatorConfig,
@@ -25,7 +24,7 @@ from translora.config import (
     TrainConfig,
     refuse_same_names,
 )
-from translora.config_file import ConfigFile, Strict, fault_text
+from translora.config_file import NAME_PATTERN, ConfigFile, Strict, fault_text
 
 SOURCE_BASE, SOURCE_ADAPTER, TARGET_BASE, REAL = "source_base", "source_adapter", "target_base", "real"
 REFERENCE_ARMS = (SOURCE_BASE, SOURCE_ADAPTER, TARGET_BASE, REAL)

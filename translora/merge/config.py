@@ -1,4 +1,4 @@
-"""Typed configuration of `translora merge`: the methods, their settings, and how the flags become one object.
+"""Typed configuration of merging: the methods and their settings, for the command's flags and for a fleet file.
 
 Importing this module loads neither torch nor ray.
 """
@@ -12,8 +12,7 @@ from typing import Any, Literal, Self, get_args
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from translora.config import DType
-from translora.config_file import Strict, fault_text
+from translora.config_file import NAME_PATTERN, DType, Strict, fault_text
 
 Combination = Literal[
     "linear",
@@ -68,11 +67,60 @@ class CatSettings(Strict):
     """Rows of an optimizer step."""
 
 
-class MergeConfig(Strict):
-    """`translora merge METHOD --adapters ... --data ... --out ...`."""
+class MergeSettings(Strict):
+    """What a merge by the command and one of a fleet file have in common."""
 
     method: Method
     """How the adapters are merged."""
+    weights: list[float] | None = None
+    """One for each adapter; equal ones when unset: 1 for ties, which divides by the number that agree, else 1/N."""
+    rank: int | None = Field(default=None, ge=1, le=1024)
+    """Truncate the result to this rank through PEFT's svd."""
+    density: float = Field(default=0.5, gt=0, lt=1)
+    """Share of entries that ties, dare and magnitude_prune keep."""
+    majority_sign_method: Literal["total", "frequency"] = "total"
+    """How ties elects signs."""
+    max_length: int = Field(default=1024, ge=8)
+    """Longest prompt plus answer, in tokens; longer rows are dropped with a warning."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows of a forward pass of iteris and regmean."""
+    iteris: IterisSettings = IterisSettings()
+    """Settings of iteris."""
+    cat: CatSettings = CatSettings()
+    """Settings of cat."""
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the method runs the base over data."""
+        return self.method in ("cat", *NEED_OWN_DATA)
+
+    def check(self, num_adapters: int, num_files: int) -> None:
+        """Compare weights and data with the adapters.
+
+        Raises:
+            ValueError: names the setting and the remedy.
+        """
+        if self.weights is not None and len(self.weights) != num_adapters:
+            raise ValueError(f"weights: {len(self.weights)} for {num_adapters} adapters; give one for each")
+        if self.weights is not None and self.needs_data:
+            raise ValueError(f"weights: {self.method} finds its own; leave them out, or use another method")
+        averages = self.method in ("fedex", "component_mean")
+        if self.weights is not None and averages and (min(self.weights) <= 0 or abs(sum(self.weights) - 1) > 1e-6):
+            raise ValueError(f"weights: {self.method} is an average; give positive weights that sum to 1")
+        if self.method in NEED_OWN_DATA and num_files != num_adapters:
+            raise ValueError(
+                f"data: {num_files} files for {num_adapters} adapters; {self.method} takes one for each, "
+                "in the adapters' order"
+            )
+        if self.method == "cat" and not num_files:
+            raise ValueError("data: missing; cat learns from a small mixture of the skills' data")
+        if num_files and not self.needs_data:
+            raise ValueError(f"data: {self.method} uses none; leave it out, or use cat, iteris or regmean")
+
+
+class MergeConfig(MergeSettings):
+    """`translora merge METHOD --adapters ... --data ... --out ...`."""
+
     adapters: list[Path] = Field(min_length=2)
     """PEFT directories of one base, bundles included; their order changes nothing."""
     out: Path
@@ -86,24 +134,8 @@ class MergeConfig(Strict):
     """Dtype of the base in the passes over the data; `auto` is bfloat16 where the device multiplies it natively."""
     prompt_template: str = "auto"
     """As in prepare.yaml."""
-    max_length: int = Field(default=1024, ge=8)
-    """Longest prompt plus answer, in tokens; longer rows are dropped with a warning."""
-    batch_size: int = Field(default=8, ge=1)
-    """Rows of a forward pass of iteris and regmean."""
-    weights: list[float] | None = None
-    """One for each adapter; equal ones when unset: 1 for ties, which divides by the number that agree, else 1/N."""
-    rank: int | None = Field(default=None, ge=1, le=1024)
-    """Truncate the result to this rank through PEFT's svd."""
-    density: float = Field(default=0.5, gt=0, lt=1)
-    """Share of entries that ties, dare and magnitude_prune keep."""
-    majority_sign_method: Literal["total", "frequency"] = "total"
-    """How ties elects signs."""
     seed: int = 0
     """Root of every random number."""
-    iteris: IterisSettings = IterisSettings()
-    """Settings of iteris."""
-    cat: CatSettings = CatSettings()
-    """Settings of cat."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -111,22 +143,36 @@ class MergeConfig(Strict):
             raise ValueError("adapters: one is named twice; give it a larger weight instead")
         if self.out.resolve() in {path.resolve() for path in self.adapters}:
             raise ValueError(f"out: {self.out} is one of the adapters; give another directory")
-        if self.weights is not None and len(self.weights) != len(self.adapters):
-            raise ValueError(f"weights: {len(self.weights)} for {len(self.adapters)} adapters; give one for each")
-        if self.weights is not None and self.method in ("cat", "iteris", "regmean"):
-            raise ValueError(f"weights: {self.method} finds its own; leave them out, or use another method")
-        averages = self.method in ("fedex", "component_mean")
-        if self.weights is not None and averages and (min(self.weights) <= 0 or abs(sum(self.weights) - 1) > 1e-6):
-            raise ValueError(f"weights: {self.method} is an average; give positive weights that sum to 1")
-        if self.method in NEED_OWN_DATA and len(self.data) != len(self.adapters):
-            raise ValueError(
-                f"data: {len(self.data)} files for {len(self.adapters)} adapters; {self.method} takes one for each, "
-                "in the adapters' order"
-            )
-        if self.method == "cat" and not self.data:
-            raise ValueError("data: missing; cat learns from a small mixture of the skills' data")
-        if self.data and self.method not in ("cat", *NEED_OWN_DATA):
-            raise ValueError(f"data: {self.method} uses none; leave it out, or use cat, iteris or regmean")
+        self.check(len(self.adapters), len(self.data))
+        return self
+
+
+class MergeEntry(MergeSettings):
+    """Adapters of a fleet that become one."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    """Name of the merged adapter within the run."""
+    when: Literal["before", "after"]
+    """`before`: the bundles are merged on the source base, and the result migrates like any other; `after`: adapters
+    that were migrated are merged on the target base, into a bundle of it."""
+    adapters: list[str] = Field(min_length=2)
+    """Before: directories of bundles, which need not be adapters of the fleet. After: names of the fleet's adapters."""
+    data: list[str] = []
+    """As in `translora merge`. Before, cat, iteris and regmean need it; after, they take the adapters' synthetic sets
+    when it is unset."""
+    num_samples: int | None = Field(default=None, ge=2)
+    """|D| of the merged bundle; the sum of its parts' when unset."""
+    eval_data: str | None = None
+    """Before: as for any adapter."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.adapters)) < len(self.adapters):
+            raise ValueError("adapters: one is named twice; give it a larger weight instead")
+        synthetic = len(self.adapters) if self.when == "after" and self.needs_data else 0
+        self.check(len(self.adapters), len(self.data) or synthetic)
+        if self.when == "after" and self.eval_data is not None:
+            raise ValueError("eval_data: what is merged after the migration does not pass the gate; leave it out")
         return self
 
 

@@ -153,7 +153,7 @@ def write_result(
             name=task.path.resolve().name,
             sha256=sha256_path(task.path),
             rank=task.lora.max_rank,
-            weight=None if config.method in ("cat", "iteris", "regmean") else task.weight,
+            weight=None if config.needs_data else task.weight,
             data_sha256=sha256_file(task.data) if task.data else None,
         )
         for task in tasks

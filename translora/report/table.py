@@ -14,11 +14,18 @@ from translora.run.state import AdapterState, GateResult
 
 STATUS_WORDS = {
     "migrated": "migrated",
+    "merged": "merged",
     "failed_gate": "failed gate",
     "quarantined": "quarantined",
     "pending": "pending",
 }
-STATUS_STYLES = {"migrated": "green", "failed_gate": "red", "quarantined": "yellow", "pending": "dim"}
+STATUS_STYLES = {
+    "migrated": "green",
+    "merged": "green",
+    "failed_gate": "red",
+    "quarantined": "yellow",
+    "pending": "dim",
+}
 MISSING = "–"
 ACCURACY_FIELDS = ("source_base", "source_adapter", "target_base", "migrated")
 MARKDOWN_HEADERS = (
@@ -97,7 +104,7 @@ def summary(states: Sequence[AdapterState]) -> str:
     counts: Counter[str] = Counter(state.status for state in states)
     others = [f"{counts[status]} {STATUS_WORDS[status]}" for status in STATUS_WORDS if status != "migrated"]
     shown = [text for text in others if not text.startswith("0 ")]
-    return ", ".join([f"{counts['migrated']} of {len(states)} migrated", *shown])
+    return ", ".join([f"{counts['migrated']} of {len(states) - counts['merged']} migrated", *shown])
 
 
 def render_table(states: Sequence[AdapterState]) -> Table:

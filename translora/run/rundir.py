@@ -20,7 +20,7 @@ from translora.run.redact import without_secrets
 logger = logging.getLogger(__name__)
 LOCK, CONFIG = "lock", "config.json"
 PACKAGES = ("translora", "torch", "transformers", "peft", "deepspeed", "ray", "datasets", "wandb", "safetensors")
-MAY_CHANGE = {"adapters", "max_num_samples", "tasks", "resources", "tracking", "run_dir", "output_dir"}
+MAY_CHANGE = {"adapters", "merges", "max_num_samples", "tasks", "resources", "tracking", "run_dir", "output_dir"}
 EXECUTION_ONLY = {
     "micro_batch_size",
     "gang_size",

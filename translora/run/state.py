@@ -19,7 +19,8 @@ ScreenName = Literal["discriminator", "excess", "none"]
 SYNTHETIC, STUDENT, DISCRIMINATOR, BUNDLES = "synthetic.parquet", "student", "discriminator", "bundles"
 """An adapter's files and directories below RUN/adapters/NAME, and where what passed the gate lies in the run."""
 PHASES: tuple[Phase, ...] = ("verify", "synthesis", "distill", "gate", "done")
-Status = Literal["pending", "migrated", "failed_gate", "quarantined"]
+Status = Literal["pending", "migrated", "merged", "failed_gate", "quarantined"]
+"""`merged`: made of adapters that were migrated."""
 
 
 class SynthesisStats(BaseModel):

@@ -51,16 +51,21 @@ def check_section(settings: TrainConfig, base: BaseInfo, section: str) -> None:
         )
 
 
-def verify_fleet(run: Run, entries: Mapping[str, AdapterEntry], seals: Seals) -> dict[str, Member | AdapterState]:
+def verify_fleet(
+    run: Run, entries: Mapping[str, AdapterEntry], seals: Seals, unmerged: Mapping[str, str]
+) -> dict[str, Member | AdapterState]:
     """Read and check every bundle and what an earlier run left of it; only the state where there is nothing to do.
 
     A finished adapter whose files are as they were when they were last verified is not read again.
+
+    Args:
+        unmerged: why a bundle could not be merged from others, by name.
     """
     found: dict[str, Member | AdapterState] = {}
     run_dir = run.config.run_dir
     busy = cohort_names(run_dir)
     remote = {name: entry.bundle for name, entry in entries.items() if is_remote(entry.bundle)}
-    unreachable = fetch_all(remote, run_dir / DOWNLOADS)
+    unreachable = {**unmerged, **fetch_all(remote, run_dir / DOWNLOADS)}
     for name, entry in entries.items():
         if name in unreachable:
             found[name] = refused(run, name, entry, unreachable[name])

@@ -1,0 +1,208 @@
+"""Merges of a fleet file: bundles that become one bundle before they migrate, or after.
+
+RUN/merges/NAME is a bundle of the source base that migrates like any other; what is merged after the migration is a
+bundle of the target base, RUN/bundles/NAME. RUN/merging/NAME holds what `translora merge` wrote: the adapter and its
+record. A rerun merges again what has other parts, data or settings.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from translora.bundle import BaseInfo, Bundle, BundleError, read_bundle, verify_bundle, write_bundle
+from translora.config import AdapterEntry, BaseModelConfig, FleetConfig
+from translora.merge.config import MergeConfig, MergeEntry
+from translora.run.files import digest, remove_directory, sha256_file
+from translora.run.redact import first_line
+from translora.run.state import BUNDLES, SYNTHETIC, AdapterState, save_state
+
+logger = logging.getLogger(__name__)
+MERGES, MERGING = "merges", "merging"
+
+
+def entries_before(config: FleetConfig, names: Sequence[str]) -> dict[str, AdapterEntry]:
+    """The adapters that are merged before they migrate, as entries of the fleet.
+
+    Args:
+        names: of the fleet's other adapters.
+
+    Raises:
+        ValueError: two adapters of the run would have one name.
+    """
+    found: dict[str, AdapterEntry] = {}
+    taken = set(names)
+    for merge in config.merges:
+        if merge.name in taken:
+            raise ValueError(f"merges: the name {merge.name} is taken by another adapter; give another name")
+        taken.add(merge.name)
+        if merge.when == "before":
+            bundle = str(config.run_dir / MERGES / merge.name)
+            found[merge.name] = AdapterEntry(bundle=bundle, eval_data=merge.eval_data)
+        elif unknown := sorted(set(merge.adapters) - set(names) - found.keys()):
+            raise ValueError(f"merges: {merge.name}: no adapter of this fleet is named {', '.join(unknown)}")
+    return found
+
+
+def merge_before(config: FleetConfig, source: BaseInfo, start_cluster: Callable[[], None]) -> dict[str, str]:
+    """Make the bundles of `entries_before`; returns the reasons, by name, of those that cannot be made."""
+    faults = {}
+    for entry in (entry for entry in config.merges if entry.when == "before"):
+        data = [Path(path) for path in entry.data]
+        output = config.run_dir / MERGES / entry.name
+        try:
+            parts = [read_bundle(path) for path in entry.adapters]
+            merge_bundles(config, entry, parts, data, config.source, source, output, start_cluster)
+        except ValueError as error:
+            faults[entry.name] = str(error)
+    return faults
+
+
+def merge_after(
+    config: FleetConfig, target: BaseInfo, states: Sequence[AdapterState], start_cluster: Callable[[], None]
+) -> list[AdapterState]:
+    """Merge migrated adapters; returns a state for each merge. One that cannot be made is quarantined, with its reason.
+
+    Args:
+        states: of the fleet's adapters.
+    """
+    by_name = {state.name: state for state in states}
+    found = []
+    for entry in (entry for entry in config.merges if entry.when == "after"):
+        state = AdapterState(name=entry.name, bundle=f"merge of {', '.join(entry.adapters)}", task_name=entry.name)
+        state.phase = "done"
+        output = config.run_dir / BUNDLES / entry.name
+        try:
+            parts = [published(config, by_name[name]) for name in entry.adapters]
+            synthetic = [config.run_dir / "adapters" / name / SYNTHETIC for name in entry.adapters]
+            data = [Path(path) for path in entry.data] or (synthetic if entry.needs_data else [])
+            bundle = merge_bundles(config, entry, parts, data, config.target, target, output, start_cluster)
+            state.status, state.output, state.bundle_digest = "merged", f"{BUNDLES}/{entry.name}", bundle.digest
+            state.num_samples = bundle.manifest.num_samples
+        except ValueError as error:
+            remove_directory(output)  # of an earlier run: it would hold what does not pass any more
+            logger.error("%s: cannot be merged: %s", entry.name, error)
+            state.status, state.reason = "quarantined", f"cannot be merged: {error}"
+        save_state(config.run_dir, state)
+        found.append(state)
+    return found
+
+
+def published(config: FleetConfig, state: AdapterState) -> Bundle:
+    """The bundle that an adapter of the fleet became.
+
+    Raises:
+        ValueError: it was not migrated.
+    """
+    if state.status != "migrated":
+        raise ValueError(f"{state.name} was not migrated ({state.status}: {state.reason}); mend it, or leave it out")
+    return read_bundle(config.run_dir / state.output)
+
+
+def merge_bundles(
+    config: FleetConfig,
+    entry: MergeEntry,
+    parts: Sequence[Bundle],
+    data: Sequence[Path],
+    settings: BaseModelConfig,
+    base: BaseInfo,
+    output: Path,
+    start_cluster: Callable[[], None],
+) -> Bundle:
+    """Merge bundles of one base into a bundle at `output`, unless it was made of the same before.
+
+    Its seeds are those of all parts, in turn; it has no discriminator: no owner saw data of all skills together.
+
+    Raises:
+        ValueError: a part, the data or a setting cannot be used, or the workers that ran the base were lost.
+    """
+    for path in data:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; correct `data` of the merge {entry.name}")
+    recipe = digest(
+        entry.model_dump(mode="json", exclude={"adapters", "data", "eval_data", "when"}),
+        [part.digest for part in parts],
+        [sha256_file(path) for path in data],
+        (settings.dtype, base.fingerprint, config.seed),
+    )
+    if (made := made_before(output, recipe, base)) is not None:
+        return made
+    for part in parts:
+        verify_bundle(part, base)
+    templates = {part.manifest.prompt_template for part in parts}
+    if len(templates) > 1:
+        raise ValueError(
+            f"{entry.name}: its parts have different prompt templates ({', '.join(sorted(templates))}); "
+            "merge adapters that were trained with one"
+        )
+    merge_settings = entry.model_dump(exclude={"name", "when", "adapters", "data", "num_samples", "eval_data"})
+    command = MergeConfig(
+        **merge_settings,
+        adapters=[part.path for part in parts],
+        data=list(data),
+        out=config.run_dir / MERGING / entry.name,
+        base=str(base.path),
+        dtype=settings.dtype,
+        prompt_template=templates.pop(),
+        seed=config.seed,
+    )
+    run_merge(command, config, start_cluster)
+    provenance: Mapping[str, str | int | float] = {
+        "merged_by": entry.method,
+        "merged_from": ", ".join(part.path.name for part in parts),
+        "merge_recipe": recipe,
+    }
+    in_turn = itertools.zip_longest(*(part.seeds for part in parts))
+    return write_bundle(
+        output,
+        adapter_dir=command.out,
+        discriminator_dir=None,
+        seeds=list(dict.fromkeys(seed for row in in_turn for seed in row if seed is not None)),
+        task_name=entry.name,
+        base=base,
+        num_samples=entry.num_samples or sum(part.manifest.num_samples for part in parts),
+        prompt_template=command.prompt_template,
+        provenance=dict(provenance),
+        model_card=(command.out / "README.md").read_text(encoding="utf-8"),
+    )
+
+
+def made_before(output: Path, recipe: str, base: BaseInfo) -> Bundle | None:
+    """The bundle of an earlier run, if it is whole and was made of the same."""
+    try:
+        bundle = read_bundle(output)
+        if bundle.manifest.provenance.get("merge_recipe") != recipe:
+            return None
+        verify_bundle(bundle, base)
+    except BundleError:
+        return None
+    return bundle
+
+
+def run_merge(command: MergeConfig, config: FleetConfig, start_cluster: Callable[[], None]) -> None:
+    """`translora merge`, on a worker of the cluster where the base is run.
+
+    Raises:
+        ValueError: as merge does, or the worker was lost more than once.
+    """
+    from translora.merge.run import merge
+
+    logger.info("merging %s by %s: %d adapters", command.out.name, command.method, len(command.adapters))
+    if not command.needs_data:
+        merge(command)
+        return
+    start_cluster()
+    import ray
+
+    resources = config.resources
+    worker = ray.remote(num_cpus=resources.cpus_per_actor, num_gpus=resources.gpus_per_actor, max_retries=1)(merge)
+    try:
+        ray.get(worker.remote(command))
+    except ray.exceptions.RayTaskError as error:
+        if not isinstance(error.cause, ValueError):
+            raise
+        raise error.cause from None
+    except ray.exceptions.WorkerCrashedError as error:
+        raise ValueError(f"the worker that merged was lost ({first_line(error)}); give it more memory") from error
