@@ -62,8 +62,8 @@ def test_a_round_asks_for_what_is_missing_over_the_expected_acceptance() -> None
     assert len(plan_round([one], config, seed=0)) == 50, "prior acceptance 3 of 5"
     admit(labelled("task", 10), {"task": one})
     second = plan_round([one], config, seed=0)
-    assert len(second) == 85, "20 missing at (10 + 3) / (50 + 5)"
-    assert [row["sample_id"] for row in second] == list(range(50, 135))
+    assert len(second) == 103, "103 p - sqrt(103 p (1 - p)) is 20 at p = (10 + 3) / (50 + 5)"
+    assert [row["sample_id"] for row in second] == list(range(50, 153))
 
 
 def test_generation_stops_at_the_budget_and_when_enough_is_accepted() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,16 +66,21 @@ def load_tokenizer(base: BaseModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: the base is not there, or its tokenizer files are incomplete or damaged; names the directory.
     """
-    path = inspect_base(base.model, base.trust_remote_code).path
+    return _tokenizer(inspect_base(base.model, base.trust_remote_code).path, base.trust_remote_code)
+
+
+@functools.cache
+def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    # Once in a process: a tokenizer of 262k tokens takes four seconds.
     remedy = "save the tokenizer again with save_pretrained, or download the base again"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=base.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         tokenizer(_PROBE)  # a class that does not fit the vocabulary only fails when it meets an unknown character
         if tokenizer.chat_template:
             message = [{"role": "user", "content": _PROBE}]
             tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     except Exception as error:
-        if not base.trust_remote_code and (path / TOKENIZER_CONFIG).exists():
+        if not trust_remote_code and (path / TOKENIZER_CONFIG).exists():
             refuse_code(path / TOKENIZER_CONFIG, error)
         reason = first_line(error)
         raise ValueError(f"{path}: its tokenizer cannot be loaded ({reason}); {remedy}") from error

@@ -28,7 +28,9 @@ _RAY_DATA_LOGGING = Path(__file__).with_name("ray_data_logging.yaml")
 
 # What every process of a run needs, verbose or not.
 _BEHAVIOUR = {
-    "OMP_WAIT_POLICY": "PASSIVE",  # actors and ZeRO-3 ranks share cores: spinning threads cost tenfold
+    # Actors and ZeRO-3 ranks may share cores, where spinning threads cost tenfold; some microseconds of it pay.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "1000",
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_TRAIN_V2_ENABLED": "1",
     # An actor with 0 GPUs must see none: `gpus_per_actor: 0` means the CPU on a GPU machine too.

@@ -120,12 +120,21 @@ class Pool:
         self.stats.dropped[reason] = self.stats.dropped.get(reason, 0) + 1
 
     def next_count(self, oversample: float) -> int:
-        """Inputs to generate in the next round, from what was accepted so far (prior: 3 of 5)."""
+        """Inputs to generate in the next round, from what was accepted so far (prior: 3 of 5).
+
+        After the first round at least so many that what is missing is a standard deviation below what they are
+        expected to give: a round more costs more than some rows.
+        """
         missing = self.wanted - len(self.accepted)
         if missing <= 0 or self.fault:
             return 0
         acceptance = (len(self.accepted) + 3) / (self.stats.generated + 5)
-        return min(math.ceil(missing / acceptance * oversample), self.budget - self.stats.generated)
+        count = math.ceil(missing / acceptance * oversample)
+        if self.stats.generated:  # n p - sqrt(n p (1 - p)) = missing, solved for sqrt(n)
+            spread = math.sqrt(acceptance * (1 - acceptance))
+            root = (spread + math.sqrt(spread**2 + 4 * acceptance * missing)) / (2 * acceptance)
+            count = max(count, math.ceil(root**2))
+        return min(count, self.budget - self.stats.generated)
 
 
 def choose_screen(config: SynthesisConfig, bundle: Bundle, own: Screen | None = None) -> ScreenName:
