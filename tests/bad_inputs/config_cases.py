@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from tests.bad_inputs.workshop import Bench, Case
 from translora.config import AdapterEntry, FleetConfig, PrepareConfig, load_config
+from translora.merge.fleet import entries_before
 from translora.run.files import read_jsonl
 from translora.run.member import expand_entries
 
@@ -27,6 +28,14 @@ tasks:
 def fleet(text: str) -> Callable[[Bench], object]:
     """Load this text as a fleet file."""
     return lambda bench: load_config(bench.file("fleet.yaml", text), FleetConfig)
+
+
+MERGE = FLEET.replace("{", "{{").replace("}", "}}") + "merges: [{{name: desk, when: {0}, {1}}}]\n"
+
+
+def merge(settings: str) -> Callable[[Bench], object]:
+    """Load a fleet file with this merge before the migration."""
+    return fleet(MERGE.format("before", settings))
 
 
 def prepare(text: str) -> Callable[[Bench], object]:
@@ -81,6 +90,44 @@ CASES = [
     Case("adapters that are text", fleet(FLEET.replace("[bundles/orders]", "bundles")), "adapters: Input should be"),
     Case("a rank over the limit", fleet(FLEET + "distill: {lora: {rank: 4096}}\n"), "distill.lora.rank: Input should"),
     Case("an unknown dtype", fleet(FLEET.replace("./new-base}", "./new-base, dtype: int4}")), "target.dtype: Input"),
+    Case("a merge of one bundle", merge("method: svd, adapters: [orders]"), "merges.0.adapters: List should have"),
+    Case("a merge without a method", merge("adapters: [orders, mails]"), "merges.0.method: Field required"),
+    Case(
+        "a misspelt setting of a merge",
+        merge("method: svd, adapters: [orders, mails], rnak: 4"),
+        "merges.0.rnak: unknown setting; did you mean rank?",
+    ),
+    Case(
+        "a merge before the migration that has no data",
+        merge("method: iteris, adapters: [orders, mails]"),
+        "merges.0: data: 0 files for 2 adapters; iteris takes one for each",
+    ),
+    Case(
+        "data for a merge that uses none",
+        merge("method: svd, adapters: [orders, mails], data: [orders.jsonl]"),
+        "merges.0: data: svd uses none; leave it out",
+    ),
+    Case("a merge that names a bundle twice", merge("method: svd, adapters: [orders, orders]"), "named twice"),
+    Case(
+        "a merge of adapters that the fleet has not",
+        lambda bench: entries_before(
+            load_config(
+                bench.file("fleet.yaml", MERGE.format("after", "method: svd, adapters: [orders, mails]")), FleetConfig
+            ),
+            ["orders"],
+        ),
+        "merges: desk: no adapter of this fleet is named mails",
+    ),
+    Case(
+        "a merge with the name of an adapter",
+        lambda bench: entries_before(
+            load_config(
+                bench.file("fleet.yaml", MERGE.format("before", "method: svd, adapters: [orders, mails]")), FleetConfig
+            ),
+            ["orders", "desk"],
+        ),
+        "merges: the name desk is taken by another adapter",
+    ),
     Case("a task name twice", prepare(PREPARE + "  - {name: orders, data: b.jsonl}\n"), "task names appear twice"),
     Case("a task name with a slash", prepare(PREPARE.replace("name: orders", "name: a/b")), "tasks.0.name: String"),
     Case("a task without data", prepare(PREPARE.replace(", data: orders.jsonl", "")), "tasks.0.data: Field required"),

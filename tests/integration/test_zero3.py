@@ -12,16 +12,18 @@ from ray.train import TrainingFailedError
 from transformers import AutoModelForCausalLM
 
 from benchmarks.bytes import NUM_STEPS, measure
-from tests.tiny import make_base
+from tests.tiny import make_adapter, make_base
 from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
 from translora.distill.data import batch_indices, encode_samples, num_steps
 from translora.distill.job import FAILURE, TrainJob
 from translora.distill.launch import train_adapters
 from translora.distill.zero3 import read_ds_config
-from translora.engine.loading import load_tokenizer
+from translora.engine.loading import load_model, load_tokenizer
 from translora.engine.prompts import prompt_format
 from translora.lora.bank import initial_weights
 from translora.lora.peft_io import read_lora
+from translora.merge.config import IterisSettings
+from translora.merge.features import run_iteris
 from translora.run.files import sha256_path, write_jsonl
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -204,6 +206,48 @@ def test_three_workers_that_share_the_batches_and_recompute_activations_give_the
     for module, (_, lora_B) in read_lora(Path(short.output)).modules.items():
         wanted = expected[f"base_model.model.{module}.lora_B.default.weight"]
         torch.testing.assert_close(lora_B, wanted, rtol=1e-3, atol=1e-4)
+
+
+def random_batches(task: int) -> list[dict[str, torch.Tensor]]:
+    """Two batches of a task, one for each rank."""
+    generator = torch.Generator().manual_seed(task)
+    ids = [torch.randint(5, 60, (3, length), generator=generator) for length in (7, 11)]
+    return [{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in ids]
+
+
+def merge_on_rank(rank: int, root: str, base: str, dirs: list[str]) -> None:
+    """IterIS under ZeRO-3 on one of two ranks, with half of the batches; the weights are gathered module by module."""
+    import deepspeed
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=2)
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    config = read_ds_config("zero3.json", torch.float32)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    resident = HfDeepSpeedConfig(config)  # noqa: F841 (transformers holds it by weak reference)
+    model = load_model(BaseModelConfig(model=base), torch.float32, place=None)
+    deepspeed.initialize(model=model.base_model, config=config, dist_init_required=False)
+    layers = [module.weight for name, module in model.named_modules() if name.endswith("_proj")]
+    assert all(weight.numel() == 0 and weight.ds_tensor.numel() == weight.ds_numel // 2 for weight in layers)
+    shares = [random_batches(task)[rank : rank + 1] for task in range(2)]
+    merged = run_iteris(model, [read_lora(path) for path in dirs], shares, IterisSettings(max_iter=2))
+    assert all(weight.numel() == 0 for weight in layers), "no rank keeps the whole base"
+    torch.save(merged, f"{root}/merged-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_iteris_under_zero3_gives_the_adapter_of_one_process(base: Path, tmp_path: Path) -> None:
+    dirs = [str(make_adapter(tmp_path / name, base, seed, 2 + seed)) for seed, name in enumerate("ab")]
+    torch.multiprocessing.spawn(merge_on_rank, (str(tmp_path), str(base), dirs), nprocs=2)
+    model = load_model(BaseModelConfig(model=str(base)), torch.float32, torch.device("cpu"))
+    data = [random_batches(task) for task in range(2)]
+    expected = run_iteris(model, [read_lora(path) for path in dirs], data, IterisSettings(max_iter=2))
+    first, second = (torch.load(tmp_path / f"merged-{rank}.pt") for rank in range(2))
+    for name, (lora_A, lora_B) in expected.items():
+        torch.testing.assert_close(first[name][1] @ first[name][0], lora_B @ lora_A, rtol=1e-4, atol=1e-5)
+        assert torch.equal(first[name][0], second[name][0])
 
 
 @pytest.mark.parametrize(
