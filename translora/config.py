@@ -12,11 +12,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from translora.config_file import NAME_PATTERN, ConfigFile, DType, Strict
+from translora.config_file import NAME_PATTERN, Attention, ConfigFile, DType, Strict
 from translora.config_file import load_config as load_config
 from translora.merge.config import MergeEntry
 
-Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 Screen = Literal["auto", "discriminator", "excess", "none"]
 
 
@@ -127,6 +126,11 @@ class TrainConfig(Strict):
     """Most samples of one adapter in one forward pass of a worker."""
     gang_size: GangSize = "auto"
     """Adapters that a worker trains side by side in one pass; `auto` fills the pass (see translora.distill.plan)."""
+    loss: Literal["sft", "kl"] = "sft"
+    """Of a student: `sft` is the cross-entropy of the teacher's answer (paper); `kl` the divergence from the teacher's
+    own probabilities of each token of it, where the two bases have one vocabulary. A discriminator has no teacher."""
+    kl_top_k: int = Field(default=32, ge=1, le=1024)
+    """kl: how many of the teacher's most likely tokens are told apart; the others count as one."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Each adapter's gradient is clipped to this norm."""
     max_length: int = Field(default=1024, ge=8)
@@ -280,8 +284,10 @@ class PrepareConfig(ConfigFile):
     """Actors."""
 
     @model_validator(mode="after")
-    def _unique_names(self) -> Self:
+    def _check(self) -> Self:
         refuse_same_names([task.name for task in self.tasks])
+        if self.train.loss != "sft":
+            raise ValueError("train.loss: an adapter that is trained on its owner's data has no teacher; use sft")
         return self
 
 

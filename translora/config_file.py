@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 DType = Literal["auto", "bfloat16", "float32"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 """Of what becomes a directory's name."""
 
@@ -115,7 +116,9 @@ def _resolve_paths(raw: dict[str, Any], here: Path) -> None:
             merge["eval_data"] = expand(merge["eval_data"], here)
         for key in ("data", *(["adapters"] if merge.get("when") == "before" else [])):
             if isinstance(merge.get(key), list):
-                merge[key] = [expand(path, here) if isinstance(path, str) else path for path in merge[key]]
+                merge[key] = [
+                    path if not isinstance(path, str) or "://" in path else expand(path, here) for path in merge[key]
+                ]
 
 
 _KINDS = {

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.integration.world import TASKS, World, kill_when, make_world
 from tests.secrets import PLANTED
 from translora.bundle import inspect_base, read_bundle, verify_bundle, write_bundle
 from translora.lora.peft_io import read_lora
-from translora.run.files import sha256_file, sha256_path
+from translora.run.files import read_jsonl, sha256_file, sha256_path
 from translora.run.state import AdapterState, load_states
 
 pytestmark = pytest.mark.timeout(900)
@@ -279,10 +280,42 @@ def test_a_failed_gate_is_tried_again_with_more_samples_also_without_a_discrimin
     assert again.returncode == 1 and "generate" not in again.stderr, "given up is given up"
 
 
+def test_students_learn_the_probabilities_of_teachers_of_the_same_vocabulary(world: World) -> None:
+    model = AutoModelForCausalLM.from_pretrained(world.source)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.002 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(world.root / "sibling")
+    AutoTokenizer.from_pretrained(world.source).save_pretrained(world.root / "sibling")
+    fleet = world.fleet_config("divergence")
+    fleet["target"] = {"model": "./sibling"}
+    fleet["adapters"] = [{"bundle": "source-bundles/thing", "num_samples": 8}]
+    fleet["distill"] |= {"loss": "kl", "kl_top_k": 4}
+    done = world.run("migrate", world.write("divergence.yaml", fleet))
+    run_dir = world.root / "runs" / "divergence"
+    (state,) = load_states(run_dir)
+    assert state.status == "migrated" and state.losses[-1] < 0.8 * state.losses[0], done.stderr
+    rows = read_jsonl(next((run_dir / "adapters/thing/train/student").glob("data.jsonl")), ("input", "answer"))
+    thoughts = [row["teacher"] for row in rows]
+    assert all([len(tokens) for tokens in one["tokens"]] == [4] * len(one["answer_ids"]) for one in thoughts)
+    first = [one["tokens"][0][0] == one["answer_ids"][0] for one in thoughts]
+    assert sum(first) >= 0.8 * len(first), "the teacher's answers were its most likely ones"
+    assert "sft for these" not in done.stderr
+    fleet["distill"]["loss"] = "sft"
+    again = world.run("migrate", world.write("divergence.yaml", fleet))
+    assert "generate" not in again.stderr and "ask the teachers" not in again.stderr, "the same set, another loss"
+    assert load_states(run_dir)[0].losses != state.losses
+
+
 def test_what_the_distillation_needs_is_checked_before_anything_is_generated(world: World) -> None:
     for settings, message in (
         ({"ds_config": "zero4.json"}, "zero4.json is no file and not in ds_configs/"),
         ({"lora": {"target_modules": ["qkv_proj"]}}, "qkv_proj not in target; it has"),
+        (
+            {"loss": "kl"},
+            "distill.loss: kl compares token by token, and the bases have different vocabularies; use sft",
+        ),
     ):
         fleet = world.fleet_config("early")
         fleet["distill"] |= settings

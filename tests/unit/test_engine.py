@@ -162,4 +162,10 @@ def test_log_likelihood_is_that_of_the_whole_logits(engine: TransformersEngine, 
             logits = engine.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         expected = [float(row[token]) for row, token in zip(logits, answer, strict=True)]
         assert values == pytest.approx(expected, abs=1e-4)
+        ((tokens, log_p),) = engine.top_log_probabilities([(prompt, answer)], [name], 5)
+        top = logits.topk(5, dim=-1)
+        assert tokens == top.indices.tolist()
+        torch.testing.assert_close(torch.tensor(log_p), top.values, rtol=1e-4, atol=1e-4)
     assert found[0] != engine.log_likelihood(samples, [None] * 3)[0]
+    batched = engine.top_log_probabilities(samples, names, 5)
+    assert [len(tokens) for tokens, _ in batched] == [2, 1, 4]

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from translora.engine import head as head_module
-from translora.engine.head import Head, cross_entropy
+from translora.engine.head import Head, cross_entropy, divergence, top_log_probabilities
 
 SMALL = {
     "hidden_size": 16,
@@ -54,6 +54,60 @@ def test_the_chunked_loss_and_its_gradient_equal_those_of_torch(
     (expected * upstream).sum().backward()
     torch.testing.assert_close(losses, expected)
     torch.testing.assert_close(hidden.grad, again.grad)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"scale": 0.25}, {"bias": True, "scale": 2.0, "softcap": 2.0}])
+@pytest.mark.parametrize("elements", [50, 10_000])
+def test_the_divergence_counts_all_tokens_that_the_teacher_does_not_name_as_one(
+    options: dict[str, object], elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", elements)
+    head = make_head(**options)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(6, 16, generator=generator, requires_grad=True)
+    whole = torch.randn(6, 50, generator=generator).log_softmax(-1)
+    log_p, tokens = whole.topk(5, dim=-1)
+    log_p[2, 3:], tokens[2, 3:] = -torch.inf, 0  # a place with three tokens, filled up
+    weights = torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0, 0.25])
+    losses = divergence(hidden, head, tokens, log_p, weights)
+    losses.sum().backward()
+
+    again = hidden.detach().clone().requires_grad_()
+    q = head.logits(again).softmax(-1)
+    for row in range(6):
+        named = tokens[row, :3] if row == 2 else tokens[row]
+        p, own = log_p[row, : len(named)].exp(), q[row, named]
+        events = torch.cat([p, 1 - p.sum(0, keepdim=True)]), torch.cat([own, 1 - own.sum(0, keepdim=True)])
+        expected = weights[row] * (events[0] * (events[0] / events[1]).log()).sum()
+        torch.testing.assert_close(losses[row], expected)
+        expected.backward(retain_graph=True)
+    torch.testing.assert_close(hidden.grad, again.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_a_certain_teacher_gives_the_cross_entropy() -> None:
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(4, 16, generator=generator, requires_grad=True)
+    again = hidden.detach().clone().requires_grad_()
+    labels, weights = torch.tensor([3, 0, 49, 7]), torch.tensor([1.0, 1.0, 0.5, 2.0])
+    tokens, log_p = torch.zeros(4, 3, dtype=torch.long), torch.full((4, 3), -torch.inf)
+    tokens[:, 0], log_p[:, 0] = labels, 0.0
+    first, second = (
+        divergence(hidden, make_head(), tokens, log_p, weights),
+        cross_entropy(again, make_head(), labels, weights),
+    )
+    torch.testing.assert_close(first, second)
+    first.sum().backward()
+    second.sum().backward()
+    torch.testing.assert_close(hidden.grad, again.grad)
+
+
+def test_the_most_likely_tokens_come_with_their_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", 100)
+    hidden = torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
+    tokens, log_p = top_log_probabilities(hidden, make_head(), 4)
+    expected = make_head().logits(hidden).log_softmax(-1).sort(-1, descending=True)
+    torch.testing.assert_close(log_p, expected.values[:, :4])
+    assert torch.equal(tokens, expected.indices[:, :4])
 
 
 def test_a_row_that_is_not_a_number_poisons_no_other() -> None:

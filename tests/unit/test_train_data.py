@@ -2,15 +2,17 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny import make_base, make_tokenizer
 from translora.bundle import inspect_base
 from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
-from translora.distill.data import batch_indices, encode_samples, num_steps
+from translora.distill.data import batch_indices, encode_samples, num_steps, pack
 from translora.distill.job import RECIPE, TrainJob
 from translora.distill.launch import train_adapters
+from translora.distill.teacher import check_vocabularies
 from translora.engine.prompts import prompt_format
 from translora.run.files import derive_seed, digest, write_jsonl
 
@@ -38,6 +40,36 @@ def test_long_samples_are_dropped_with_a_warning_and_none_left_is_an_error(caplo
     assert "task: 1 of 2 samples exceed max_length 40" in caplog.text
     with pytest.raises(ValueError, match="no training sample of at most 8 tokens; raise max_length"):
         encode_samples(rows, prompts, 8, "task")
+
+
+def test_a_teacher_is_used_where_it_saw_the_same_tokens(caplog: pytest.LogCaptureFixture) -> None:
+    prompts = prompt_format(make_tokenizer("llama"))
+    ids = prompts.encode_answer("b")
+    thought = {"answer_ids": ids, "tokens": [[token, 1] for token in ids], "log_p": [[-0.1, -2.5]] * len(ids)}
+    rows = [
+        {"input": "a", "answer": "b", "teacher": thought},
+        {"input": "a", "answer": "b", "teacher": {**thought, "answer_ids": [*ids, 1]}},
+        {"input": "a", "answer": "b"},
+    ]
+    with caplog.at_level(logging.WARNING):
+        samples = encode_samples(rows, prompts, 40, "task")
+    assert "task: 1 of 3 answers have other tokens for the teacher: sft for these" in caplog.text
+    assert [sample.teacher is not None for sample in samples] == [True, False, False]
+    batch = pack([(0, samples, 1.0)], torch.device("cpu"), top_k=3)
+    assert batch.teacher is not None
+    tokens, log_p = batch.teacher
+    assert tokens.shape == log_p.shape == (3 * len(ids), 3)
+    assert tokens[0].tolist() == [ids[0], 1, 0] and log_p[0].exp().tolist() == pytest.approx(
+        [0.9048, 0.0821, 0], abs=1e-4
+    )
+    assert tokens[-1].tolist() == [ids[-1], 0, 0] and log_p[-1].exp().tolist() == [1, 0, 0]
+    assert pack([(0, samples, 1.0)], torch.device("cpu")).teacher is None
+
+
+def test_only_bases_of_one_vocabulary_can_be_compared_token_by_token() -> None:
+    check_vocabularies(make_tokenizer("llama"), make_tokenizer("llama"))
+    with pytest.raises(ValueError, match="different vocabularies; use sft"):
+        check_vocabularies(make_tokenizer("llama"), make_tokenizer("gemma3"))
 
 
 def test_seeds_differ_by_every_part() -> None:

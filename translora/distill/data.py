@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,6 +19,8 @@ from translora.lora.bank import Segment
 from translora.run.files import derive_seed
 
 logger = logging.getLogger(__name__)
+TokenOdds = dict[int, float]
+"""A teacher's log-probabilities of its most likely tokens at one place, by token."""
 
 
 @dataclass(frozen=True)
@@ -26,22 +29,27 @@ class Sample:
 
     prompt_ids: list[int]
     answer_ids: list[int]
+    teacher: list[TokenOdds] | None = None
+    """For each of `answer_ids`; None where there is no teacher, who then gives the answer's tokens for certain."""
 
 
 def encode_samples(
-    rows: Sequence[dict[str, str]], prompts: PromptFormat, max_length: int, name: str, *, with_end: bool = True
+    rows: Sequence[dict[str, Any]], prompts: PromptFormat, max_length: int, name: str, *, with_end: bool = True
 ) -> list[Sample]:
     """Tokenise rows of `input` and `answer`; those longer than `max_length` are dropped with a warning.
 
-    `with_end` puts the end of the answer behind it; a discriminator's loss is on yes or no alone.
+    `with_end` puts the end of the answer behind it; a discriminator's loss is on yes or no alone. A row's `teacher`
+    (see translora.distill.teacher) is used where it saw the same tokens, which another template may have changed.
 
     Raises:
         ValueError: no row is left.
     """
-    samples = [
-        Sample(prompts.encode_prompt(row["input"]), prompts.encode_answer(row["answer"], with_end=with_end))
-        for row in rows
-    ]
+    samples = []
+    for row in rows:
+        answer_ids = prompts.encode_answer(row["answer"], with_end=with_end)
+        samples.append(Sample(prompts.encode_prompt(row["input"]), answer_ids, teacher_odds(row, answer_ids)))
+    if others := sum("teacher" in row and one.teacher is None for row, one in zip(rows, samples, strict=True)):
+        logger.warning("%s: %d of %d answers have other tokens for the teacher: sft for these", name, others, len(rows))
     kept = [sample for sample in samples if len(sample.prompt_ids) + len(sample.answer_ids) <= max_length]
     if len(kept) < len(samples):
         logger.warning(
@@ -50,6 +58,15 @@ def encode_samples(
     if not kept:
         raise ValueError(f"{name}: no training sample of at most {max_length} tokens; raise max_length")
     return kept
+
+
+def teacher_odds(row: Mapping[str, Any], answer_ids: Sequence[int]) -> list[TokenOdds] | None:
+    """A row's teacher at each token of the answer; None where the row has none, or the teacher saw other tokens."""
+    teacher = row.get("teacher")
+    if teacher is None or teacher["answer_ids"] != list(answer_ids):
+        return None
+    places = zip(teacher["tokens"], teacher["log_p"], strict=True)
+    return [dict(zip(tokens, log_p, strict=True)) for tokens, log_p in places]
 
 
 def num_steps(num_samples: int, epochs: float, batch_size: int) -> int:
@@ -82,12 +99,19 @@ class Packed:
     """Weight of each token's cross-entropy, float32."""
     answers: dict[int, slice]
     """Each slot's part of L."""
+    teacher: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Tokens [L, K] and their log-probabilities [L, K], -inf where a place has fewer than K."""
 
 
-def pack(shards: Sequence[tuple[int, Sequence[Sample], float]], place: torch.device) -> Packed:
+def pack(
+    shards: Sequence[tuple[int, Sequence[Sample], float]], place: torch.device, *, top_k: int | None = None
+) -> Packed:
     """Pack (slot, samples, weight of an answer's token) one behind the other.
 
     The last token of an answer predicts nothing and stays out.
+
+    Args:
+        top_k: K; adds the teacher. Without one a sample's own tokens are certain.
     """
     ids: list[int] = []
     lengths: list[int] = []
@@ -107,6 +131,15 @@ def pack(shards: Sequence[tuple[int, Sequence[Sample], float]], place: torch.dev
             lengths.append(len(tokens))
         segments.append(Segment(slot, start, len(ids)))
         answers[slot] = slice(first, len(labels))
+    teacher = None
+    if top_k is not None:
+        odds = [
+            place_odds
+            for _, samples, _ in shards
+            for sample in samples
+            for place_odds in sample.teacher or [{token: 0.0} for token in sample.answer_ids]
+        ]
+        teacher = pad_odds(odds, top_k, place)
     return Packed(
         inputs={"input_ids": torch.tensor([ids], device=place), **packed_inputs(lengths, place)},
         segments=tuple(segments),
@@ -114,4 +147,15 @@ def pack(shards: Sequence[tuple[int, Sequence[Sample], float]], place: torch.dev
         labels_L=torch.tensor(labels, device=place),
         weights_L=torch.tensor(weights, dtype=torch.float32, device=place),
         answers=answers,
+        teacher=teacher,
     )
+
+
+def pad_odds(odds: Sequence[TokenOdds], top_k: int, place: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and log-probabilities [L, K] of L places, filled up with token 0 of probability 0."""
+    tokens = torch.zeros(len(odds), top_k, dtype=torch.long)
+    log_p = torch.full((len(odds), top_k), -math.inf)
+    for row, one in enumerate(odds):
+        tokens[row, : len(one)] = torch.tensor(list(one), dtype=torch.long)
+        log_p[row, : len(one)] = torch.tensor(list(one.values()))
+    return tokens.to(place), log_p.to(place)

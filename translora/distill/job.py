@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -81,7 +82,7 @@ class TrainJob:
 def make_job(
     owner: str,
     kind: str,
-    rows: Sequence[Mapping[str, str]],
+    rows: Sequence[Mapping[str, Any]],
     settings: TrainConfig | DiscriminatorConfig,
     *,
     output: Path,
@@ -96,7 +97,7 @@ def make_job(
 
     Args:
         owner: name of the adapter or task, and `kind` of this training of it; both decide the seed.
-        rows: `input` and `answer`.
+        rows: `input` and `answer`, and `teacher` for a student of the loss kl.
         settings: epochs and learning rate, where the job has none of its own.
     """
     data = work_dir / "data.jsonl"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
+from typing import Any
 
 from translora.distill.job import FAILURE, TrainJob, make_job
 from translora.distill.launch import train_adapters
+from translora.distill.teacher import Teacher, ask_teachers
 from translora.run.files import derive_seed
 from translora.run.member import Member, Run
 from translora.run.state import DISCRIMINATOR, STUDENT
@@ -15,16 +18,22 @@ from translora.synthesis.discriminator import discriminator_rows
 SAVE_EVERY_SECONDS = 2.0
 
 
-def train_jobs(run: Run, member: Member) -> list[TrainJob]:
-    """The two trainings of an adapter on the target base: the student, and a discriminator for the next hop."""
+def train_jobs(run: Run, member: Member, teacher: Sequence[Teacher] | None) -> list[TrainJob]:
+    """The two trainings of an adapter on the target base: the student, and a discriminator for the next hop.
+
+    Args:
+        teacher: what it thinks of each training sample, where the loss needs it.
+    """
     config, directory, entry = run.config, member.directory, member.entry
     train, heldout, refused = (member.samples(split) for split in ("train", "heldout", "refused"))
     seed = derive_seed(config.seed, member.name, DISCRIMINATOR)
     positives = [row["input"] for row in train + heldout]
-    questions = discriminator_rows(
-        positives, [row["input"] for row in refused], member.state.task_name, config.discriminator.max_samples, seed
-    )
-    answers = [{"input": row["input"], "answer": row["answer"]} for row in train]
+    # What only found no room among the best of a surplus is an input of the task.
+    negatives = [row["input"] for row in refused if row["score"] is not None and row["score"] <= 0]
+    questions = discriminator_rows(positives, negatives, member.state.task_name, config.discriminator.max_samples, seed)
+    answers: list[dict[str, Any]] = [{"input": row["input"], "answer": row["answer"]} for row in train]
+    for row, thought in zip(answers, teacher or (), strict=teacher is not None):
+        row["teacher"] = thought
     return [
         make_job(
             member.name,
@@ -49,8 +58,10 @@ def distill_phase(run: Run, members: list[Member]) -> None:
     """Train all students and discriminators on one worker group that holds the target base."""
     config = run.config
     members = [member for member in members if member.waits_for("distill")]
+    teachers = ask_teachers(run, members) if config.distill.loss == "kl" else {}
+    members = [member for member in members if member.waits_for("distill")]  # all that could be asked
     by_name = {member.name: member for member in members}
-    jobs = [job for member in members for job in train_jobs(run, member)]
+    jobs = [job for member in members for job in train_jobs(run, member, teachers.get(member.name))]
     last_saved = 0.0
 
     def on_step(job_name: str, row: dict[str, float]) -> None:

@@ -25,7 +25,7 @@ from translora.distill.gang import Gang, ResidentBase, Shard
 from translora.distill.job import TrainJob
 from translora.distill.plan import JobSize, Layout, choose_gang_size, lay_out
 from translora.distill.shrink import given_up, largest, note_out_of_memory, read_notes
-from translora.engine.head import cross_entropy
+from translora.engine.head import cross_entropy, divergence
 from translora.engine.loading import device, hide_gpus
 from translora.engine.memory import is_out_of_memory
 from translora.run.files import write_json
@@ -78,11 +78,16 @@ def train(
 
 def run_pass(base: ResidentBase, gang: Gang, shards: Sequence[Shard]) -> None:
     """One forward and backward pass of a packed batch; adds to the students' gradients and losses."""
-    batch = pack(shards, gang.place)
+    top_k = gang.config.kl_top_k if gang.config.loss == "kl" else None
+    batch = pack(shards, gang.place, top_k=top_k)
     gang.bank.route_segments(batch.segments)
     hidden_TD = base(batch.inputs)
     with base.gathered_head() as head:
-        losses_L = cross_entropy(hidden_TD[batch.positions_L], head, batch.labels_L, batch.weights_L)
+        hidden_LD = hidden_TD[batch.positions_L]
+        if batch.teacher is None:
+            losses_L = cross_entropy(hidden_LD, head, batch.labels_L, batch.weights_L)
+        else:
+            losses_L = divergence(hidden_LD, head, *batch.teacher, batch.weights_L)
     # The sum of the students' means: every student's gradients are those of its own mean.
     base.backward(losses_L.sum())
     gang.note(batch, losses_L.detach())
@@ -146,7 +151,7 @@ def train_on(
         made = dist.new_group(ranks) if len(ranks) > 1 else None  # every rank makes every group
         group = made if rank in ranks else group
     queue = [jobs[index] for index in layout.queues[own_group]]
-    gang = Gang(base, queue, config, gang_size, base_name=base_name, group=group, done={*done, *too_large})
+    gang = Gang(base, queue, config, gang_size, base_name=base_name, group=group, done=done, refused=too_large)
     for job in queue:
         if job.name in too_large and job.name not in done:
             gang.give_up(job, too_large[job.name])

@@ -17,6 +17,8 @@ LOGITS = re.compile(r"^(final_|output_)?logits?_(scal|mult|soft)|^(lm_head|outpu
 """Names of config values that change the logits behind the head; each must be known by name."""
 CHUNK_ELEMENTS = 1 << 26
 """Most logits at a time: 256 MiB in float32."""
+SMALLEST_REST = 1e-6
+"""What a student's probability of all other tokens counts as, at least: its logarithm and quotient stay finite."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,78 @@ def cross_entropy(hidden_LD: torch.Tensor, head: Head, labels_L: torch.Tensor, w
     """
     losses_L: torch.Tensor = _ChunkedCrossEntropy.apply(hidden_LD, head, labels_L, weights_L)
     return losses_L
+
+
+class _ChunkedDivergence(torch.autograd.Function):
+    """As the cross-entropy above, against K tokens' probabilities and the sum of all others'."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_LD: torch.Tensor,
+        head: Head,
+        tokens_LK: torch.Tensor,
+        log_p_LK: torch.Tensor,
+        weights_L: torch.Tensor,
+    ) -> torch.Tensor:
+        chunk = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+        losses_L, grad_LD = torch.empty_like(weights_L), torch.empty_like(hidden_LD)
+        for start in range(0, len(tokens_LK), chunk):
+            part = slice(start, start + chunk)
+            tokens_CK, p_CK = tokens_LK[part], log_p_LK[part].exp()
+            logits_CV = head.logits(hidden_LD[part])
+            total_C1 = logits_CV.logsumexp(-1, keepdim=True)
+            log_q_CK = logits_CV.gather(1, tokens_CK) - total_C1
+            q_CK = torch.where(p_CK > 0, log_q_CK.exp(), 0.0)
+            rest_p_C1 = (1 - p_CK.sum(-1, keepdim=True)).clamp(min=0)
+            rest_q_C1 = (1 - q_CK.sum(-1, keepdim=True)).clamp(min=SMALLEST_REST)
+            told_C = torch.where(p_CK > 0, p_CK * (log_p_LK[part] - log_q_CK), 0.0).sum(-1)
+            rest_C = torch.special.xlogy(rest_p_C1, rest_p_C1 / rest_q_C1)[:, 0]
+            losses_L[part] = (told_C + rest_C) * weights_L[part]
+            # d/dz: q - p for the K tokens, q (1 - rest_p / rest_q) for the others.
+            slope = head.scale if head.softcap is None else head.scale * (1 - (logits_CV / head.softcap) ** 2)
+            ratio_C1 = rest_p_C1 / rest_q_C1
+            grad_CV = logits_CV.sub_(total_C1).exp_().mul_(1 - ratio_C1)
+            grad_CV.scatter_add_(1, tokens_CK, torch.where(p_CK > 0, q_CK * ratio_C1 - p_CK, 0.0))
+            grad_CV.mul_(weights_L[part, None])
+            if head.softcap is not None or head.scale != 1.0:
+                grad_CV.mul_(slope)
+            grad_LD[part] = grad_CV.to(hidden_LD.dtype) @ head.weight
+        ctx.save_for_backward(grad_LD)
+        return losses_L
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad_L,) = grads
+        (grad_LD,) = ctx.saved_tensors
+        return grad_LD * grad_L[:, None].to(grad_LD.dtype), None, None, None, None
+
+
+def divergence(
+    hidden_LD: torch.Tensor, head: Head, tokens_LK: torch.Tensor, log_p_LK: torch.Tensor, weights_L: torch.Tensor
+) -> torch.Tensor:
+    """weights * KL(p || q) for each position: q is the head's distribution, p a teacher's over K tokens and the rest.
+
+    All tokens that p does not name are one event: sum_k p_k log(p_k / q_k) + p_rest log(p_rest / q_rest). Where p is
+    certain of one token this is the cross-entropy.
+
+    Args:
+        hidden_LD, head, weights_L: as in `cross_entropy`.
+        tokens_LK: K different token ids; any where the probability is 0.
+        log_p_LK: float32 log-probabilities.
+
+    Returns:
+        [L] float32.
+    """
+    losses_L: torch.Tensor = _ChunkedDivergence.apply(hidden_LD, head, tokens_LK, log_p_LK, weights_L)
+    return losses_L
+
+
+def top_log_probabilities(hidden_LD: torch.Tensor, head: Head, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The K most likely tokens of each position [L, K] and their log-probabilities [L, K], without gradients."""
+    chunk = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+    found = [head.logits(part).log_softmax(-1).topk(top_k, dim=-1) for part in hidden_LD.split(chunk)]
+    return torch.cat([indices for _, indices in found]), torch.cat([values for values, _ in found])
 
 
 def log_probabilities(hidden_LD: torch.Tensor, head: Head, labels_L: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from translora.bundle.base import inspect_base, refuse_code
-from translora.config import Attention, BaseModelConfig
-from translora.config_file import DType
+from translora.config import BaseModelConfig
+from translora.config_file import Attention, DType
 from translora.run.redact import first_line
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import torch
 
 from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request, Row, decode
-from translora.engine.head import Head, log_probabilities
+from translora.engine.head import Head, log_probabilities, top_log_probabilities
 from translora.engine.loading import device, load_model, load_tokenizer, resolve_dtype
 from translora.engine.prefix import begin
 from translora.engine.prompts import prompt_format
@@ -152,10 +152,32 @@ class TransformersEngine:
             samples: token ids of prompt and answer, neither of them empty.
             adapters: each sample's own.
         """
-        rows = [[*prompt, *answer][:-1] for prompt, answer in samples]  # the last token predicts nothing
-        lengths = [len(answer) for _, answer in samples]
-        hidden_BTD = self.model.base_model(**self._begin(rows, adapters, lengths)).last_hidden_state
-        hidden_LD = torch.cat([hidden_TD[-length:] for hidden_TD, length in zip(hidden_BTD, lengths, strict=True)])
+        hidden_LD, lengths = self._answer_states(samples, adapters)
         labels_L = torch.tensor([token for _, answer in samples for token in answer], device=self.device)
         found = log_probabilities(hidden_LD, Head.of(self.model), labels_L)
         return [part.tolist() for part in found.split(lengths)]
+
+    @torch.inference_mode()
+    def top_log_probabilities(
+        self, samples: Sequence[tuple[Sequence[int], Sequence[int]]], adapters: Sequence[str | None], top_k: int
+    ) -> list[tuple[list[list[int]], list[list[float]]]]:
+        """The most likely tokens at each token of an answer, and their log-probabilities, [answer's length, K] each.
+
+        Args:
+            samples, adapters: as in `log_likelihood`.
+            top_k: K.
+        """
+        hidden_LD, lengths = self._answer_states(samples, adapters)
+        tokens_LK, log_p_LK = top_log_probabilities(hidden_LD, Head.of(self.model), top_k)
+        parts = zip(tokens_LK.split(lengths), log_p_LK.split(lengths), strict=True)
+        return [(tokens.tolist(), log_p.tolist()) for tokens, log_p in parts]
+
+    def _answer_states(
+        self, samples: Sequence[tuple[Sequence[int], Sequence[int]]], adapters: Sequence[str | None]
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Last hidden states [L, D] of the places that predict the answers' tokens, and how many each answer has."""
+        rows = [[*prompt, *answer][:-1] for prompt, answer in samples]  # the last token predicts nothing
+        lengths = [len(answer) for _, answer in samples]
+        hidden_BTD = self.model.base_model(**self._begin(rows, adapters, lengths)).last_hidden_state
+        states = [hidden_TD[-length:] for hidden_TD, length in zip(hidden_BTD, lengths, strict=True)]
+        return torch.cat(states), lengths

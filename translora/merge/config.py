@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, get_args
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from translora.config_file import NAME_PATTERN, DType, Strict, fault_text
+from translora.config_file import NAME_PATTERN, Attention, DType, Strict, fault_text
 
 Combination = Literal[
     "linear",
@@ -132,6 +132,10 @@ class MergeConfig(MergeSettings):
     """Model directory or hub id; what the adapters' configs name when unset."""
     dtype: DType = "auto"
     """Dtype of the base in the passes over the data; `auto` is bfloat16 where the device multiplies it natively."""
+    attn_implementation: Attention = "auto"
+    """As for any base."""
+    trust_remote_code: bool = False
+    """As for any base: run the Python code that lies in its directory."""
     prompt_template: str = "auto"
     """As in prepare.yaml."""
     seed: int = 0

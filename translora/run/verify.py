@@ -10,8 +10,9 @@ from translora.bundle import BaseInfo, Bundle, BundleError, read_bundle, verify_
 from translora.bundle.base import linear_modules
 from translora.bundle.remote import fetch_all, is_remote
 from translora.config import AdapterEntry, FleetConfig, TrainConfig
+from translora.distill.teacher import check_vocabularies
 from translora.distill.zero3 import read_ds_config
-from translora.engine.loading import resolve_dtype
+from translora.engine.loading import load_tokenizer, resolve_dtype
 from translora.engine.prompts import prompt_format
 from translora.run.files import read_jsonl
 from translora.run.member import MAX_NAME, Member, Run, attempt_size, cohort_names, is_name
@@ -30,9 +31,12 @@ def check_training(config: FleetConfig, target: BaseInfo) -> None:
     """Check what the distillation will need before the synthesis is paid for.
 
     Raises:
-        ValueError: the DeepSpeed config cannot be used, or a target module is no linear module of the target base.
+        ValueError: the DeepSpeed config cannot be used, a target module is no linear module of the target base, or the
+            loss wants one vocabulary and the bases have two.
     """
     check_section(config.distill, target, "distill")
+    if config.distill.loss == "kl":
+        check_vocabularies(load_tokenizer(config.source), load_tokenizer(config.target))
 
 
 def check_section(settings: TrainConfig, base: BaseInfo, section: str) -> None:

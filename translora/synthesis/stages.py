@@ -63,6 +63,22 @@ def answer_likelihood(engine: TransformersEngine, rows: list[Row], slots: list[s
     return [sum(own) / len(own) for own in engine.log_likelihood(samples, slots)]
 
 
+def teach_block(engine: TransformersEngine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
+    """What each row's teacher thinks at every token of its own answer; adds `teacher`: answer_ids, tokens, log_p.
+
+    Rows: slot (the teacher), input, answer, template. Settings: top_k.
+    """
+    samples = []
+    for row in rows:
+        prompts = prompt_format(engine.tokenizer, row["template"])
+        samples.append((prompts.encode_prompt(row["input"]), prompts.encode_answer(row["answer"])))
+    found = engine.top_log_probabilities(samples, [row["slot"] for row in rows], settings["top_k"])
+    return [
+        {**row, "teacher": {"answer_ids": list(answer_ids), "tokens": tokens, "log_p": log_p}}
+        for row, (_, answer_ids), (tokens, log_p) in zip(rows, samples, found, strict=True)
+    ]
+
+
 def gate_block(engine: TransformersEngine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
     """As `answer_block`, and for rows with a `reference` its mean log-likelihood per token; adds `loglik`, or None.
 

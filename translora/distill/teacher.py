@@ -1,0 +1,75 @@
+"""The teachers' probabilities, for students that are trained on the divergence from them (`distill.loss: kl`).
+
+They are computed once, for the samples of the set, and kept token by token: K of them and no whole vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from translora.run.files import digest
+from translora.run.member import Member, Run
+from translora.run.progress import Progress
+from translora.synthesis.actors import Hosts, cut_blocks, run_blocks
+from translora.synthesis.stages import teach_block
+
+Teacher = dict[str, Any]
+"""answer_ids [A], tokens [A, K] and log_p [A, K] of a sample with an answer of A tokens."""
+
+
+def check_vocabularies(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> None:
+    """Probabilities can be compared token by token if a token is the same text in both bases.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if source.get_vocab() != target.get_vocab():
+        raise ValueError("distill.loss: kl compares token by token, and the bases have different vocabularies; use sft")
+
+
+def ask_teachers(run: Run, members: Sequence[Member]) -> dict[str, list[Teacher]]:
+    """What the teachers think of their answers to the training samples, by adapter, in the samples' order.
+
+    An adapter whose rows cannot be computed is quarantined, and missing from the result.
+    """
+    config = run.config
+    rows = [
+        {
+            "adapter": member.name,
+            "index": index,
+            "slot": member.name,
+            "input": row["input"],
+            "answer": row["answer"],
+            "template": member.bundle.manifest.prompt_template,
+        }
+        for member in members
+        for index, row in enumerate(member.samples("train"))
+    ]
+    blocks = cut_blocks(rows, config.synthesis.batch_size, lambda row: len(row["input"]) + len(row["answer"]))
+    settings = {"top_k": config.distill.kl_top_k}
+    bundles = {member.name: member.bundle.digest for member in members}
+    key = digest("teach", blocks, settings, config.source.model_dump(), run.source.fingerprint, bundles)
+    faults: dict[str, str] = {}
+    with Hosts(config.resources) as hosts, Progress("ask the teachers", len(rows), config.run_dir) as progress:
+        found = run_blocks(
+            blocks,
+            teach_block,
+            base=config.source,
+            adapters={member.name: str(member.bundle.path) for member in members},
+            settings=settings,
+            hosts=hosts,
+            directory=config.run_dir / "rounds" / f"teach-{key}",
+            on_block=progress.fraction,
+            faults=faults,
+        )
+    answers: dict[str, list[Teacher]] = {member.name: [] for member in members if member.name not in faults}
+    for row in sorted(found, key=lambda row: (row["adapter"], row["index"])):
+        if row["adapter"] in answers:
+            answers[row["adapter"]].append(row["teacher"])
+    for member in members:
+        if member.name in faults:
+            run.quarantine(member.state, faults[member.name])
+    return answers
