@@ -1,6 +1,6 @@
 """A whole migration of many small adapters: `translora migrate` against a plain script, both in this run.
 
-    python -m examples.bases && python -m benchmarks.fleet [--adapters 16] [--samples 8]
+    python -m examples.bases && python -m benchmarks.fleet [--adapters 16] [--samples 8] [--mended]
 
 The adapters are copies of the example bundles under names of their own; real bases, the demo's settings. The plain
 script (benchmarks/plain.py) gets the same counts of samples. Both use all cores; each is a process of its own, in an
@@ -67,10 +67,10 @@ def run_translora(path: Path) -> tuple[float, list[Result], dict[str, float]]:
     return seconds, results, dict(states[0].seconds)
 
 
-def run_plain(path: Path, num_heldout: int) -> tuple[float, list[Result]]:
-    """The same for the plain script."""
+def run_plain(path: Path, num_heldout: int, *mended: str) -> tuple[float, list[Result]]:
+    """The same for the plain script; `mended` as there."""
     output = path.parent / "plain.json"
-    seconds, code = run("benchmarks.plain", str(path), str(num_heldout), str(output))
+    seconds, code = run("benchmarks.plain", str(path), str(num_heldout), str(output), *mended)
     assert code == 0, f"the plain script ended with {code}"
     return seconds, [Result(**row) for row in json.loads(output.read_text())]
 
@@ -81,11 +81,12 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument("--samples", type=int, default=8, help="synthetic training samples an adapter (default: 8)")
     parser.add_argument("--heldout", type=int, default=4)
+    parser.add_argument("--mended", action="store_true", help="the plain script has the head's hook, see there")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         path = make_fleet(Path(name), arguments.adapters, arguments.samples, arguments.heldout)
         ours, our_results, phases = run_translora(path)
-        plain, plain_results = run_plain(path, arguments.heldout)
+        plain, plain_results = run_plain(path, arguments.heldout, *(["mended"] if arguments.mended else []))
     table = Table(title=f"{arguments.adapters} adapters, SmolLM2-135M-Instruct -> Gemma 3 270M")
     for column in ("", "seconds", "generated", "accepted", "mean agreement"):
         table.add_column(column, justify="right")

@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from benchmarks.gang import make_model, make_parser, ratio_cell, seconds_of
 from tests.tiny import make_adapter
@@ -38,14 +38,18 @@ class PeftArm:
         model = PeftModel.from_pretrained(base, adapters[names[0]], names[0], autocast_adapter_dtype=False)
         for name in names[1:]:
             model.load_adapter(adapters[name], name, autocast_adapter_dtype=False)
-        # The hook that translora.engine.loading sets, so that the ratio is that of mixing alone.
-        base.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+        # The hook that translora.engine.loading sets: torch's slow product with a strided input is in neither arm.
+        base.get_output_embeddings().register_forward_pre_hook(
+            lambda _, args: (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
+        )
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     @torch.inference_mode()
-    def label(self, batches: dict[str, dict[str, torch.Tensor]]) -> None:
+    def label(self, tokenizer: PreTrainedTokenizerBase, prompts: dict[str, list[str]]) -> None:
         """Answer each adapter's prompts in one batch."""
-        for name, batch in batches.items():
+        for name, own in prompts.items():
+            encoded = tokenizer(own, padding=True, return_tensors="pt").to(self.model.device)
+            batch = {key: encoded[key] for key in ("input_ids", "attention_mask")}
             self.model.set_adapter(name)
             self.model.generate(**batch, do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None, pad_token_id=0)
 
@@ -61,13 +65,9 @@ def measure(path: Path, directory: Path, num_adapters: int, num_rows: int, round
     engine = TransformersEngine(BaseModelConfig(model=str(path), dtype="bfloat16"), adapters)
     peft = PeftArm(path, adapters)
     requests = [Request(prompt, name, NEW_TOKENS) for name, prompt in prompts]
-    batches = {}
-    for name in names:
-        own = [prompt for owner, prompt in prompts if owner == name]
-        encoded = engine.tokenizer(own, padding=True, return_tensors="pt").to(engine.device)
-        batches[name] = {key: encoded[key] for key in ("input_ids", "attention_mask")}
+    by_adapter = {name: [prompt for owner, prompt in prompts if owner == name] for name in names}
     arms: dict[str, Callable[[], object]] = {
-        "one at a time": lambda: peft.label(batches),
+        "one at a time": lambda: peft.label(engine.tokenizer, by_adapter),
         "mixed": lambda: engine.generate(requests),
     }
     seconds: dict[str, list[float]] = {name: [] for name in arms}

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -24,13 +24,14 @@ from translora.distill.checkpoint import (
     saved_gang_size,
     write_checkpoint,
 )
-from translora.distill.data import Sample, pack
+from translora.distill.data import Sample, encode_samples, pack
 from translora.distill.gang import Gang
 from translora.distill.job import FAILURE, TrainJob
 from translora.distill.plan import JobSize, Layout, activation_bytes_per_token, choose_gang_size, lay_out
 from translora.distill.shrink import read_notes
 from translora.distill.train import run_pass, train, train_on
 from translora.engine.loading import load_model
+from translora.engine.prompts import prompt_format
 from translora.lora.bank import BASE_SLOT, Segment
 from translora.lora.peft_io import read_lora
 from translora.run.files import sha256_path, write_json, write_jsonl
@@ -58,7 +59,7 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def make_job(root: Path, name: str, rows: list[dict[str, str]] = ROWS, **changes: object) -> TrainJob:
+def make_job(root: Path, name: str, rows: Sequence[Mapping[str, object]] = ROWS, **changes: object) -> TrainJob:
     data = root / f"{name}.jsonl"
     write_jsonl(data, rows)
     paths = {"data": str(data), "output": str(root / name / "adapter"), "work_dir": str(root / name / "work")}
@@ -145,6 +146,51 @@ def test_an_adapter_ends_the_same_whoever_its_neighbours_are(
     assert not (company / "mad" / "adapter").exists()
 
 
+def test_a_student_comes_closer_to_its_teachers_probabilities_whoever_its_neighbours_are(
+    base_path: Path, tmp_path: Path
+) -> None:
+    """The loss kl: equal to the divergence on the whole vocabulary, falling, and bitwise the same beside others."""
+    config = CONFIG.model_copy(update={"loss": "kl", "kl_top_k": 3, "batch_size": len(ROWS), "epochs": 8})
+    base = WholeBase(base_path, torch.float32, TARGETS)
+    prompts = prompt_format(base.tokenizer)
+    rows = []
+    for row in ROWS:
+        ids = prompts.encode_answer(row["answer"])
+        thought = {
+            "answer_ids": ids,
+            "tokens": [[token, 7, 9] for token in ids],
+            "log_p": [[-0.5, -1.5, -3.0]] * len(ids),
+        }
+        rows.append({**row, "teacher": thought})
+    answers: dict[str, list[bytes]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for company in (["one"], ["other", "one"]):
+            root = tmp_path / f"{dtype}-{len(company)}"
+            root.mkdir()
+            queue = [
+                make_job(root, name, rows if name == "one" else ROWS, epochs=30, learning_rate=3e-2) for name in company
+            ]
+            base = WholeBase(base_path, dtype, TARGETS)
+            gang = Gang(base, queue, config, 2, base_name="base", group=None)
+            train(base, gang, root / "gang.safetensors", every_steps=100)
+            answers.setdefault(str(dtype), []).append((root / "one/adapter/adapter_model.safetensors").read_bytes())
+            if dtype == torch.float32:
+                found = losses(queue[-1])
+    assert answers["torch.bfloat16"][0] == answers["torch.bfloat16"][1]
+    assert found[-1] < 0.7 * found[0]
+
+    model = load_model(BaseModelConfig(model=str(base_path)), torch.float32, CPU)
+    total, count = 0.0, 0
+    for row, sample in zip(rows, encode_samples(rows, prompts, 64, "one"), strict=True):
+        tokens, log_p = (torch.tensor(row["teacher"][key]) for key in ("tokens", "log_p"))  # type: ignore[index]
+        with torch.no_grad():
+            logits = model(torch.tensor([sample.prompt_ids + sample.answer_ids[:-1]])).logits[0]
+        q = logits[len(sample.prompt_ids) - 1 :].softmax(-1).gather(1, tokens)
+        p, q = (torch.cat([part, 1 - part.sum(-1, keepdim=True)], dim=-1) for part in (log_p.exp(), q))
+        total, count = total + float((p * (p / q).log()).sum()), count + len(tokens)
+    assert found[0] == pytest.approx(total / count, rel=1e-4)
+
+
 def test_a_gang_goes_on_from_its_checkpoint_to_the_same_bytes(base_path: Path, tmp_path: Path) -> None:
     roots = [tmp_path / name for name in ("whole", "cut", "other_slots")]
     for root in roots:
@@ -176,6 +222,29 @@ def test_a_gang_goes_on_from_its_checkpoint_to_the_same_bytes(base_path: Path, t
             assert sha256_path(Path(job.output)) == sha256_path(Path(whole.output)), job.name
     steps = [json.loads(line)["step"] for line in (roots[1] / "a" / "work" / "train.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 7)), "no step is done twice"
+
+
+def test_a_job_that_was_given_up_is_not_opened_from_a_checkpoint(base_path: Path, tmp_path: Path) -> None:
+    queue = [make_job(tmp_path, "a"), make_job(tmp_path, "bb")]
+    gang = make_gang(WholeBase(base_path, torch.bfloat16, TARGETS), queue, 1)
+    gang.fill()
+    write_checkpoint(tmp_path / "gang-0000.safetensors", gang)
+    for refused, opened in ((set(), "a"), ({"a"}, "bb")):
+        base = WholeBase(base_path, torch.bfloat16, TARGETS)
+        again = Gang(base, queue, CONFIG, 1, base_name="base", group=None, refused=refused)
+        read_checkpoints(tmp_path, "gang-0000.safetensors", again)
+        again.fill()
+        assert [student.job.name for student in again.students.values()] == [opened]
+
+
+def test_a_rank_takes_the_states_of_its_own_queue_alone(base_path: Path, tmp_path: Path) -> None:
+    queue = [make_job(tmp_path, "a"), make_job(tmp_path, "bb")]
+    gang = make_gang(WholeBase(base_path, torch.bfloat16, TARGETS), queue, 2)
+    gang.fill()
+    write_checkpoint(tmp_path / "gang-0000.safetensors", gang)
+    other = make_gang(WholeBase(base_path, torch.bfloat16, TARGETS), queue[1:], 1)
+    read_checkpoints(tmp_path, "gang-0001.safetensors", other)
+    assert set(other.saved) == set(other.recipes)
 
 
 def test_recomputed_activations_give_the_same_bytes(base_path: Path, tmp_path: Path) -> None:

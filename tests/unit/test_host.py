@@ -103,3 +103,22 @@ def test_a_process_that_hangs_ends_itself_and_says_where(tmp_path: Path) -> None
     )
     assert hung.returncode == 1 and "in here" in hung.stderr and "Timeout" in hung.stderr
     assert well.returncode == 0 and well.stdout == "well\n"
+
+
+def slots_of(engine: TransformersEngine, rows: list[dict[str, Any]], _: dict[str, Any]) -> list[dict[str, Any]]:
+    present = sorted(engine._adapters)
+    return [{**row, "present": present} for row in rows]
+
+
+def test_a_bank_that_is_too_large_for_the_machine_holds_what_a_block_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_base(tmp_path / "base")
+    base = BaseModelConfig(model=str(path)).model_dump()
+    adapters = {name: str(make_adapter(tmp_path / name, path, seed, 2)) for seed, name in enumerate("abc")}
+    rows = [{"slot": "a", "discriminator": "c"}, {"slot": None}]
+    own = EngineHost(1, 1)
+    assert own.run(base, adapters, slots_of, rows, {})[0][0]["present"] == ["a", "b", "c"]
+    monkeypatch.setattr(EngineHost, "_all_bytes", lambda _: 1)
+    assert own.run(base, adapters, slots_of, rows, {})[0][0]["present"] == ["a", "c"]
+    assert own.run(base, adapters, slots_of, [{"slot": "b"}], {})[0][0]["present"] == ["b"]

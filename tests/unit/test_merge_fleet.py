@@ -69,6 +69,15 @@ def test_merged_before_is_a_bundle_with_the_seeds_of_all_parts(root: Path) -> No
         torch.testing.assert_close(merged.scaling[name] * B @ A, sum(parts, torch.zeros(())) / 2)
 
 
+def test_parts_may_lie_behind_urls(root: Path) -> None:
+    urls = [f"file://{root}/orders", f"file://{root}/mails"]
+    config = fleet(root, before(root) | {"adapters": urls})
+    assert merge_before(config, base_of(root), no_cluster) == {}
+    assert read_bundle(root / "run" / "merges" / "desk").manifest.num_samples == 42
+    missing = fleet(root, before(root) | {"adapters": [urls[0], f"file://{root}/gone"]})
+    assert "gone" in merge_before(missing, base_of(root), no_cluster)["desk"]
+
+
 def test_a_rerun_merges_again_only_what_changed(root: Path) -> None:
     weights = root / "run" / "merges" / "desk" / "adapter_model.safetensors"
 
@@ -101,6 +110,11 @@ def test_merged_after_is_a_bundle_of_the_target_beside_the_others(root: Path) ->
     verify_bundle(bundle, base_of(root))
     assert read_lora(bundle.path).max_rank == 2
 
+    states[1].status, states[1].reason = "quarantined", "orders: cannot be reached"
+    (state,) = merge_after(config, base_of(root), states, no_cluster)
+    assert state.status == "quarantined" and "mails was not migrated (quarantined: orders: cannot" in state.reason
+    assert read_bundle(bundle.path).digest == bundle.digest, "what an earlier run made of it is kept"
+
     states[1].status, states[1].reason = "failed_gate", "agreement 20 % is below 60 %"
     (state,) = merge_after(config, base_of(root), states, no_cluster)
     assert state.status == "quarantined"
@@ -129,7 +143,8 @@ def test_the_names_of_merges_and_adapters_are_all_different(root: Path) -> None:
     with pytest.raises(ValueError, match="merges: desk: no adapter of this fleet is named mails"):
         entries_before(fleet(root, after), ["orders"])
     chained = {"name": "all", "when": "after", "method": "svd", "adapters": ["orders", "desk"]}
-    assert entries_before(fleet(root, before(root), chained), ["orders"]).keys() == {"desk"}
+    (entry,) = entries_before(fleet(root, chained, before(root, num_samples=30_000)), ["orders"]).values()
+    assert entry.num_samples == 30_000, "which the operator has chosen: no limit applies"
 
 
 def test_paths_in_the_fleet_file_are_relative_to_it(root: Path) -> None:

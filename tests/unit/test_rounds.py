@@ -174,6 +174,16 @@ def test_of_a_surplus_half_an_even_split_of_each_answer_is_kept() -> None:
     assert len(again.accepted) == 12 and not again.refused, "what was left out is at hand for another attempt"
 
 
+def test_an_answer_that_came_once_is_a_slip_and_not_chased() -> None:
+    one = pool(needed=30)
+    one.class_surplus = 1.5
+    answers = ["yes"] * 20 + ["no"] * 15 + ["yes.", "I am not sure"]
+    admit([labelled("task", 1, answer=text, start=n)[0] for n, text in enumerate(answers)], {"task": one})
+    assert one.wanted == 30 and not one.rare_answers()[0]
+    close(one)
+    assert one.stats.classes == {"yes": 20, "no": 10}
+
+
 def test_free_text_and_an_even_mix_cost_nothing() -> None:
     config = SynthesisConfig(oversample=1.0)
     for answer in ("{number}", "{parity}"):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from translora.distill.gang import Gang
 from translora.run.files import digest, read_object, write_bytes
@@ -55,12 +55,19 @@ def read_checkpoints(directory: Path, own: str, gang: Gang) -> None:
         try:
             with safe_open(path, framework="pt") as handle:
                 place = json.loads(handle.metadata()["gang"])
-            # Copies: the file may be replaced while a state waits for its turn.
-            tensors = {key: value.clone() for key, value in load_file(path).items()}
+                own_numbers = {n for n, one in enumerate(place["students"]) if one["recipe"] in gang.recipes}
+                # Copies: the file may be replaced while a state waits for its turn.
+                tensors = {
+                    key: handle.get_tensor(key).clone()
+                    for key in handle.keys()  # noqa: SIM118 (a safetensors handle is no dict)
+                    if int(key.partition("/")[0]) in own_numbers
+                }
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             logger.warning("%s: cannot be read (%s); its students begin again", path, error)
             continue
         for number, student in enumerate(place["students"]):
+            if number not in own_numbers:
+                continue
             known = gang.saved.get(student["recipe"])
             if known is not None and len(known[1]) >= len(student["losses"]):
                 continue  # a file of an earlier layout that was left behind

@@ -61,6 +61,7 @@ class Gang:
         base_name: written into the adapters' configs.
         group: the ranks that share each student's batch; None when this rank has its students for itself.
         done: names of the jobs that an earlier start finished.
+        refused: names of those that were given up before.
     """
 
     def __init__(
@@ -73,12 +74,13 @@ class Gang:
         base_name: str,
         group: dist.ProcessGroup | None,
         done: Collection[str] = (),
+        refused: Collection[str] = (),
     ) -> None:
         self.bank, self.tokenizer = base.bank, base.tokenizer
         self.place, self.dtype = base.place, base.dtype
         self.queue, self.config, self.num_slots = list(queue), config, num_slots
         self.recipes = [job.recipe(config, base.fingerprint) for job in queue]
-        self.done = set(done)
+        self.done, self.refused = {*done, *refused}, set(refused)
         self.base_name, self.group = base_name, group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.num_ranks = 1 if group is None else dist.get_world_size(group)
@@ -107,6 +109,8 @@ class Gang:
     def open(self, slot: int, index: int) -> None:
         """Begin a job of the queue in a slot, or go on with it where an earlier start left it."""
         job, recipe = self.queue[index], self.recipes[index]
+        if job.name in self.refused:  # a checkpoint may know it
+            return
         Path(job.work_dir).mkdir(parents=True, exist_ok=True)
         try:
             samples = job.samples(self.tokenizer, self.config)

@@ -6,12 +6,14 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from translora.bundle.adapter import WEIGHTS
 from translora.bundle.base import inspect_base
 from translora.config import BaseModelConfig
 from translora.engine.loading import device, hide_gpus, resolve_dtype
@@ -23,6 +25,8 @@ from translora.run.watchdog import Watchdog
 from translora.synthesis.calls import FAULT, Computed, Row
 
 logger = logging.getLogger(__name__)
+BANK_SHARE = 0.25
+"""Of a machine's memory: most for the adapters of a bank."""
 SLOT_KEYS = ("slot", "discriminator")
 """Of a row: the adapters that it needs."""
 BlockFunction = Callable[[TransformersEngine, list[Row], dict[str, Any]], list[Row]]
@@ -65,13 +69,30 @@ class EngineHost:
         try:
             start = time.monotonic()
             engine = self._engine(BaseModelConfig.model_validate(base))
-            damaged = self._use_adapters(engine, adapters)
+            damaged = self._use_adapters(engine, self._needed(adapters, rows))
             loaded = time.monotonic()
             computed = compute_rows(engine, function, rows, settings, damaged)
             seconds = {"model": round(time.monotonic() - loaded, 4), "load": round(loaded - start, 4)}
             return computed, seconds
         finally:
             self.watchdog.stop()
+
+    def _needed(self, adapters: Mapping[str, str], rows: Sequence[Row]) -> Mapping[str, str]:
+        """All adapters, or where a bank of all is too much for this machine those that the rows name.
+
+        A bank pads every slot to its greatest rank: as many times the largest file as there are adapters, at most.
+        """
+        largest = max((weights_bytes(path) for path in adapters.values()), default=0)
+        if len(adapters) * largest <= BANK_SHARE * self._all_bytes():
+            return adapters
+        named = {row.get(key) for row in rows for key in SLOT_KEYS}
+        return {slot: path for slot, path in adapters.items() if slot in named}
+
+    def _all_bytes(self) -> int:
+        """Of this host's machine, whatever is in use: what is decided by it must not change from run to run."""
+        if device().type == "cuda":
+            return int(torch.cuda.mem_get_info()[1])
+        return int(psutil.virtual_memory().total) // self.num_hosts
 
     def _use_adapters(self, engine: TransformersEngine, adapters: Mapping[str, str]) -> dict[str, str]:
         """Have the adapters in the bank, but for those that cannot be read: slot -> reason."""
@@ -136,6 +157,14 @@ def _in_halves(
     logger.warning("out of memory with %d rows in a batch: trying its halves", len(rows))
     middle = len(rows) // 2
     return [row for part in (rows[:middle], rows[middle:]) for row in _in_halves(engine, function, part, settings)]
+
+
+def weights_bytes(adapter: str) -> int:
+    """Size of an adapter's weights on disk; 0 where there is none, which reading it will say."""
+    try:
+        return (Path(adapter) / WEIGHTS).stat().st_size
+    except OSError:
+        return 0
 
 
 def base_bytes(base: BaseModelConfig) -> int:

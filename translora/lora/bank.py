@@ -251,8 +251,12 @@ def load_bank(model: nn.Module, adapters: Mapping[str, LoraWeights]) -> AdapterB
                     f"{lora_A.shape[1]} -> {lora_B.shape[0]} in the adapter; it belongs to another base"
                 )
     bank = _attach(model, targets, list(adapters))
-    for banked in bank.modules.values():
-        banked.stack(len(adapters), max_rank)
+    try:
+        for banked in bank.modules.values():
+            banked.stack(len(adapters), max_rank)
+    except RuntimeError:  # out of memory
+        bank.detach(model)
+        raise
     for name, weights in adapters.items():
         slot = bank.slot(name)
         for module, (lora_A, lora_B) in weights.modules.items():

@@ -13,10 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from translora.bundle import BaseInfo, Bundle, BundleError, read_bundle, verify_bundle, write_bundle
+from translora.bundle.remote import fetch_all, is_remote, name_of_url
 from translora.config import AdapterEntry, BaseModelConfig, FleetConfig
+from translora.engine.memory import is_out_of_memory
 from translora.merge.config import MergeConfig, MergeEntry
 from translora.run.files import digest, remove_directory, sha256_file
-from translora.run.redact import first_line
+from translora.run.redact import first_line, printable, redact
 from translora.run.state import BUNDLES, SYNTHETIC, AdapterState, save_state
 
 logger = logging.getLogger(__name__)
@@ -32,16 +34,21 @@ def entries_before(config: FleetConfig, names: Sequence[str]) -> dict[str, Adapt
     Raises:
         ValueError: two adapters of the run would have one name.
     """
-    found: dict[str, AdapterEntry] = {}
     taken = set(names)
     for merge in config.merges:
         if merge.name in taken:
             raise ValueError(f"merges: the name {merge.name} is taken by another adapter; give another name")
         taken.add(merge.name)
-        if merge.when == "before":
-            bundle = str(config.run_dir / MERGES / merge.name)
-            found[merge.name] = AdapterEntry(bundle=bundle, eval_data=merge.eval_data)
-        elif unknown := sorted(set(merge.adapters) - set(names) - found.keys()):
+    found = {
+        merge.name: AdapterEntry(
+            bundle=str(config.run_dir / MERGES / merge.name), num_samples=merge.num_samples, eval_data=merge.eval_data
+        )
+        for merge in config.merges
+        if merge.when == "before"
+    }
+    for merge in config.merges:
+        unknown = sorted(set(merge.adapters) - set(names) - found.keys())
+        if merge.when == "after" and unknown:
             raise ValueError(f"merges: {merge.name}: no adapter of this fleet is named {', '.join(unknown)}")
     return found
 
@@ -53,11 +60,25 @@ def merge_before(config: FleetConfig, source: BaseInfo, start_cluster: Callable[
         data = [Path(path) for path in entry.data]
         output = config.run_dir / MERGES / entry.name
         try:
-            parts = [read_bundle(path) for path in entry.adapters]
+            parts = [read_bundle(path) for path in fetch_parts(config, entry)]
             merge_bundles(config, entry, parts, data, config.source, source, output, start_cluster)
         except ValueError as error:
             faults[entry.name] = str(error)
     return faults
+
+
+def fetch_parts(config: FleetConfig, entry: MergeEntry) -> list[str]:
+    """Directories of a merge's bundles; remote ones are copied below RUN/merging/NAME.parts.
+
+    Raises:
+        ValueError: one cannot be had.
+    """
+    directory = config.run_dir / MERGING / f"{entry.name}.parts"
+    urls = {f"{number}-{name_of_url(path)}": path for number, path in enumerate(entry.adapters) if is_remote(path)}
+    if faults := fetch_all(urls, directory):
+        raise ValueError("; ".join(faults.values()))
+    copies = {url: str(directory / name) for name, url in urls.items()}
+    return [copies.get(path, path) for path in entry.adapters]
 
 
 def merge_after(
@@ -82,9 +103,11 @@ def merge_after(
             state.status, state.output, state.bundle_digest = "merged", f"{BUNDLES}/{entry.name}", bundle.digest
             state.num_samples = bundle.manifest.num_samples
         except ValueError as error:
-            remove_directory(output)  # of an earlier run: it would hold what does not pass any more
-            logger.error("%s: cannot be merged: %s", entry.name, error)
-            state.status, state.reason = "quarantined", f"cannot be merged: {error}"
+            if any(by_name[name].status == "failed_gate" for name in entry.adapters):
+                remove_directory(output)  # of an earlier run: what does not pass any more is in it
+            reason = printable(redact(f"cannot be merged: {error}"))
+            logger.error("%s: %s", entry.name, reason)
+            state.status, state.reason = "quarantined", reason
         save_state(config.run_dir, state)
         found.append(state)
     return found
@@ -145,6 +168,8 @@ def merge_bundles(
         out=config.run_dir / MERGING / entry.name,
         base=str(base.path),
         dtype=settings.dtype,
+        attn_implementation=settings.attn_implementation,
+        trust_remote_code=settings.trust_remote_code,
         prompt_template=templates.pop(),
         seed=config.seed,
     )
@@ -185,13 +210,19 @@ def run_merge(command: MergeConfig, config: FleetConfig, start_cluster: Callable
     """`translora merge`, on a worker of the cluster where the base is run.
 
     Raises:
-        ValueError: as merge does, or the worker was lost more than once.
+        ValueError: as merge does, or the memory does not suffice, or the worker was lost more than once.
     """
     from translora.merge.run import merge
 
     logger.info("merging %s by %s: %d adapters", command.out.name, command.method, len(command.adapters))
+    remedy = "give it more memory, or lower iteris.max_gram_gigabytes, batch_size or max_length of the merge"
     if not command.needs_data:
-        merge(command)
+        try:
+            merge(command)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ValueError(f"{first_line(error)}; {remedy}") from error
         return
     start_cluster()
     import ray
@@ -201,8 +232,10 @@ def run_merge(command: MergeConfig, config: FleetConfig, start_cluster: Callable
     try:
         ray.get(worker.remote(command))
     except ray.exceptions.RayTaskError as error:
-        if not isinstance(error.cause, ValueError):
+        if isinstance(error.cause, ValueError):
+            raise error.cause from None
+        if not is_out_of_memory(error.cause):
             raise
-        raise error.cause from None
-    except ray.exceptions.WorkerCrashedError as error:
-        raise ValueError(f"the worker that merged was lost ({first_line(error)}); give it more memory") from error
+        raise ValueError(f"{first_line(error.cause)}; {remedy}") from error
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+        raise ValueError(f"the worker that merged was lost ({first_line(error)}); {remedy}") from error

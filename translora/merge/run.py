@@ -82,7 +82,7 @@ def find_base(config: MergeConfig) -> BaseInfo:
     if named is None:
         raise ValueError(f"{config.adapters[0]}: its config names no base; give --base")
     try:
-        return inspect_base(named)
+        return inspect_base(named, config.trust_remote_code)
     except ValueError as error:
         if config.base is not None:
             raise
@@ -123,7 +123,12 @@ def run_method(config: MergeConfig, tasks: Sequence[Task], base: BaseInfo) -> tu
         return aggregate.stack(*aggregate.fedex(loras, weights)), {}
     if config.method == "component_mean":
         return aggregate.component_mean(loras, weights), {}
-    settings = BaseModelConfig(model=str(base.path), dtype=config.dtype)
+    settings = BaseModelConfig(
+        model=str(base.path),
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
     tokenizer = load_tokenizer(settings)
     prompts = prompt_format(tokenizer, config.prompt_template)
     pad = int(tokenizer.pad_token_id)
@@ -159,7 +164,7 @@ def write_result(
         for task in tasks
     ]
     data = sorted(sha256_file(path) for path in config.data) if config.method == "cat" else []
-    shown = config.model_dump(mode="json", exclude={"adapters", "data", "out", "base", "weights"})
+    shown = config.model_dump(mode="json", exclude={"adapters", "data", "out", "base", "weights", "trust_remote_code"})
     with replace_directory(config.out) as directory:
         write_lora(
             directory,

@@ -65,7 +65,7 @@ class Pool:
         Returns:
             Samples that are missing by normalised answer, and how many samples with these answers there are.
         """
-        classes = answer_classes([row["answer"] for row in self.accepted])
+        classes = recurring_answers(self.accepted)
         fewest = self.least_of_each(classes)
         scale = max(1.0, self.needed / max(1, len(self.accepted)))
         lack = +Counter({answer: math.ceil(fewest - count * scale) for answer, count in classes.items()})
@@ -93,10 +93,13 @@ class Pool:
         prior = hits.total() / asked.total()
         rates = [(hits[ordering] + prior) / (asked[ordering] + 1) for ordering in range(num_orderings)]
         given: Counter[int] = Counter()
+        chosen: list[int] = []
         for index in range(count):
             due = [rate / sum(rates) * (index + 1) - given[ordering] for ordering, rate in enumerate(rates)]
-            given[due.index(max(due))] += 1
-        return sorted(given.elements())
+            best = due.index(max(due))
+            given[best] += 1
+            chosen.append(best)
+        return chosen
 
     def carry_on(self, stats: SynthesisStats, rows: Sequence[Row]) -> None:
         """Begin with what an earlier, smaller set of the adapter holds: its samples, counts and numbers.
@@ -170,6 +173,12 @@ def admit(labelled: Sequence[Row], pools: Mapping[str, Pool]) -> None:
         pool.stats.accepted = len(pool.accepted)
 
 
+def recurring_answers(rows: Sequence[Row]) -> dict[str, int]:
+    """The teacher's answers by frequency, where they are few; one that came once is a slip, and no class."""
+    classes = answer_classes([row["answer"] for row in rows])
+    return {answer: count for answer, count in classes.items() if count > 1}
+
+
 def choose(pool: Pool) -> list[Row]:
     """As many as were asked for: half an even split of every answer where there are classes, then the best.
 
@@ -180,15 +189,16 @@ def choose(pool: Pool) -> list[Row]:
         return (-(row["score"] or 0.0) if pool.surplus > 1 else 0.0, row["sample_id"])
 
     ranked = sorted(pool.accepted, key=rank)
-    classes = answer_classes([row["answer"] for row in ranked])
+    classes = recurring_answers(ranked)
     fewest = pool.least_of_each(classes)
+    names = set(map(normalise, classes))
     taken: Counter[str] = Counter()
     first: list[Row] = []
     others: list[Row] = []
     for row in ranked:
         answer = normalise(row["answer"])
         taken[answer] += 1
-        (first if taken[answer] <= fewest else others).append(row)
+        (first if answer in names and taken[answer] <= fewest else others).append(row)
     return [*first, *others][: pool.needed]
 
 
