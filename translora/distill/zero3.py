@@ -28,7 +28,7 @@ from translora.distill.data import Sample, pack
 from translora.distill.plan import activation_bytes_per_token
 from translora.engine.attention import PACKED
 from translora.engine.head import Head
-from translora.engine.loading import device, load_model, load_tokenizer, resolve_dtype
+from translora.engine.loading import caps_attention, device, load_model, load_tokenizer, resolve_dtype
 from translora.lora.bank import BASE_SLOT, new_bank
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,11 @@ class ShardedBase:
         for name, parameter in self.model.named_parameters():
             assert hasattr(parameter, "ds_id"), f"{name} is not partitioned: the model was not loaded under ZeRO-3"
         check_loaded(self.model, base.model)
-        if self.model.config._attn_implementation == "sdpa":
+        # Capped scores are eager elsewhere, whose mask lets one sample's NaN through to the others of the row.
+        capped = caps_attention(self.model.config.to_dict())
+        if self.model.config._attn_implementation == "sdpa" or (
+            self.model.config._attn_implementation == "eager" and capped
+        ):
             self.model.set_attn_implementation(PACKED)
         self.bank = new_bank(self.model, config.lora.target_modules)
         self.head = Head.of(self.model)

@@ -64,8 +64,6 @@ def packed_sdpa(
     Returns:
         [1, T, H, D], and None in the place of the attention weights.
     """
-    if softcap is not None:
-        raise ValueError("this base caps its attention scores: set attn_implementation to eager or flash_attention_2")
     groups = query.shape[1] // key.shape[1]
     parts = [x.split(packed_lengths, dim=2) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups))]
     by_length: dict[int, list[int]] = {}
@@ -79,11 +77,33 @@ def packed_sdpa(
             distance = place[:, None] - place[None, :]
             mask = (distance >= 0) & (distance < sliding_window)
         q, k, v = (torch.cat([part[index] for index in indices]) for part in parts)
-        with sdpa_kernel(SDPBackend.MATH) if short_on_cpu(q) else contextlib.nullcontext():
-            together = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, is_causal=mask is None)
+        if softcap is not None:
+            together = capped_attention(q, k, v, mask, scaling, softcap)
+        else:
+            with sdpa_kernel(SDPBackend.MATH) if short_on_cpu(q) else contextlib.nullcontext():
+                together = F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, scale=scaling, is_causal=mask is None
+                )
         for index, output in zip(indices, together.split(1), strict=True):
             outputs[index] = output
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def capped_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float | None, softcap: float
+) -> torch.Tensor:
+    """Causal attention whose scores are capped to c tanh(score / c) (Gemma 2), which SDPA cannot.
+
+    Args:
+        q, k, v: [B, H, T, D].
+        mask: [T, T], True where a token is seen; the causal one when None.
+    """
+    if mask is None:
+        mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    scores_BHTT = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores_BHTT = softcap * torch.tanh(scores_BHTT / softcap)
+    weights_BHTT = scores_BHTT.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
+    return weights_BHTT.to(v.dtype) @ v
 
 
 AttentionInterface.register(PACKED, packed_sdpa)

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,26 @@ def resolve_dtype(dtype: DType) -> torch.dtype:
     return torch.bfloat16 if multiplies_bfloat16() else torch.float32
 
 
-def resolve_attention(attention: Attention, dtype: torch.dtype) -> str:
-    """flash_attention_2 where package, device and dtype allow it, SDPA elsewhere."""
+def resolve_attention(attention: Attention, dtype: torch.dtype, *, capped: bool = False) -> str:
+    """flash_attention_2 where package, device and dtype allow it, SDPA elsewhere.
+
+    Args:
+        capped: the base caps its attention scores, which SDPA does not: then eager.
+
+    Raises:
+        ValueError: SDPA is asked for where it would leave out the cap.
+    """
+    if attention == "sdpa" and capped:
+        raise ValueError("this base caps its attention scores: set attn_implementation to auto, not to sdpa")
     if attention != "auto":
         return attention
     flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash and dtype != torch.float32 else "sdpa"
+    return "flash_attention_2" if flash and dtype != torch.float32 else "eager" if capped else "sdpa"
+
+
+def caps_attention(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that attention scores are capped (Gemma 2)."""
+    return bool({**config, **(config.get("text_config") or {})}.get("attn_logit_softcapping"))
 
 
 def load_tokenizer(base: BaseModelConfig) -> PreTrainedTokenizerBase:
@@ -99,11 +114,14 @@ def load_model(config: BaseModelConfig, dtype: torch.dtype, place: torch.device 
         config: which base.
         dtype: dtype of the weights.
         place: device to move it to; None leaves it where transformers put it (ZeRO-3 partitions it while loading).
+
+    Raises:
+        ValueError: the attention that is asked for would not be the base's.
     """
-    attention = resolve_attention(config.attn_implementation, dtype)
+    base = inspect_base(config.model, config.trust_remote_code)
+    attention = resolve_attention(config.attn_implementation, dtype, capped=caps_attention(base.config))
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True}
-    path = inspect_base(config.model, config.trust_remote_code).path
-    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=config.trust_remote_code, **kwargs)
+    model = AutoModelForCausalLM.from_pretrained(base.path, trust_remote_code=config.trust_remote_code, **kwargs)
     model.requires_grad_(False)
     model.eval()
     head = model.get_output_embeddings()

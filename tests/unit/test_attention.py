@@ -1,0 +1,58 @@
+"""Packed attention with capped scores, against transformers' eager attention one sample at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2Model
+
+from translora.engine.attention import PACKED, packed_inputs, packed_sdpa
+from translora.engine.loading import caps_attention, resolve_attention
+
+CONFIG = Gemma2Config(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    vocab_size=50,
+    sliding_window=4,
+    attn_logit_softcapping=0.5,
+    attn_implementation="eager",
+)
+SAMPLES = [[5, 6, 7, 8, 9, 10, 11], [9, 3], [30, 31, 32, 33, 34, 35, 36], [12]]
+
+
+def test_capped_attention_of_packed_samples_is_that_of_each_alone() -> None:
+    torch.manual_seed(0)
+    model = Gemma2Model(CONFIG).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    with torch.no_grad():
+        alone = [model(torch.tensor([ids])).last_hidden_state[0] for ids in SAMPLES]
+        model.set_attn_implementation(PACKED)
+        inputs = packed_inputs([len(ids) for ids in SAMPLES], torch.device("cpu"))
+        packed = model(
+            input_ids=torch.tensor([[token for ids in SAMPLES for token in ids]]), use_cache=False, **inputs
+        ).last_hidden_state[0]
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_sample_that_is_not_a_number_reaches_no_other(softcap: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 9, 4, generator=generator) for _ in range(3))
+    query[:, :, 3:6] = torch.nan
+    value[:, :, 3:6] = torch.nan
+    output, _ = packed_sdpa(torch.nn.Identity(), query, key, value, None, softcap=softcap, packed_lengths=(3, 3, 3))
+    assert output.isfinite().all(-1).all(-1)[0].tolist() == [True] * 3 + [False] * 3 + [True] * 3
+
+
+def test_sdpa_is_never_chosen_for_a_base_that_caps_its_scores() -> None:
+    assert caps_attention({"attn_logit_softcapping": 50.0}) and caps_attention({"text_config": CONFIG.to_dict()})
+    assert not caps_attention({"attn_logit_softcapping": None, "text_config": None})
+    assert resolve_attention("auto", torch.float32, capped=True) == "eager"
+    assert resolve_attention("auto", torch.float32) == "sdpa"
+    with pytest.raises(ValueError, match="caps its attention scores: set attn_implementation to auto"):
+        resolve_attention("sdpa", torch.float32, capped=True)
