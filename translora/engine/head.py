@@ -187,7 +187,8 @@ def divergence(
 def top_log_probabilities(hidden_LD: torch.Tensor, head: Head, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The K most likely tokens of each position [L, K] and their log-probabilities [L, K], without gradients."""
     chunk = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
-    found = [head.logits(part).log_softmax(-1).topk(top_k, dim=-1) for part in hidden_LD.split(chunk)]
+    most = min(top_k, head.weight.shape[0])
+    found = [head.logits(part).log_softmax(-1).topk(most, dim=-1) for part in hidden_LD.split(chunk)]
     return torch.cat([indices for _, indices in found]), torch.cat([values for values, _ in found])
 
 
