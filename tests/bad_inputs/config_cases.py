@@ -122,11 +122,15 @@ CASES = [
         "a merge with the name of an adapter",
         lambda bench: entries_before(
             load_config(
-                bench.file("fleet.yaml", MERGE.format("before", "method: svd, adapters: [orders, mails]")), FleetConfig
+                bench.file(
+                    "fleet.yaml",
+                    MERGE.replace("desk", "orders").format("before", "method: svd, adapters: [orders, mails]"),
+                ),
+                FleetConfig,
             ),
-            ["orders", "desk"],
+            ["orders"],
         ),
-        "merges: the name desk is taken by another adapter",
+        "merges: the name orders is taken by another adapter",
     ),
     Case("a task name twice", prepare(PREPARE + "  - {name: orders, data: b.jsonl}\n"), "task names appear twice"),
     Case("a task name with a slash", prepare(PREPARE.replace("name: orders", "name: a/b")), "tasks.0.name: String"),

@@ -47,7 +47,7 @@ def verified(run_dir: Path, base: Path, *bundles: str) -> dict[str, Member | Ada
     entries = expand_entries([AdapterEntry(bundle=bundle) for bundle in bundles])
     with Tracker(run_dir, settings.tracking, {}, "test") as tracker:
         run = Run(settings, info, info, info, tracker, tokenizer, tokenizer)
-        return verify_fleet(run, entries, Seals(run_dir, settings, (info, info, info)))
+        return verify_fleet(run, entries, Seals(run_dir, settings, (info, info, info)), {})
 
 
 def test_a_url_with_a_glob_is_a_fleet(store: Path, base: Path, tmp_path: Path) -> None:

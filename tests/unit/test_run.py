@@ -353,7 +353,7 @@ def test_a_sealed_adapter_is_not_read_again_until_a_file_or_a_setting_changes(
     bases = (run.source, run.target, run.generator)
 
     def look_again(run: Run = run) -> Member | AdapterState:
-        return verify_fleet(run, entries, Seals(tmp_path, run.config, bases))["a"]
+        return verify_fleet(run, entries, Seals(tmp_path, run.config, bases), {})["a"]
 
     assert isinstance(look_again(), Member), "the first time everything is hashed"
     assert isinstance(look_again(), AdapterState)
@@ -366,10 +366,10 @@ def test_a_sealed_adapter_is_not_read_again_until_a_file_or_a_setting_changes(
         assert isinstance(look_again(), Member), path
         assert isinstance(look_again(), AdapterState)
     seals = Seals(tmp_path, run.config, bases)
-    member = verify_fleet(run, entries, seals)["a"]
+    member = verify_fleet(run, entries, seals, {})["a"]
     if isinstance(member, AdapterState):  # it was sealed: have it read once more
         (tmp_path / "seals.json").unlink()
-        member = verify_fleet(run, entries, seals := Seals(tmp_path, run.config, bases))["a"]
+        member = verify_fleet(run, entries, seals := Seals(tmp_path, run.config, bases), {})["a"]
     assert isinstance(member, Member)
     (own / "adapter_model.safetensors").write_bytes(b"damaged")  # while the run is on
     seals.put(member.entry, member.state, member.looked)
