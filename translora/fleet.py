@@ -65,6 +65,8 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
         while any(member.state.status == "pending" for member in members):  # again for what the gate sent back
             for phase in PHASE_WORK:
                 run_phase(run, phase, members)
+        for phase in PHASE_WORK:
+            end_cohort(config.run_dir, phase)  # of a driver that was killed after the last of its adapters
         for member in members:
             seals.put(member.entry, member.state, member.looked)
         seals.save()

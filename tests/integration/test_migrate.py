@@ -158,7 +158,10 @@ def test_a_prepare_killed_in_every_phase_makes_the_same_bundles(world: World) ->
 def test_a_finished_run_does_nothing_again(world: World, undisturbed: Path) -> None:
     before = results(undisturbed)
     kept = {path: path.stat().st_mtime_ns for path in (undisturbed / "bundles").rglob("*")}
+    cohort = undisturbed / "cohort-gate.json"
+    cohort.write_text('["colour"]')  # of a driver that was killed in the instant after the last adapter
     done = world.run("migrate", world.root / "fleet.yaml")
+    assert not cohort.exists()
     assert results(undisturbed) == before
     assert kept == {path: path.stat().st_mtime_ns for path in (undisturbed / "bundles").rglob("*")}
     assert "generate" not in done.stderr and "distill" not in done.stderr
