@@ -40,7 +40,6 @@ def make_fleet(directory: Path, num_adapters: int, num_samples: int, num_heldout
         entries.append({"bundle": str(copy), "num_samples": num_samples})
     config = yaml.safe_load((ROOT / "examples" / "fleet.yaml").read_text())
     config |= {"run_dir": str(directory / "run"), "adapters": entries}
-    config["synthesis"]["class_surplus"] = 1.0  # the plain script does not look at the answers either
     config["gate"] = {"min_holdout": num_heldout, "holdout_fraction": 0.01, "min_agreement": 0.0, "min_gain": -1.0}
     path = directory / "fleet.yaml"
     path.write_text(yaml.safe_dump(config))
