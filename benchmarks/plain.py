@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from translora.bundle import Bundle, read_bundle
 from translora.config import FleetConfig, load_config
+from translora.engine.loading import give_head_plain_strides
 
 
 @dataclass
@@ -208,9 +209,7 @@ def main() -> None:
     config, start = load_config(path, FleetConfig), time.monotonic()
     migration = PlainMigration(config)
     for base in (migration.source, migration.target) if mended else ():
-        base.get_output_embeddings().register_forward_pre_hook(
-            lambda _, args: (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
-        )
+        give_head_plain_strides(base)
     results = []
     for entry in config.adapters:
         results.append(migration.migrate(Path(entry.bundle), entry.num_samples or 0, int(num_heldout)))

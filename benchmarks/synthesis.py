@@ -23,6 +23,7 @@ from benchmarks.gang import make_model, make_parser, ratio_cell, seconds_of
 from tests.tiny import make_adapter
 from translora.config import BaseModelConfig
 from translora.engine.decode import Request
+from translora.engine.loading import give_head_plain_strides
 from translora.engine.transformers import TransformersEngine
 
 PROMPT = "Route the message: billing, shipping, refund, other. The parcel number {} is late.\nAnswer:"
@@ -38,10 +39,7 @@ class PeftArm:
         model = PeftModel.from_pretrained(base, adapters[names[0]], names[0], autocast_adapter_dtype=False)
         for name in names[1:]:
             model.load_adapter(adapters[name], name, autocast_adapter_dtype=False)
-        # The hook that translora.engine.loading sets: torch's slow product with a strided input is in neither arm.
-        base.get_output_embeddings().register_forward_pre_hook(
-            lambda _, args: (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
-        )
+        give_head_plain_strides(base)  # torch's slow product with a strided input is in neither arm
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     @torch.inference_mode()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import Gemma2Config, Gemma2Model
 
+from tests.tiny import make_base
+from translora.config import BaseModelConfig
 from translora.engine.attention import PACKED, packed_inputs, packed_sdpa
-from translora.engine.loading import caps_attention, resolve_attention
+from translora.engine.loading import attention_of, caps_attention, resolve_attention
 
 CONFIG = Gemma2Config(
     hidden_size=16,
@@ -49,10 +54,14 @@ def test_a_sample_that_is_not_a_number_reaches_no_other(softcap: float | None) -
     assert output.isfinite().all(-1).all(-1)[0].tolist() == [True] * 3 + [False] * 3 + [True] * 3
 
 
-def test_sdpa_is_never_chosen_for_a_base_that_caps_its_scores() -> None:
+def test_sdpa_is_never_chosen_for_a_base_that_caps_its_scores(tmp_path: Path) -> None:
     assert caps_attention({"attn_logit_softcapping": 50.0}) and caps_attention({"text_config": CONFIG.to_dict()})
     assert not caps_attention({"attn_logit_softcapping": None, "text_config": None})
     assert resolve_attention("auto", torch.float32, capped=True) == "eager"
     assert resolve_attention("auto", torch.float32) == "sdpa"
-    with pytest.raises(ValueError, match="caps its attention scores: set attn_implementation to auto"):
-        resolve_attention("sdpa", torch.float32, capped=True)
+    make_base(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "attn_logit_softcapping": 50.0}))
+    assert attention_of(BaseModelConfig(model=str(tmp_path)), torch.float32) == "eager"
+    with pytest.raises(ValueError, match="caps its attention scores, which SDPA cannot; set attn"):
+        attention_of(BaseModelConfig(model=str(tmp_path), attn_implementation="sdpa"), torch.float32)

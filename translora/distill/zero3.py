@@ -91,9 +91,7 @@ class ShardedBase:
         check_loaded(self.model, base.model)
         # Capped scores are eager elsewhere, whose mask lets one sample's NaN through to the others of the row.
         capped = caps_attention(self.model.config.to_dict())
-        if self.model.config._attn_implementation == "sdpa" or (
-            self.model.config._attn_implementation == "eager" and capped
-        ):
+        if self.model.config._attn_implementation in ("sdpa", *(["eager"] if capped else [])):
             self.model.set_attn_implementation(PACKED)
         self.bank = new_bank(self.model, config.lora.target_modules)
         self.head = Head.of(self.model)

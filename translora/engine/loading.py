@@ -50,17 +50,21 @@ def resolve_dtype(dtype: DType) -> torch.dtype:
     return torch.bfloat16 if multiplies_bfloat16() else torch.float32
 
 
-def resolve_attention(attention: Attention, dtype: torch.dtype, *, capped: bool = False) -> str:
-    """flash_attention_2 where package, device and dtype allow it, SDPA elsewhere.
-
-    Args:
-        capped: the base caps its attention scores, which SDPA does not: then eager.
+def attention_of(settings: BaseModelConfig, dtype: torch.dtype) -> str:
+    """The attention implementation of a base.
 
     Raises:
-        ValueError: SDPA is asked for where it would leave out the cap.
+        ValueError: SDPA is asked for where it would leave out the cap of the scores.
     """
-    if attention == "sdpa" and capped:
-        raise ValueError("this base caps its attention scores: set attn_implementation to auto, not to sdpa")
+    base = inspect_base(settings.model, settings.trust_remote_code)
+    capped = caps_attention(base.config)
+    if settings.attn_implementation == "sdpa" and capped:
+        raise ValueError(f"{base.path}: caps its attention scores, which SDPA cannot; set attn_implementation to auto")
+    return resolve_attention(settings.attn_implementation, dtype, capped=capped)
+
+
+def resolve_attention(attention: Attention, dtype: torch.dtype, *, capped: bool = False) -> str:
+    """flash_attention_2 where package, device and dtype allow it; elsewhere SDPA, or eager where scores are capped."""
     if attention != "auto":
         return attention
     flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
@@ -107,6 +111,20 @@ def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def give_head_plain_strides(model: PreTrainedModel) -> None:
+    """A hook on the head that copies its input.
+
+    The last positions of a batch are a strided view, for which torch's matmul (2.13, CPU) copies the head's weight once
+    for each row: with a vocabulary of 262k that was 80 % of a generation's time, and 8 GB. Not `contiguous()`: it
+    leaves a batch of one row as it is, whose stride of the first dimension is the same.
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(
+            lambda _, args: (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
+        )
+
+
 def load_model(config: BaseModelConfig, dtype: torch.dtype, place: torch.device | None) -> PreTrainedModel:
     """The frozen base in eval mode.
 
@@ -118,20 +136,13 @@ def load_model(config: BaseModelConfig, dtype: torch.dtype, place: torch.device 
     Raises:
         ValueError: the attention that is asked for would not be the base's.
     """
-    base = inspect_base(config.model, config.trust_remote_code)
-    attention = resolve_attention(config.attn_implementation, dtype, capped=caps_attention(base.config))
+    attention = attention_of(config, dtype)
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True}
-    model = AutoModelForCausalLM.from_pretrained(base.path, trust_remote_code=config.trust_remote_code, **kwargs)
+    path = inspect_base(config.model, config.trust_remote_code).path
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=config.trust_remote_code, **kwargs)
     model.requires_grad_(False)
     model.eval()
-    head = model.get_output_embeddings()
-    if head is not None:
-        # The last positions of a batch are a strided view, for which torch's matmul (2.13, CPU) copies the head's
-        # weight once for each row: with a vocabulary of 262k that was 80 % of a generation's time, and 8 GB.
-        # Not `contiguous()`: it leaves a batch of one row as it is, whose stride of the first dimension is the same.
-        head.register_forward_pre_hook(
-            lambda _, args: (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
-        )
+    give_head_plain_strides(model)
     if place is not None:
         model.to(place)
     logger.info("%s: %s, attention %s", os.path.basename(config.model), dtype, attention)

@@ -12,11 +12,11 @@ from translora.bundle.remote import fetch_all, is_remote
 from translora.config import AdapterEntry, FleetConfig, TrainConfig
 from translora.distill.teacher import check_vocabularies
 from translora.distill.zero3 import read_ds_config
-from translora.engine.loading import load_tokenizer, resolve_dtype
+from translora.engine.loading import attention_of, load_tokenizer, resolve_dtype
 from translora.engine.prompts import prompt_format
 from translora.run.files import read_jsonl
 from translora.run.member import MAX_NAME, Member, Run, attempt_size, cohort_names, is_name
-from translora.run.recipes import Seals, recipes
+from translora.run.recipes import Seals, base_settings, recipes
 from translora.run.resume import continue_state
 from translora.run.state import AdapterState, load_state, state_path
 from translora.synthesis.pool import choose_screen
@@ -31,9 +31,11 @@ def check_training(config: FleetConfig, target: BaseInfo) -> None:
     """Check what the distillation will need before the synthesis is paid for.
 
     Raises:
-        ValueError: the DeepSpeed config cannot be used, a target module is no linear module of the target base, or the
-            loss wants one vocabulary and the bases have two.
+        ValueError: the DeepSpeed config cannot be used, a target module is no linear module of the target base, a base
+            cannot have the attention that is asked for, or the loss wants one vocabulary and the bases have two.
     """
+    for settings in base_settings(config):
+        attention_of(settings, resolve_dtype(settings.dtype))
     check_section(config.distill, target, "distill")
     if config.distill.loss == "kl":
         check_vocabularies(load_tokenizer(config.source), load_tokenizer(config.target))
