@@ -13,17 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from benchmarks.facts import facts
-from benchmarks.merging import ROUTING, cell, complete, once, tests, train_tag
+from benchmarks.merging import ROUTING, accuracy, cell, once, score, tests, train_tag
 from examples.bases import base_path, default_cache
 from translora.bundle import inspect_base, read_bundle, write_bundle
 from translora.config import BaseModelConfig
 from translora.engine.transformers import TransformersEngine
-from translora.evaluate.statistics import Resample
-from translora.gate.agreement import is_equal
 
 ROOT = Path(__file__).parents[1]
 AFTER = {"static_cat": {}, "iteris": {"iteris": {"max_iter": 5}}, "cat": {"cat": {"epochs": 3}}}
@@ -110,12 +107,7 @@ def main() -> None:
     for arm, (base, adapter) in arms.items():
         engine = engines[base]
         engine.use_adapters({"it": adapter})
-        cells = []
-        for name, rows in sets.items():
-            answers = complete(engine, "it", [row["input"] for row in rows], 16)
-            correct = [is_equal(answer, row["target"]) for answer, row in zip(answers, rows, strict=True)]
-            score = np.array([correct], dtype=float)
-            cells.append(cell(Resample(1, len(correct), name, over_seeds=False).estimate(score)))
+        cells = [cell(accuracy(score(engine, rows), name)) for name, rows in sets.items()]
         print(f"| {arm} | {' | '.join(cells)} |", flush=True)
 
 

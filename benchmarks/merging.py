@@ -107,6 +107,17 @@ def complete(engine: TransformersEngine, slot: str | None, texts: Sequence[str],
     return found
 
 
+def score(engine: TransformersEngine, rows: Rows) -> list[bool]:
+    """Which rows the adapter "it" answers right."""
+    answers = complete(engine, "it", [row["input"] for row in rows], 16)
+    return [is_equal(answer, row["target"]) for answer, row in zip(answers, rows, strict=True)]
+
+
+def accuracy(correct: Sequence[bool], name: str) -> Estimate:
+    """With a bootstrap interval over the rows."""
+    return Resample(1, len(correct), name, over_seeds=False).estimate(np.array([correct], dtype=float))
+
+
 def synthesise(base: Path, adapters: dict[str, Path], seeds: dict[str, list[str]], num: int, work: Path) -> None:
     """Inputs that the base invents from five seeds, answered by each skill's own adapter: no real data at all."""
     engine = TransformersEngine(BaseModelConfig(model=str(base)), adapters)
@@ -192,17 +203,7 @@ def measure(arguments: argparse.Namespace) -> None:
         seconds, gigabytes = (0.0, 0.0) if single else merge(arm, base, adapters, work, arguments.set)
         engine = engine or TransformersEngine(BaseModelConfig(model=str(base)), {})
         engine.use_adapters({"it": adapters[single] if single else place(work, arm)})
-        correct = {
-            name: [
-                is_equal(*pair)
-                for pair in zip(
-                    complete(engine, "it", [row["input"] for row in rows], 16),
-                    [row["target"] for row in rows],
-                    strict=True,
-                )
-            ]
-            for name, rows in sets.items()
-        }
+        correct = {name: score(engine, rows) for name, rows in sets.items()}
         write_json(record, {"arm": arm, "seconds": seconds, "gigabytes": gigabytes, "correct": correct})
     print_table(arguments)
 
@@ -218,13 +219,10 @@ def print_table(arguments: argparse.Namespace) -> None:
     both: dict[str, np.ndarray] = {}
     for arm in arguments.arms:
         found = json.loads(place(arguments.work, arm).with_suffix(".json").read_text())
-        scores = {name: np.array([values], dtype=float) for name, values in found["correct"].items()}
-        cells = [
-            cell(Resample(1, score.shape[1], name, over_seeds=False).estimate(score)) for name, score in scores.items()
-        ]
+        cells = [cell(accuracy(values, name)) for name, values in found["correct"].items()]
         cost = (f"{found['seconds']:.0f}", f"{found['gigabytes']:.1f}") if found["seconds"] else ("", "")
         print("| " + " | ".join([arm, *cells, *cost]) + " |")
-        both[arm] = scores["both"]
+        both[arm] = np.array([found["correct"]["both"]], dtype=float)
     for arm in [arm for arm in both if arm.startswith("cat")]:
         if "static_cat" in both:
             gain = both[arm] - both["static_cat"]

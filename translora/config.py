@@ -287,9 +287,18 @@ class PrepareConfig(ConfigFile):
     @model_validator(mode="after")
     def _check(self) -> Self:
         refuse_same_names([task.name for task in self.tasks])
-        if self.train.loss != "sft":
-            raise ValueError("train.loss: an adapter that is trained on its owner's data has no teacher; use sft")
+        refuse_teacher(self.train)
         return self
+
+
+def refuse_teacher(train: TrainConfig) -> None:
+    """What is trained on real data has no teacher.
+
+    Raises:
+        ValueError: the loss is one of a teacher.
+    """
+    if train.loss != "sft":
+        raise ValueError(f"train.loss: {train.loss} wants a teacher, and training on real data has none; use sft")
 
 
 def refuse_same_names(names: Sequence[str]) -> None:

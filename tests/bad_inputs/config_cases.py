@@ -132,6 +132,12 @@ CASES = [
         ),
         "merges: the name orders is taken by another adapter",
     ),
+    Case(
+        "a loss of a teacher where there is only the owner's data",
+        prepare(PREPARE + "train: {loss: kl}\n"),
+        "train.loss: kl wants a teacher, and training on real data has none; use sft",
+    ),
+    Case("an unknown loss", fleet(FLEET + "distill: {loss: mse}\n"), "distill.loss: Input should be 'sft' or 'kl'"),
     Case("a task name twice", prepare(PREPARE + "  - {name: orders, data: b.jsonl}\n"), "task names appear twice"),
     Case("a task name with a slash", prepare(PREPARE.replace("name: orders", "name: a/b")), "tasks.0.name: String"),
     Case("a task without data", prepare(PREPARE.replace(", data: orders.jsonl", "")), "tasks.0.data: Field required"),

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -55,24 +56,22 @@ def read_checkpoints(directory: Path, own: str, gang: Gang) -> None:
         try:
             with safe_open(path, framework="pt") as handle:
                 place = json.loads(handle.metadata()["gang"])
-                own_numbers = {n for n, one in enumerate(place["students"]) if one["recipe"] in gang.recipes}
-                # Copies: the file may be replaced while a state waits for its turn.
-                tensors = {
-                    key: handle.get_tensor(key).clone()
-                    for key in handle.keys()  # noqa: SIM118 (a safetensors handle is no dict)
-                    if int(key.partition("/")[0]) in own_numbers
+                states: dict[int, dict[str, torch.Tensor]] = {
+                    n: {} for n, one in enumerate(place["students"]) if one["recipe"] in gang.recipes
                 }
+                for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
+                    prefix, _, key = name.partition("/")
+                    if (state := states.get(int(prefix))) is not None:
+                        # A copy: the file may be replaced while a state waits for its turn.
+                        state[key] = handle.get_tensor(name).clone()
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             logger.warning("%s: cannot be read (%s); its students begin again", path, error)
             continue
-        for number, student in enumerate(place["students"]):
-            if number not in own_numbers:
-                continue
+        for number, state in states.items():
+            student = place["students"][number]
             known = gang.saved.get(student["recipe"])
             if known is not None and len(known[1]) >= len(student["losses"]):
                 continue  # a file of an earlier layout that was left behind
-            prefix = f"{number}/"
-            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             gang.saved[student["recipe"]] = (state, student["losses"])
         if path.name == own and (place["queue"], place["num_slots"]) == (queue_digest(gang), gang.num_slots):
             mine = place

@@ -6,6 +6,7 @@ Shapes: L positions, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,23 +70,28 @@ class Head:
         return logits_LV if self.softcap is None else self.softcap * torch.tanh(logits_LV / self.softcap)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+Loss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
+"""Losses [C] of some positions and their gradients [C, V] by the logits [C, V], whose memory it may use for them."""
+
+
+def positions_at_once(head: Head) -> int:
+    """How many positions have no more than CHUNK_ELEMENTS logits."""
+    return max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+
+
+class _ChunkedLoss(torch.autograd.Function):
     """The head is frozen, so the gradient of the hidden states is made chunk by chunk along with the loss."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden_LD: torch.Tensor, head: Head, labels_L: torch.Tensor, weights_L: torch.Tensor
-    ) -> torch.Tensor:
-        chunk = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+    def forward(ctx: Any, hidden_LD: torch.Tensor, head: Head, loss: Loss, weights_L: torch.Tensor) -> torch.Tensor:
+        chunk = positions_at_once(head)
         losses_L, grad_LD = torch.empty_like(weights_L), torch.empty_like(hidden_LD)
-        for start in range(0, len(labels_L), chunk):
+        for start in range(0, len(weights_L), chunk):
             part = slice(start, start + chunk)
-            logits_CV, labels_C1 = head.logits(hidden_LD[part]), labels_L[part, None]
-            total_C1 = logits_CV.logsumexp(-1, keepdim=True)
-            losses_L[part] = (total_C1 - logits_CV.gather(1, labels_C1))[:, 0] * weights_L[part]
+            logits_CV = head.logits(hidden_LD[part])
             slope = head.scale if head.softcap is None else head.scale * (1 - (logits_CV / head.softcap) ** 2)
-            grad_CV = logits_CV.sub_(total_C1).exp_()
-            grad_CV.scatter_add_(1, labels_C1, torch.full_like(labels_C1, -1, dtype=grad_CV.dtype))
+            losses_C, grad_CV = loss(logits_CV, part)
+            losses_L[part] = losses_C * weights_L[part]
             grad_CV.mul_(weights_L[part, None])
             if head.softcap is not None or head.scale != 1.0:
                 grad_CV.mul_(slope)
@@ -115,53 +121,17 @@ def cross_entropy(hidden_LD: torch.Tensor, head: Head, labels_L: torch.Tensor, w
     Returns:
         [L] float32.
     """
-    losses_L: torch.Tensor = _ChunkedCrossEntropy.apply(hidden_LD, head, labels_L, weights_L)
+
+    def loss(logits_CV: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        labels_C1 = labels_L[part, None]
+        total_C1 = logits_CV.logsumexp(-1, keepdim=True)
+        losses_C = (total_C1 - logits_CV.gather(1, labels_C1))[:, 0]
+        grad_CV = logits_CV.sub_(total_C1).exp_()
+        grad_CV.scatter_add_(1, labels_C1, torch.full_like(labels_C1, -1, dtype=grad_CV.dtype))
+        return losses_C, grad_CV
+
+    losses_L: torch.Tensor = _ChunkedLoss.apply(hidden_LD, head, loss, weights_L)
     return losses_L
-
-
-class _ChunkedDivergence(torch.autograd.Function):
-    """As the cross-entropy above, against K tokens' probabilities and the sum of all others'."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_LD: torch.Tensor,
-        head: Head,
-        tokens_LK: torch.Tensor,
-        log_p_LK: torch.Tensor,
-        weights_L: torch.Tensor,
-    ) -> torch.Tensor:
-        chunk = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
-        losses_L, grad_LD = torch.empty_like(weights_L), torch.empty_like(hidden_LD)
-        for start in range(0, len(tokens_LK), chunk):
-            part = slice(start, start + chunk)
-            tokens_CK, p_CK = tokens_LK[part], log_p_LK[part].exp()
-            logits_CV = head.logits(hidden_LD[part])
-            total_C1 = logits_CV.logsumexp(-1, keepdim=True)
-            log_q_CK = logits_CV.gather(1, tokens_CK) - total_C1
-            q_CK = torch.where(p_CK > 0, log_q_CK.exp(), 0.0)
-            rest_p_C1 = (1 - p_CK.sum(-1, keepdim=True)).clamp(min=0)
-            rest_q_C1 = (1 - q_CK.sum(-1, keepdim=True)).clamp(min=SMALLEST_REST)
-            told_C = torch.where(p_CK > 0, p_CK * (log_p_LK[part] - log_q_CK), 0.0).sum(-1)
-            rest_C = torch.special.xlogy(rest_p_C1, rest_p_C1 / rest_q_C1)[:, 0]
-            losses_L[part] = (told_C + rest_C) * weights_L[part]
-            # d/dz: q - p for the K tokens, q (1 - rest_p / rest_q) for the others.
-            slope = head.scale if head.softcap is None else head.scale * (1 - (logits_CV / head.softcap) ** 2)
-            ratio_C1 = rest_p_C1 / rest_q_C1
-            grad_CV = logits_CV.sub_(total_C1).exp_().mul_(1 - ratio_C1)
-            grad_CV.scatter_add_(1, tokens_CK, torch.where(p_CK > 0, q_CK * ratio_C1 - p_CK, 0.0))
-            grad_CV.mul_(weights_L[part, None])
-            if head.softcap is not None or head.scale != 1.0:
-                grad_CV.mul_(slope)
-            grad_LD[part] = grad_CV.to(hidden_LD.dtype) @ head.weight
-        ctx.save_for_backward(grad_LD)
-        return losses_L
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad_L,) = grads
-        (grad_LD,) = ctx.saved_tensors
-        return grad_LD * grad_L[:, None].to(grad_LD.dtype), None, None, None, None
 
 
 def divergence(
@@ -180,21 +150,37 @@ def divergence(
     Returns:
         [L] float32.
     """
-    losses_L: torch.Tensor = _ChunkedDivergence.apply(hidden_LD, head, tokens_LK, log_p_LK, weights_L)
+
+    def loss(logits_CV: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens_CK, log_p_CK = tokens_LK[part], log_p_LK[part]
+        p_CK = log_p_CK.exp()
+        total_C1 = logits_CV.logsumexp(-1, keepdim=True)
+        log_q_CK = logits_CV.gather(1, tokens_CK) - total_C1
+        q_CK = torch.where(p_CK > 0, log_q_CK.exp(), 0.0)
+        rest_p_C1 = (1 - p_CK.sum(-1, keepdim=True)).clamp(min=0)
+        ratio_C1 = rest_p_C1 / (1 - q_CK.sum(-1, keepdim=True)).clamp(min=SMALLEST_REST)
+        told_C = torch.where(p_CK > 0, p_CK * (log_p_CK - log_q_CK), 0.0).sum(-1)
+        losses_C = told_C + torch.special.xlogy(rest_p_C1, ratio_C1)[:, 0]
+        # q - p for the K tokens, q (1 - rest_p / rest_q) for the others.
+        grad_CV = logits_CV.sub_(total_C1).exp_().mul_(1 - ratio_C1)
+        grad_CV.scatter_add_(1, tokens_CK, torch.where(p_CK > 0, q_CK * ratio_C1 - p_CK, 0.0))
+        return losses_C, grad_CV
+
+    losses_L: torch.Tensor = _ChunkedLoss.apply(hidden_LD, head, loss, weights_L)
     return losses_L
 
 
 def top_log_probabilities(hidden_LD: torch.Tensor, head: Head, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The K most likely tokens of each position [L, K] and their log-probabilities [L, K], without gradients."""
-    chunk = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
     most = min(top_k, head.weight.shape[0])
-    found = [head.logits(part).log_softmax(-1).topk(most, dim=-1) for part in hidden_LD.split(chunk)]
+    parts = hidden_LD.split(positions_at_once(head))
+    found = [head.logits(part).log_softmax(-1).topk(most, dim=-1) for part in parts]
     return torch.cat([indices for _, indices in found]), torch.cat([values for values, _ in found])
 
 
 def log_probabilities(hidden_LD: torch.Tensor, head: Head, labels_L: torch.Tensor) -> torch.Tensor:
     """log p(label) at each position [L], float32, without gradients and without the logits of all positions."""
-    chunk = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+    chunk = positions_at_once(head)
     found = []
     for start in range(0, len(labels_L), chunk):
         logits_CV = head.logits(hidden_LD[start : start + chunk])

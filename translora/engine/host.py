@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -159,8 +160,9 @@ def _in_halves(
     return [row for part in (rows[:middle], rows[middle:]) for row in _in_halves(engine, function, part, settings)]
 
 
+@functools.cache
 def weights_bytes(adapter: str) -> int:
-    """Size of an adapter's weights on disk; 0 where there is none, which reading it will say."""
+    """Size of an adapter's weights on disk, looked up once; 0 where there is none, which reading it will say."""
     try:
         return (Path(adapter) / WEIGHTS).stat().st_size
     except OSError:

@@ -23,6 +23,7 @@ from translora.config import (
     SynthesisConfig,
     TrainConfig,
     refuse_same_names,
+    refuse_teacher,
 )
 from translora.config_file import NAME_PATTERN, ConfigFile, Strict, fault_text
 
@@ -82,8 +83,7 @@ class EvaluateConfig(ConfigFile):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.train.loss != "sft":
-            raise ValueError("train.loss: an adapter that is trained on real data has no teacher; use sft")
+        refuse_teacher(self.train)
         refuse_same_names([task.name for task in self.tasks])
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} names one twice; a repetition counts once")

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from translora.bundle import BaseInfo, Bundle, BundleError, read_bundle, verify_bundle, write_bundle
 from translora.bundle.remote import fetch_all, is_remote, name_of_url
 from translora.config import AdapterEntry, BaseModelConfig, FleetConfig
 from translora.engine.memory import is_out_of_memory
-from translora.merge.config import MergeConfig, MergeEntry
+from translora.merge.config import MergeConfig, MergeEntry, MergeSettings
 from translora.run.files import digest, remove_directory, sha256_file
 from translora.run.redact import first_line, printable, redact
 from translora.run.state import BUNDLES, SYNTHETIC, AdapterState, save_state
@@ -160,9 +160,8 @@ def merge_bundles(
             f"{entry.name}: its parts have different prompt templates ({', '.join(sorted(templates))}); "
             "merge adapters that were trained with one"
         )
-    merge_settings = entry.model_dump(exclude={"name", "when", "adapters", "data", "num_samples", "eval_data"})
     command = MergeConfig(
-        **merge_settings,
+        **entry.model_dump(include=set(MergeSettings.model_fields)),
         adapters=[part.path for part in parts],
         data=list(data),
         out=config.run_dir / MERGING / entry.name,
@@ -174,11 +173,6 @@ def merge_bundles(
         seed=config.seed,
     )
     run_merge(command, config, start_cluster)
-    provenance: Mapping[str, str | int | float] = {
-        "merged_by": entry.method,
-        "merged_from": ", ".join(part.path.name for part in parts),
-        "merge_recipe": recipe,
-    }
     in_turn = itertools.zip_longest(*(part.seeds for part in parts))
     return write_bundle(
         output,
@@ -189,7 +183,11 @@ def merge_bundles(
         base=base,
         num_samples=entry.num_samples or sum(part.manifest.num_samples for part in parts),
         prompt_template=command.prompt_template,
-        provenance=dict(provenance),
+        provenance={
+            "merged_by": entry.method,
+            "merged_from": ", ".join(part.path.name for part in parts),
+            "merge_recipe": recipe,
+        },
         model_card=(command.out / "README.md").read_text(encoding="utf-8"),
     )
 

@@ -65,6 +65,8 @@ class Pool:
         Returns:
             Samples that are missing by normalised answer, and how many samples with these answers there are.
         """
+        if self.class_surplus <= 1:
+            return Counter(), 0
         classes = recurring_answers(self.accepted)
         fewest = self.least_of_each(classes)
         scale = max(1.0, self.needed / max(1, len(self.accepted)))
@@ -72,7 +74,7 @@ class Pool:
         return Counter({normalise(answer): count for answer, count in lack.items()}), sum(classes[a] for a in lack)
 
     def least_of_each(self, classes: Mapping[str, int]) -> int:
-        """Half an even split of `needed` over the teacher's answers; 0 where that is not asked for or impossible."""
+        """Half an even split of `needed` over the teacher's answers; 0 where that is not asked for, or one is all."""
         return self.needed // (2 * len(classes)) if self.class_surplus > 1 and len(classes) > 1 else 0
 
     def next_orderings(self, count: int, num_orderings: int) -> list[int]:

@@ -51,16 +51,21 @@ def answer_block(engine: TransformersEngine, rows: list[Row], settings: dict[str
     ]
 
 
+def encoded(engine: TransformersEngine, rows: list[Row]) -> list[tuple[list[int], list[int]]]:
+    """Token ids of each row's prompt and of its `answer` with its end. Rows: input, answer, template."""
+    found = []
+    for row in rows:
+        prompts = prompt_format(engine.tokenizer, row["template"])
+        found.append((prompts.encode_prompt(row["input"]), prompts.encode_answer(row["answer"])))
+    return found
+
+
 def answer_likelihood(engine: TransformersEngine, rows: list[Row], slots: list[str | None]) -> list[float]:
     """Mean log-likelihood of a token of each row's `answer`, its end among them, under the adapter of `slots`.
 
     Rows: input, answer, template.
     """
-    samples = []
-    for row in rows:
-        prompts = prompt_format(engine.tokenizer, row["template"])
-        samples.append((prompts.encode_prompt(row["input"]), prompts.encode_answer(row["answer"])))
-    return [sum(own) / len(own) for own in engine.log_likelihood(samples, slots)]
+    return [sum(own) / len(own) for own in engine.log_likelihood(encoded(engine, rows), slots)]
 
 
 def teach_block(engine: TransformersEngine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
@@ -68,10 +73,7 @@ def teach_block(engine: TransformersEngine, rows: list[Row], settings: dict[str,
 
     Rows: slot (the teacher), input, answer, template. Settings: top_k.
     """
-    samples = []
-    for row in rows:
-        prompts = prompt_format(engine.tokenizer, row["template"])
-        samples.append((prompts.encode_prompt(row["input"]), prompts.encode_answer(row["answer"])))
+    samples = encoded(engine, rows)
     found = engine.top_log_probabilities(samples, [row["slot"] for row in rows], settings["top_k"])
     return [
         {**row, "teacher": {"answer_ids": list(answer_ids), "tokens": tokens, "log_p": log_p}}
