@@ -415,12 +415,14 @@ def test_a_file_that_is_damaged_in_the_middle_of_a_run_is_made_anew_a_few_times(
 
 
 def test_target_modules_are_linear_modules_of_the_target_base(run: Run) -> None:
+    bases = {"source": run.config.source, "target": run.config.target}
     for names in (["embed_tokens"], ["lm_head"], ["q_proj", "qproj"]):
-        settings = config(Path("run"), distill={"lora": {"target_modules": names}})
+        settings = config(Path("run"), **bases, distill={"lora": {"target_modules": names}})
         with pytest.raises(ValueError, match=f"target_modules: {names[-1]} not in base; it has ") as fault:
             check_training(settings, run.target)
         assert "embed_tokens" not in str(fault.value).partition("it has")[2]
-    check_training(config(Path("run"), distill={"lora": {"target_modules": ["q_proj", "down_proj"]}}), run.target)
+    fits = config(Path("run"), **bases, distill={"lora": {"target_modules": ["q_proj", "down_proj"]}})
+    check_training(fits, run.target)
 
 
 def test_globs_are_expanded_and_twice_the_same_name_is_refused(tmp_path: Path) -> None:
