@@ -78,10 +78,6 @@ class SynthesisConfig(Strict):
     the discriminator where the bundle has one, and excess elsewhere."""
     excess_surplus: float = Field(default=1.5, ge=1)
     """Excess screen: collect |D_syn| times this, and keep those with the greatest excess."""
-    class_surplus: float = Field(default=1.0, ge=1)
-    """Where the teacher's answers are few and one of them is rarer than half an even split of |D_syn|: collect up to
-    |D_syn| times this, more from the seeds that lead to that answer, and keep the rare ones. Off at 1: a first
-    measurement shows no gain beyond its intervals."""
     seed_similarity: float = Field(default=0.9, gt=0, le=1)
     """An input as similar as this to a seed (edit similarity, 1 is equal) is dropped: it would leak the seed."""
     duplicate_similarity: float = Field(default=0.97, gt=0, le=1)

@@ -27,7 +27,7 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
         budget = math.ceil(config.synthesis.max_generated_factor * needed)
         screen = choose_screen(config.synthesis, member.bundle, member.entry.screen)
         surplus = config.synthesis.excess_surplus if screen == "excess" else 1.0
-        pools.append(Pool(member.name, member.bundle, needed, budget, screen, surplus, config.synthesis.class_surplus))
+        pools.append(Pool(member.name, member.bundle, needed, budget, screen, surplus))
         if member.state.attempt > 1:
             rows = pq.read_table(member.earlier_set).to_pylist()
             pools[-1].carry_on(member.state.earlier or member.state.synthesis, rows)

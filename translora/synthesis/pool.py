@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,14 +33,10 @@ class Pool:
     screen: ScreenName = "none"
     surplus: float = 1.0
     """Samples that are collected, as a multiple of `needed`; the best of them by score are kept."""
-    class_surplus: float = 1.0
-    """The same where the teacher gives an answer too rarely; enough of each answer are kept."""
     accepted: list[Row] = field(default_factory=list)
     refused: list[Row] = field(default_factory=list)
     stats: SynthesisStats = field(default_factory=SynthesisStats)
     seen: KnownInputs = field(default_factory=KnownInputs)
-    orderings: dict[int, int] = field(default_factory=dict)
-    """Which order of the seeds a request had, by its sample_id."""
     fault: str = ""
     """Why its rows cannot be computed; it asks for no more."""
 
@@ -50,58 +45,8 @@ class Pool:
 
     @property
     def wanted(self) -> int:
-        """Samples to collect: what the screen chooses from, and where an answer is rare what it takes to meet it."""
-        plain = math.ceil(self.needed * self.surplus)
-        rare, num_rare = self.rare_answers()
-        if not rare:
-            return plain
-        expected = rare.total() * (len(self.accepted) + 1) / (num_rare + 1)
-        most = math.ceil(self.needed * self.class_surplus)
-        return max(plain, min(most, max(self.needed, len(self.accepted)) + math.ceil(expected)))
-
-    def rare_answers(self) -> tuple[Counter[str], int]:
-        """What each answer of the teacher will lack that is on its way to fewer than half an even split of `needed`.
-
-        Returns:
-            Samples that are missing by normalised answer, and how many samples with these answers there are.
-        """
-        if self.class_surplus <= 1:
-            return Counter(), 0
-        classes = recurring_answers(self.accepted)
-        fewest = self.least_of_each(classes)
-        scale = max(1.0, self.needed / max(1, len(self.accepted)))
-        lack = +Counter({answer: math.ceil(fewest - count * scale) for answer, count in classes.items()})
-        return Counter({normalise(answer): count for answer, count in lack.items()}), sum(classes[a] for a in lack)
-
-    def least_of_each(self, classes: Mapping[str, int]) -> int:
-        """Half an even split of `needed` over the teacher's answers; 0 where that is not asked for, or one is all."""
-        return self.needed // (2 * len(classes)) if self.class_surplus > 1 and len(classes) > 1 else 0
-
-    def next_orderings(self, count: int, num_orderings: int) -> list[int]:
-        """The seeds' orders of the next requests: in turn, or in proportion to how often each gave a rare answer.
-
-        What is invented resembles the last seed, so one order gives an answer that another never does.
-        """
-        first = self.stats.generated
-        rare, _ = self.rare_answers()
-        hits = Counter(
-            self.orderings[row["sample_id"]]
-            for row in self.accepted
-            if row["sample_id"] in self.orderings and normalise(row["answer"]) in rare
-        )
-        if not hits:
-            return [(first + index) % num_orderings for index in range(count)]
-        asked = Counter(self.orderings.values())
-        prior = hits.total() / asked.total()
-        rates = [(hits[ordering] + prior) / (asked[ordering] + 1) for ordering in range(num_orderings)]
-        given: Counter[int] = Counter()
-        chosen: list[int] = []
-        for index in range(count):
-            due = [rate / sum(rates) * (index + 1) - given[ordering] for ordering, rate in enumerate(rates)]
-            best = due.index(max(due))
-            given[best] += 1
-            chosen.append(best)
-        return chosen
+        """Samples to collect, from which the screen chooses."""
+        return math.ceil(self.needed * self.surplus)
 
     def carry_on(self, stats: SynthesisStats, rows: Sequence[Row]) -> None:
         """Begin with what an earlier, smaller set of the adapter holds: its samples, counts and numbers.
@@ -175,39 +120,15 @@ def admit(labelled: Sequence[Row], pools: Mapping[str, Pool]) -> None:
         pool.stats.accepted = len(pool.accepted)
 
 
-def recurring_answers(rows: Sequence[Row]) -> dict[str, int]:
-    """The teacher's answers by frequency, where they are few; one that came once is a slip, and no class."""
-    classes = answer_classes([row["answer"] for row in rows])
-    return {answer: count for answer, count in classes.items() if count > 1}
-
-
 def choose(pool: Pool) -> list[Row]:
-    """As many as were asked for: half an even split of every answer where there are classes, then the best.
-
-    The best are those of the greatest score where the pool collected a surplus for its screen, else the first.
-    """
-
-    def rank(row: Row) -> tuple[float, int]:
-        return (-(row["score"] or 0.0) if pool.surplus > 1 else 0.0, row["sample_id"])
-
-    ranked = sorted(pool.accepted, key=rank)
-    classes = recurring_answers(ranked)
-    fewest = pool.least_of_each(classes)
-    names = set(map(normalise, classes))
-    taken: Counter[str] = Counter()
-    first: list[Row] = []
-    others: list[Row] = []
-    for row in ranked:
-        answer = normalise(row["answer"])
-        taken[answer] += 1
-        (first if answer in names and taken[answer] <= fewest else others).append(row)
-    return [*first, *others][: pool.needed]
+    """As many as were asked for, those of the greatest score."""
+    return sorted(pool.accepted, key=lambda row: (-(row["score"] or 0.0), row["sample_id"]))[: pool.needed]
 
 
 def close(pool: Pool) -> None:
     """Cut a pool to what was asked for, the best by score where there is a surplus, and say what it is like."""
     stats = pool.stats
-    if max(pool.surplus, pool.class_surplus) > 1:
+    if pool.surplus > 1:
         kept = {row["sample_id"] for row in choose(pool)}
         outranked = [row for row in pool.accepted if row["sample_id"] not in kept]
         pool.refused += outranked

@@ -26,9 +26,8 @@ def plan_round(pools: Sequence[Pool], config: SynthesisConfig, seed: int) -> lis
     rows = []
     for pool in pools:
         count = pool.next_count(config.oversample)
-        orderings = pool.next_orderings(count, config.num_orderings)
-        for sample_id, ordering in enumerate(orderings, pool.stats.generated):
-            pool.orderings[sample_id] = ordering
+        for sample_id in range(pool.stats.generated, pool.stats.generated + count):
+            ordering = sample_id % config.num_orderings
             rows.append(generation_row(pool.name, pool.bundle.seeds, sample_id, seed, ordering))
         if count > 0:
             pool.stats.rounds += 1
