@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument("--samples", type=int, default=8, help="synthetic training samples an adapter (default: 8)")
     parser.add_argument("--heldout", type=int, default=4)
-    parser.add_argument("--mended", action="store_true", help="the plain script has the head's hook, see there")
+    parser.add_argument("--mended", action="store_true", help="the plain script is one that was profiled, see there")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         path = make_fleet(Path(name), arguments.adapters, arguments.samples, arguments.heldout)

@@ -6,8 +6,9 @@ train the next hop's discriminator, and measure agreement on held-out prompts.
 
     python -m benchmarks.plain fleet.yaml HELDOUT results.json [mended]
 
-`mended` gives it the hook of translora.engine.loading, without which torch 2.13 copies the head's weight for each row
-of a prompt on the CPU. A user who has not profiled his script does not have it.
+`mended` is the script of a user who has profiled it: rows stop at the line's end, screening computes the last logits
+alone, and it has the hook of translora.engine.loading, without which torch 2.13 copies the head's weight for each row
+of a prompt on the CPU.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Result:
 class PlainMigration:
     """Source and target base, and what is done with them for each adapter."""
 
-    def __init__(self, config: FleetConfig) -> None:
-        self.config = config
+    def __init__(self, config: FleetConfig, mended: bool) -> None:
+        self.config, self.mended = config, mended
         self.source_tokenizer, self.target_tokenizer = (
             AutoTokenizer.from_pretrained(base.model, padding_side="left") for base in (config.source, config.target)
         )
@@ -118,6 +119,7 @@ class PlainMigration:
                 temperature=sampling.temperature,
                 top_k=sampling.top_k,
                 max_new_tokens=sampling.max_new_tokens,
+                **({"stop_strings": ["\n"], "tokenizer": self.target_tokenizer} if self.mended else {}),
             )
             new = output[:, batch["input_ids"].shape[1] :]
             texts += self.target_tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -132,7 +134,7 @@ class PlainMigration:
         model.set_adapter("discriminator")
         questions = [f"{text}\n Is the above question from {task_name} dataset?" for text in texts]
         batch = self.source_tokenizer([self.chat(text) for text in questions], padding=True, return_tensors="pt")
-        logits = model(**batch).logits[:, -1].float()
+        logits = model(**batch, **({"logits_to_keep": 1} if self.mended else {})).logits[:, -1].float()
         yes, no = (self.source_tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("yes", "no"))
         return (logits[:, yes] - logits[:, no]).tolist()
 
@@ -207,7 +209,7 @@ def main() -> None:
     """Migrate the adapters of a fleet file one after the other."""
     path, num_heldout, output, *mended = sys.argv[1:]
     config, start = load_config(path, FleetConfig), time.monotonic()
-    migration = PlainMigration(config)
+    migration = PlainMigration(config, mended=bool(mended))
     for base in (migration.source, migration.target) if mended else ():
         give_head_plain_strides(base)
     results = []

@@ -19,7 +19,7 @@ from translora.lora.bank import new_bank
 class WholeBase:
     """What the gang needs of a base (translora.distill.gang.ResidentBase), without DeepSpeed."""
 
-    def __init__(self, path: Path, dtype: torch.dtype, target_modules: Sequence[str]) -> None:
+    def __init__(self, path: Path, dtype: torch.dtype, target_modules: Sequence[str] | str) -> None:
         self.dtype = dtype
         self.place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(BaseModelConfig(model=str(path)), dtype, self.place)

@@ -1,4 +1,4 @@
-"""The command line: translora migrate | prepare | evaluate | merge | status | report.
+"""The command line: translora migrate | prepare | evaluate | merge | plan | status | report.
 
 Exit codes: 0 all adapters migrated, 1 some failed the gate or were quarantined, 2 the input cannot be used,
 3 a worker or the cluster failed, 130 Ctrl-C, 143 SIGTERM (after these three the same command continues).
@@ -22,6 +22,7 @@ from translora import __version__
 from translora.config import FleetConfig, PrepareConfig, ResourceConfig, load_config
 from translora.evaluate.config import EvaluateConfig
 from translora.merge.config import METHODS, merge_config
+from translora.plan.hardware import ACCEPTANCE, GPUS, Hardware
 from translora.run.files import full_disk
 from translora.run.lease import LeaseLostError
 from translora.run.redact import printable, redact
@@ -80,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--report-only", action="store_true", help="write the report again from its JSON")
     evaluate.set_defaults(work=run_evaluate)
     add_merge(commands.add_parser("merge", help="merge LoRA adapters of one base into one plain adapter"))
+    add_plan(commands.add_parser("plan", help="what a fleet takes of which GPUs, before anything is loaded"))
     status = commands.add_parser("status", help="show where a run stands, also while it goes on")
     status.add_argument("run", type=Path, help="run directory")
     status.add_argument("--json", action="store_true", help="print JSON")
@@ -106,6 +108,34 @@ def add_merge(merge: argparse.ArgumentParser) -> None:
     merge.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings, such as iteris.max_iter=5")
     merge.add_argument("--verbose", action="store_true", help="show the libraries' own logs too")
     merge.set_defaults(work=run_merge)
+
+
+def add_plan(plan: argparse.ArgumentParser) -> None:
+    """The flags of `translora plan`."""
+    plan.add_argument("config", type=Path, help="fleet.yaml; of the bases their config.json is enough")
+    plan.add_argument("--gpu", choices=GPUS, default="h100-80gb", metavar="GPU", help=", ".join(GPUS))
+    plan.add_argument("--gpus", type=positive, nargs="+", default=[8], metavar="N", help="a plan for each (default: 8)")
+    plan.add_argument("--gpus-per-node", type=positive, default=8, metavar="N", help="default: 8")
+    plan.add_argument("--network", type=positive, default=3200, metavar="GBIT", help="Gbit/s of a node (default: 3200)")
+    plan.add_argument("--adapters", type=positive, metavar="N", help="plan for so many; the bundles are not looked at")
+    plan.add_argument("--samples", type=positive, default=250, metavar="N", help="|D| of each of them (default: 250)")
+    plan.add_argument("--acceptance", type=share, default=ACCEPTANCE, help=f"of generated inputs ({ACCEPTANCE})")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(work=run_plan)
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def share(text: str) -> float:
+    """A number above 0 and up to 1."""
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -212,6 +242,31 @@ def run_merge(arguments: argparse.Namespace) -> int:
 
     sys.stdout.write(f"{merge(config)}\n")
     return MIGRATED
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """`translora plan fleet.yaml`."""
+    config = load_config(arguments.config, FleetConfig)
+    from rich.console import Console
+
+    from translora.plan.fleet import plan_fleet
+    from translora.plan.render import as_json, print_plans
+    from translora.plan.shape import read_shapes
+    from translora.plan.work import bundled_work, given_work
+
+    if arguments.adapters:
+        work = given_work(config, arguments.adapters, arguments.samples, arguments.acceptance)
+    else:
+        work = bundled_work(config, arguments.acceptance)
+    gpu, rate = GPUS[arguments.gpu], arguments.network / 8 * 1e9
+    machines = [Hardware(gpu, count, arguments.gpus_per_node, network_rate=rate) for count in arguments.gpus]
+    shapes = read_shapes(config)
+    plans = [plan_fleet(config, shapes, hardware, work) for hardware in machines]
+    if arguments.json:
+        sys.stdout.write(f"{as_json(plans)}\n")
+    else:
+        print_plans(plans, Console(width=None if sys.stdout.isatty() else 140))
+    return FAILED if any(plan.problems for plan in plans) else MIGRATED
 
 
 def run_status(arguments: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ class BaseModelConfig(Strict):
     dtype: DType = "auto"
     """Weights' dtype in synthesis and gate; `auto` is bfloat16 where the device multiplies it natively."""
     attn_implementation: Attention = "auto"
-    """`auto` is flash_attention_2 where the package and a CUDA device are present, SDPA elsewhere."""
+    """`auto` is the FlashAttention (3, 4 or 2) that is installed and made for the GPU, SDPA elsewhere."""
     trust_remote_code: bool = False
     """Run the Python code that lies in this base's directory, on every node and with all rights of the run: for a base
     that transformers cannot build by itself, and whose code you have read."""
@@ -101,8 +101,9 @@ class LoraSettings(Strict):
     """Rank r of A [r, in] and B [out, r]."""
     alpha: float = Field(default=16.0, gt=0)
     """The update is scaled by alpha / rank."""
-    target_modules: list[str] = ["q_proj", "v_proj"]
-    """Names of the linear modules that are adapted (paper: query and value projections)."""
+    target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = ["q_proj", "v_proj"]
+    """Names of the linear modules that are adapted, as the target base has them (paper: query and value projections),
+    or `all-linear`: all but the head."""
 
 
 GangSize = Annotated[int, Field(ge=1)] | Literal["auto"]
@@ -123,6 +124,9 @@ class TrainConfig(Strict):
     """Most samples of one adapter in one forward pass of a worker."""
     gang_size: GangSize = "auto"
     """Adapters that a worker trains side by side in one pass; `auto` fills the pass (see translora.distill.plan)."""
+    tokens_per_pass: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Tokens that a gang should fill a worker's pass with, as far as memory allows; `auto` is what hides the gathering
+    of the base behind the computing on one machine, and `translora plan` says what does on several."""
     loss: Literal["sft", "kl"] = "sft"
     """Of a student: `sft` is the cross-entropy of the teacher's answer (paper); `kl` the divergence from the teacher's
     own probabilities of each token of it, where the two bases have one vocabulary. A discriminator has no teacher."""
@@ -191,7 +195,7 @@ class ResourceConfig(Strict):
     num_actors: int = Field(default=1, ge=1)
     """Actors that hold the base (data parallel)."""
     gpus_per_actor: float = Field(default=0, ge=0)
-    """GPUs per actor; 0 runs on the CPU."""
+    """GPUs per actor; 0 runs on the CPU. Above 1 a base's layers are spread over them, for one that no GPU can hold."""
     cpus_per_actor: float = Field(default=1, gt=0)
     """CPUs that Ray reserves per actor, and its number of torch threads."""
     worker_timeout_seconds: float = Field(default=3600, gt=0)

@@ -9,15 +9,17 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from ray.train import TrainingFailedError
-from transformers import AutoModelForCausalLM
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.bytes import NUM_STEPS, measure
 from tests.tiny import make_adapter, make_base
 from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
 from translora.distill.data import batch_indices, encode_samples, num_steps
+from translora.distill.ds_config import DS_CONFIGS, read_ds_config
 from translora.distill.job import FAILURE, TrainJob
 from translora.distill.launch import train_adapters
-from translora.distill.zero3 import read_ds_config
+from translora.distill.memory import gang_bytes
 from translora.engine.loading import load_model, load_tokenizer
 from translora.engine.prompts import prompt_format
 from translora.lora.bank import initial_weights
@@ -55,8 +57,9 @@ def job(root: Path, name: str, rows: list[dict[str, str]], seed: int, epochs: fl
     )
 
 
-def train(base: Path, jobs: list[TrainJob], root: Path, config: TrainConfig = CONFIG) -> None:
-    train_adapters(BaseModelConfig(model=str(base)), base.name, jobs, config, ResourceConfig(), root, label="train")
+def train(base: Path, jobs: list[TrainJob], root: Path, config: TrainConfig = CONFIG, on_gpu: bool = False) -> None:
+    resources = ResourceConfig(gpus_per_actor=float(on_gpu))
+    train_adapters(BaseModelConfig(model=str(base)), base.name, jobs, config, resources, root, label="train")
 
 
 def plain_training(
@@ -206,6 +209,47 @@ def test_three_workers_that_share_the_batches_and_recompute_activations_give_the
     for module, (_, lora_B) in read_lora(Path(short.output)).modules.items():
         wanted = expected[f"base_model.model.{module}.lora_B.default.weight"]
         torch.testing.assert_close(lora_B, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_base_that_fake_tensors_cannot_do_is_trained_with_an_estimate(ray_cluster: None, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", std=0.1)
+    config = json.loads((base / "config.json").read_text())
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    (base / "config.json").write_text(json.dumps({**config, "rope_parameters": dynamic}))
+    read = AutoConfig.from_pretrained(base)
+    with pytest.raises(DataDependentOutputException):
+        gang_bytes(read, torch.float32, CONFIG, {}, 2, 20)
+    short = job(tmp_path, "one", ROWS, seed=1, epochs=1)
+    train(base, [short], tmp_path)
+    assert losses(tmp_path, "one")[-1] < losses(tmp_path, "one")[0]
+
+
+QUANTISED = ("zero_quantized_weights",)
+"""DeepSpeed's kernels for these are for CUDA."""
+NEEDS_TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs: DeepSpeed quantises on CUDA only")
+
+
+@pytest.mark.parametrize(
+    ("name", "without"),
+    [
+        ("zero3-offload.json", ()),
+        ("zero3-zeropp.json", QUANTISED),
+        pytest.param("zero3-zeropp.json", (), marks=[pytest.mark.gpu, NEEDS_TWO_GPUS]),
+    ],
+)
+def test_every_ds_config_trains_the_same_adapter(
+    trained: Path, base: Path, tmp_path: Path, name: str, without: tuple[str, ...]
+) -> None:
+    config = json.loads((DS_CONFIGS / name).read_text())
+    for key in without:
+        del config["zero_optimization"][key]
+    (tmp_path / name).write_text(json.dumps(config))
+    short = job(tmp_path, "one", ROWS, seed=1, epochs=1)
+    on_gpu = not without and "zeropp" in name
+    train(base, [short], tmp_path, CONFIG.model_copy(update={"ds_config": str(tmp_path / name)}), on_gpu)
+    _, expected = plain_training(base, ROWS, seed=1, epochs=1)
+    tolerance = 2e-2 if on_gpu else 1e-4
+    torch.testing.assert_close(losses(tmp_path, "one"), expected, rtol=tolerance, atol=tolerance)
 
 
 def random_batches(task: int) -> list[dict[str, torch.Tensor]]:

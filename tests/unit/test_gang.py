@@ -27,7 +27,7 @@ from translora.distill.checkpoint import (
 from translora.distill.data import Sample, encode_samples, pack
 from translora.distill.gang import Gang
 from translora.distill.job import FAILURE, TrainJob
-from translora.distill.plan import JobSize, Layout, activation_bytes_per_token, choose_gang_size, lay_out
+from translora.distill.plan import GangBytes, JobSize, Layout, choose_gang_size, lay_out
 from translora.distill.shrink import read_notes
 from translora.distill.train import run_pass, train, train_on
 from translora.engine.loading import load_model
@@ -285,8 +285,11 @@ class NarrowBase(WholeBase):
             torch.empty(10**15)
         return super().__call__(inputs)
 
-    def memory(self, rank: int, *, recompute: bool) -> dict[str, int]:
-        return {"free_bytes": 10**12, "activation_bytes": 1, "adapter_bytes": 1}
+    def free_bytes(self) -> int:
+        return 10**12
+
+    def gang_bytes(self, train: TrainConfig, num_samples: int, num_tokens: int) -> GangBytes:
+        return GangBytes(backward=(0, 1))
 
 
 def test_passes_that_are_too_large_are_made_smaller_and_an_adapter_that_is_too_large_is_given_up(
@@ -423,21 +426,19 @@ def test_ranks_share_an_adapter_only_where_there_are_fewer_adapters_than_ranks()
 def test_the_gang_fills_a_pass_unless_memory_or_the_queue_ends_before() -> None:
     sizes, layout = [JobSize(10, 32.0, 64)] * 40, Layout(1, (tuple(range(40)),))
     config = TrainConfig(batch_size=8, micro_batch_size=8)
-    room = {"free_bytes": 10**12, "activation_bytes": 10**6, "adapter_bytes": 10**6}
+    mib = 2**20
 
-    def chosen(config: TrainConfig = config, layout: Layout = layout, **changes: int) -> int:
-        return choose_gang_size(sizes, layout, config, device="cpu", **(room | changes))
+    def need(num_samples: int, num_tokens: int) -> GangBytes:
+        return GangBytes(backward=(100 * mib, num_samples * num_tokens * mib), loss=((0, mib), (10**4 * mib, 1)))
+
+    def chosen(config: TrainConfig = config, layout: Layout = layout, free: int = 10**6, device: str = "cpu") -> int:
+        return choose_gang_size(sizes, layout, config, device=device, free_bytes=free * mib, gang_bytes=need)
 
     assert chosen() == 16  # 4096 tokens at 8 samples of 32
-    assert choose_gang_size(sizes, layout, config, device="cuda", **room) == 40  # 64 would fill it, 40 are there
-    assert chosen(free_bytes=2 * 10**9) == 2  # 0.6 * 2 GB / (8 samples of 64 tokens at 1 MB)
-    assert chosen(free_bytes=10**6) == 1
+    assert chosen(device="cuda") == 40  # 64 would fill it, 40 are there
+    assert chosen(free=2000) == 3  # (0.85 * 2000 - 100) / (8 samples of 64 tokens at 1 MiB)
+    assert chosen(config.model_copy(update={"tokens_per_pass": 512})) == 2
+    assert chosen(free=1) == 1
     assert chosen(layout=Layout(1, ((0, 1, 2),))) == 3
     assert chosen(config.model_copy(update={"gang_size": 5})) == 5
     assert chosen(config.model_copy(update={"gang_size": 99})) == 40
-
-
-def test_recomputation_keeps_little_of_a_token(base_path: Path) -> None:
-    model = load_model(BaseModelConfig(model=str(base_path)), torch.float32, CPU).config
-    full, little = (activation_bytes_per_token(model, 2, recompute=recompute) for recompute in (False, True))
-    assert little < full

@@ -213,6 +213,16 @@ def inspect_base(model: str, trust_remote_code: bool = False) -> BaseInfo:
         raise ValueError(f"{error.filename or directory}: cannot be read ({error.strerror}); {_COPY_AGAIN}") from error
 
 
+def stored_tensors(directory: Path) -> dict[str, tuple[Path, TensorHeader]]:
+    """The file and the header of every tensor of a base, by its name there.
+
+    Raises:
+        ValueError: a file is missing or damaged; names it and the remedy.
+    """
+    headers = {path: read_header(path, _COPY_AGAIN) for path in _weight_files(directory)}
+    return {name: (path, header) for path, tensors in headers.items() for name, header in tensors.items()}
+
+
 def refuse_code(path: Path, error: Exception) -> None:
     """Say that a base wants its own code run, if that is why it cannot be loaded.
 

@@ -12,16 +12,40 @@ whatever the size of the base. The gang is as large as it takes to fill such a p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from translora.config import TrainConfig
 
 TOKENS_PER_PASS = {"cuda": 16384, "cpu": 4096}
 """T for s = 0.1: 400 TFLOP/s against 250 GB/s of gathered weights; a thread's 180 GFLOP/s against gloo's 0.45 GB/s."""
-MEMORY_SHARE = 0.6
-"""Of what is free after loading; the rest is the gathered layers, the logits' chunk and the allocator's."""
+MEMORY_SHARE = 0.85
+"""Of what is free beside the base; the rest is what an allocator cannot use."""
+
+
+@dataclass(frozen=True)
+class GangBytes:
+    """Bytes of a gang of K students and its pass, in the loss and at the fullest place of the backward pass.
+
+    A line is (fixed, student): fixed + K * student. The loss has two, and takes the smaller of both: until its chunk is
+    full of logits it grows by every position, and then hardly.
+    """
+
+    backward: tuple[int, int]
+    loss: tuple[tuple[int, int], ...] = ()
+
+    def of(self, gang_size: int) -> int:
+        """At the fuller of the two moments."""
+        loss = [fixed + gang_size * student for fixed, student in self.loss]
+        return max(self.backward[0] + gang_size * self.backward[1], min(loss, default=0))
+
+    def largest(self, free_bytes: float) -> int:
+        """The largest gang that takes no more than that; 0 where one student is too many."""
+
+        def most(fixed: int, student: int) -> int:
+            return math.floor((free_bytes - fixed) / student)
+
+        return max(0, min(most(*self.backward), max((most(*line) for line in self.loss), default=most(*self.backward))))
 
 
 @dataclass(frozen=True)
@@ -61,19 +85,6 @@ def lay_out(sizes: Sequence[JobSize], num_workers: int) -> Layout:
     return Layout(ranks_per_group, tuple(tuple(queue) for queue in queues))
 
 
-def activation_bytes_per_token(model: Any, bytes_per_element: int, *, recompute: bool) -> int:
-    """What the backward pass keeps of one token, estimated from the shape of a decoder.
-
-    A layer keeps about six hidden states (residuals, norms, attention's in- and output), queries, keys and values, and
-    three intermediate states of the MLP; with recomputation one hidden state, and one layer's all at a time.
-    """
-    hidden, layers = model.hidden_size, model.num_hidden_layers
-    heads, groups = model.num_attention_heads, getattr(model, "num_key_value_heads", None) or model.num_attention_heads
-    head_dim = getattr(model, "head_dim", None) or hidden // heads
-    layer = 6 * hidden + 2 * (heads + groups) * head_dim + 3 * model.intermediate_size
-    return bytes_per_element * (layers * hidden + layer if recompute else layers * layer)
-
-
 def choose_gang_size(
     sizes: Sequence[JobSize],
     layout: Layout,
@@ -81,16 +92,14 @@ def choose_gang_size(
     *,
     device: str,
     free_bytes: int,
-    activation_bytes: int,
-    adapter_bytes: int,
+    gang_bytes: Callable[[int, int], GangBytes],
 ) -> int:
     """Students that a worker trains in one pass (K of the gang is this times the number of groups).
 
     Args:
         device: cpu or cuda.
         free_bytes: memory that a worker has left when the base is loaded.
-        activation_bytes: per token, see activation_bytes_per_token.
-        adapter_bytes: of one student: weights, gradient and two moments in float32.
+        gang_bytes: what a gang takes of it, given a student's samples in a pass and their tokens.
     """
     longest_queue = max(1, max(len(queue) for queue in layout.queues))
     if config.gang_size != "auto":
@@ -98,6 +107,6 @@ def choose_gang_size(
     samples = min(config.micro_batch_size, math.ceil(config.batch_size / layout.ranks_per_group))
     mean_tokens = max(1.0, sum(size.mean_tokens for size in sizes) / max(1, len(sizes)))
     max_tokens = max((size.max_tokens for size in sizes), default=1)
-    wanted = math.ceil(TOKENS_PER_PASS[device] / (samples * mean_tokens))
-    each = adapter_bytes + samples * max_tokens * activation_bytes
-    return max(1, min(wanted, int(MEMORY_SHARE * free_bytes / each), longest_queue))
+    tokens = TOKENS_PER_PASS[device] if config.tokens_per_pass == "auto" else config.tokens_per_pass
+    wanted = math.ceil(tokens / (samples * mean_tokens))
+    return max(1, min(wanted, gang_bytes(samples, max_tokens).largest(MEMORY_SHARE * free_bytes), longest_queue))

@@ -6,6 +6,7 @@ students and its own queue, and all ranks walk through the base together, pass b
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -52,23 +53,25 @@ def train(
     """
     step, saved = 0, time.monotonic()
     while True:
-        gang.fill()
-        passes = gang.shards()
-        num_passes = most_of_all_ranks(len(passes), gang.place)
-        if num_passes == 0:
-            return
-        begun = time.monotonic()
-        for index in range(num_passes):
-            watchdog.alive()
-            shards = passes[index] if index < len(passes) else gang.ballast()
-            try:
-                run_pass(base, gang, shards)
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    note_pass(checkpoint.parent, gang, shards, error)
-                raise
-        gang.step_seconds = time.monotonic() - begun
-        one_left = gang.update()
+        held: Sequence[Shard] = ()
+        try:
+            gang.fill()
+            passes = gang.shards()
+            num_passes = most_of_all_ranks(len(passes), gang.place)
+            if num_passes == 0:
+                return
+            begun = time.monotonic()
+            for index in range(num_passes):
+                watchdog.alive()
+                held = passes[index] if index < len(passes) else gang.ballast()
+                run_pass(base, gang, held)
+            held = ()
+            gang.step_seconds = time.monotonic() - begun
+            one_left = gang.update()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                note_pass(checkpoint.parent, gang, held, error)
+            raise
         step += 1
         due = step % every_steps == 0 or time.monotonic() - saved > every_seconds or is_asked_for(checkpoint)
         if gang.rank == 0 and (one_left or due):
@@ -94,13 +97,15 @@ def run_pass(base: ResidentBase, gang: Gang, shards: Sequence[Shard]) -> None:
 
 
 def note_pass(directory: Path, gang: Gang, shards: Sequence[Shard], error: BaseException) -> None:
-    """Leave a note of what was in the pass that was too much for the memory."""
+    """Leave a note of what was in the pass that was too much for the memory; between passes, of the whole gang."""
+    sizes = [len(samples) for _, samples, _ in shards] or [gang.config.micro_batch_size]
+    slots = [slot for slot, _, _ in shards] or list(gang.students)
     note_out_of_memory(
         directory,
         dist.get_rank(),
         gang_size=gang.num_slots,
-        micro_batch_size=max(len(samples) for _, samples, _ in shards),
-        jobs=[gang.students[slot].job.name for slot, _, _ in shards if slot in gang.students],
+        micro_batch_size=max(sizes),
+        jobs=[gang.students[slot].job.name for slot in slots if slot in gang.students],
         error=error,
     )
 
@@ -142,8 +147,10 @@ def train_on(
     layout = layout or lay_out(sizes, num_ranks)
     gang_size = saved_gang_size(directory) if config.gang_size == "auto" else None
     if gang_size is None:
-        memory = base.memory(config.lora.rank, recompute=config.gradient_checkpointing)
-        gang_size = choose_gang_size(sizes, layout, config, device=place.type, **memory)
+        free_bytes, gang_bytes = base.free_bytes(), functools.partial(base.gang_bytes, config)
+        gang_size = choose_gang_size(
+            sizes, layout, config, device=place.type, free_bytes=free_bytes, gang_bytes=gang_bytes
+        )
     gang_size = largest(notes, "gang_size", -most_of_all_ranks(-gang_size, place))  # what fits everywhere
     own_group, group = rank // layout.ranks_per_group, None
     for first in range(0, num_ranks, layout.ranks_per_group):

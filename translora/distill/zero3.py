@@ -8,11 +8,9 @@ collective: every rank calls it, in the same order.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import psutil
@@ -25,55 +23,23 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from translora.bundle.base import inspect_base
 from translora.config import BaseModelConfig, TrainConfig
 from translora.distill.data import Sample, pack
-from translora.distill.plan import activation_bytes_per_token
+from translora.distill.ds_config import read_ds_config
+from translora.distill.gang import ResidentBase
+from translora.distill.linear import keep_no_inputs
+from translora.distill.loading import load_partitioned
+from translora.distill.memory import estimated_gang_bytes, gang_bytes, gathered_weights, recompute, weights_of
+from translora.distill.plan import GangBytes
 from translora.engine.attention import PACKED
 from translora.engine.head import Head
-from translora.engine.loading import caps_attention, device, load_model, load_tokenizer, resolve_dtype
+from translora.engine.loading import caps_attention, device, load_tokenizer, resolve_dtype
+from translora.engine.memory import release_memory
 from translora.lora.bank import BASE_SLOT, new_bank
+from translora.run.redact import first_line
 
 logger = logging.getLogger(__name__)
-DS_CONFIGS = next(
-    path / "ds_configs" for path in Path(__file__).resolve().parents[1:3] if (path / "ds_configs").is_dir()
-)
-"""At the top of a checkout, or inside the installed package."""
-IN_TRAIN_CONFIG = {
-    "optimizer": "distill.learning_rate",
-    "scheduler": "distill.epochs",
-    "gradient_clipping": "distill.max_grad_norm",
-}
-"""What a DeepSpeed config may not hold, and the setting of the fleet file that stands for it."""
 PACKING_TOLERANCE = 0.05
 """Relative to the hidden states' mean; bfloat16 alone makes less than 0.01."""
 _RESIDENT: list[HfDeepSpeedConfig] = []  # transformers holds its DeepSpeed config by weak reference only
-
-
-def read_ds_config(name: str, dtype: torch.dtype) -> dict[str, Any]:
-    """A DeepSpeed config by path or by its name in ds_configs/, with bf16 set to the resolved dtype.
-
-    Raises:
-        ValueError: no such file, not ZeRO stage 3, an "auto" value (only HF Trainer resolves those), or a setting that
-            belongs into the fleet file.
-    """
-    path = next((path for path in (Path(name), DS_CONFIGS / name) if path.is_file()), None)
-    if path is None:
-        raise ValueError(
-            f"distill.ds_config: {name} is no file and not in ds_configs/; give the path of a DeepSpeed config"
-        )
-    text = path.read_text(encoding="utf-8")
-    try:
-        config: dict[str, Any] = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if '"auto"' in text:
-        raise ValueError(f'{path}: "auto" is resolved by HF Trainer only; write numbers')
-    if config.get("zero_optimization", {}).get("stage") != 3:
-        raise ValueError(f"{path}: zero_optimization.stage must be 3")
-    # DeepSpeed holds the base only. Its optimizer and its clipping would couple the adapters.
-    for key, instead in IN_TRAIN_CONFIG.items():
-        if config.get(key):
-            raise ValueError(f"{path}: {key} has no effect here, remove it; set {instead}")
-    config["bf16"] = {"enabled": dtype == torch.bfloat16}
-    return config
 
 
 class ShardedBase:
@@ -82,10 +48,10 @@ class ShardedBase:
     def __init__(self, base: BaseModelConfig, config: TrainConfig) -> None:
         self.place, self.dtype = device(), resolve_dtype(config.dtype)
         self.tokenizer, self.fingerprint = load_tokenizer(base), inspect_base(base.model).fingerprint
-        ds_config = read_ds_config(config.ds_config, self.dtype)
+        self.ds_config = ds_config = read_ds_config(config.ds_config, self.dtype)
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         _RESIDENT[:] = [HfDeepSpeedConfig(ds_config)]
-        self.model = load_model(base, self.dtype, place=None)
+        self.model = load_partitioned(base, self.dtype, ds_config)
         for name, parameter in self.model.named_parameters():
             assert hasattr(parameter, "ds_id"), f"{name} is not partitioned: the model was not loaded under ZeRO-3"
         check_loaded(self.model, base.model)
@@ -96,33 +62,17 @@ class ShardedBase:
         self.bank = new_bank(self.model, config.lora.target_modules)
         self.head = Head.of(self.model)
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            self.model.enable_input_require_grads()
-            train_without_dropout(self.model)
+            recompute(self.model)
+        elif any(len(parameter.ds_shape) > 2 for parameter in self.model.parameters()):
+            # Experts are multiplied as slices of one tensor: autograd keeps the slices, and with them all of it.
+            logger.warning(
+                "%s: every worker ends up with all experts of all layers; set gradient_checkpointing to true",
+                self.model.config.model_type,
+            )
+        keep_no_inputs()
         # The trunk alone: the head is gathered by `gathered_head`, once a pass and not twice.
         self.engine, *_ = deepspeed.initialize(model=self.model.base_model, config=ds_config, dist_init_required=False)
-        self.check_packing()
-
-    def check_packing(self) -> None:
-        """Two short samples must give packed what they give alone. Collective.
-
-        Raises:
-            ValueError: they do not: state-space and convolution layers, for example, run on from sample to sample.
-        """
-        samples = [Sample([5, 6, 7, 8], [9, 10]), Sample([11, 12, 13], [14])]
-        with torch.no_grad():
-            hidden = []
-            for part in (samples, samples[:1], samples[1:]):
-                batch = pack([(BASE_SLOT, part, 1.0)], self.place)
-                self.bank.route_segments(batch.segments)
-                hidden.append(self(batch.inputs).float())
-        packed_TD, *alone = hidden
-        difference = (packed_TD - torch.cat(alone)).abs().mean() / packed_TD.abs().mean()
-        if not difference < PACKING_TOLERANCE:
-            raise ValueError(
-                f"{self.model.config.model_type}: samples that are packed into one row see each other in this base "
-                f"(hidden states differ by {float(difference):.0%}); it cannot be trained in packed batches"
-            )
+        check_packing(self, self.model.config.model_type)
 
     def __call__(self, inputs: dict[str, object]) -> torch.Tensor:
         """Last hidden states [T, D] of a packed batch."""
@@ -142,30 +92,50 @@ class ShardedBase:
         with deepspeed.zero.GatheredParameters(self.head.parameters):
             yield self.head
 
-    def memory(self, rank: int, *, recompute: bool) -> dict[str, int]:
-        """What the size of the gang is chosen from: bytes free on this rank, per token, and per student."""
+    def free_bytes(self) -> int:
+        """Memory that this rank has left, less what it gathers of the base."""
+        release_memory()
         if self.place.type == "cuda":
-            free = torch.cuda.mem_get_info(self.place)[0]
+            free = int(torch.cuda.mem_get_info(self.place)[0])
         else:
-            free = psutil.virtual_memory().available // dist.get_world_size()
-        model = self.model.config.get_text_config()
-        per_token = activation_bytes_per_token(model, self.dtype.itemsize, recompute=recompute)
-        num_parameters = sum(rank * (num_out + num_in) for num_out, num_in in self.bank.shapes.values())
-        return {"free_bytes": free, "activation_bytes": per_token, "adapter_bytes": 16 * num_parameters}
+            free = int(psutil.virtual_memory().available) // dist.get_world_size()
+        return free - gathered_weights(weights_of(self.model), self.ds_config) * self.dtype.itemsize
+
+    def gang_bytes(self, train: TrainConfig, num_samples: int, num_tokens: int) -> GangBytes:
+        """What a gang takes of it, see translora.distill.memory.
+
+        A fault boundary: not every model can be run on fake tensors, and a guess must not end a training.
+        """
+        config, shapes = self.model.config, self.bank.shapes
+        flash = config._attn_implementation.startswith("flash")
+        try:
+            return gang_bytes(config, self.dtype, train, shapes, num_samples, num_tokens, flash=flash)
+        except Exception as error:
+            logger.info("%s: the memory of a pass is estimated (%s)", config.model_type, first_line(error))
+            text = config.get_text_config()
+            return estimated_gang_bytes(text, self.dtype, train, shapes, num_samples * num_tokens)
 
 
-def train_without_dropout(model: nn.Module) -> None:
-    """Training mode, in which transformers recomputes, without the dropout that it would switch on in some bases.
+def check_packing(base: ResidentBase, kind: str) -> None:
+    """Two short samples must give packed what they give alone. Collective.
 
-    A student's result must not depend on the random numbers that its neighbours draw.
+    Raises:
+        ValueError: they do not: state-space and convolution layers, for example, run on from sample to sample.
     """
-    model.train()
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if name.endswith("dropout") and isinstance(value, float):
-                setattr(module, name, 0.0)
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    samples = [Sample([5, 6, 7, 8], [9, 10]), Sample([11, 12, 13], [14])]
+    with torch.no_grad():
+        hidden = []
+        for part in (samples, samples[:1], samples[1:]):
+            batch = pack([(BASE_SLOT, part, 1.0)], base.place)
+            base.bank.route_segments(batch.segments)
+            hidden.append(base(batch.inputs).float())
+    packed_TD, *alone = hidden
+    difference = (packed_TD - torch.cat(alone)).abs().mean() / packed_TD.abs().mean()
+    if not difference < PACKING_TOLERANCE:
+        raise ValueError(
+            f"{kind}: samples that are packed into one row see each other in this base "
+            f"(hidden states differ by {float(difference):.0%}); it cannot be trained in packed batches"
+        )
 
 
 def check_loaded(model: nn.Module, base: str, max_tensors: int = 8) -> None:

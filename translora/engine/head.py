@@ -64,7 +64,8 @@ class Head:
         if tokens is not None:
             weight, bias = weight[tokens].float(), None if bias is None else bias[tokens].float()
             hidden_LD = hidden_LD.float()
-        logits_LV = F.linear(hidden_LD, weight, bias).float()
+        # A base that is spread over GPUs may have its head on another one than its last layer.
+        logits_LV = F.linear(hidden_LD.to(weight.device), weight, bias).float()
         if self.scale != 1.0:
             logits_LV = logits_LV * self.scale
         return logits_LV if self.softcap is None else self.softcap * torch.tanh(logits_LV / self.softcap)
@@ -74,9 +75,20 @@ Loss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 """Losses [C] of some positions and their gradients [C, V] by the logits [C, V], whose memory it may use for them."""
 
 
-def positions_at_once(head: Head) -> int:
+def positions_at_once(vocabulary: int) -> int:
     """How many positions have no more than CHUNK_ELEMENTS logits."""
-    return max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+    return max(1, CHUNK_ELEMENTS // vocabulary)
+
+
+def softmax_(logits_CV: torch.Tensor, tokens_CK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities [C, K] of some tokens, and the probabilities [C, V] of all in the place of the logits.
+
+    One exponential of all logits and no other tensor of their size: torch's logsumexp makes one inside.
+    """
+    logits_CV.sub_(logits_CV.amax(-1, keepdim=True))
+    own_CK = logits_CV.gather(1, tokens_CK)
+    sums_C1 = logits_CV.exp_().sum(-1, keepdim=True)
+    return own_CK - sums_C1.log(), logits_CV.div_(sums_C1)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -84,7 +96,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_LD: torch.Tensor, head: Head, loss: Loss, weights_L: torch.Tensor) -> torch.Tensor:
-        chunk = positions_at_once(head)
+        chunk = positions_at_once(head.weight.shape[0])
         losses_L, grad_LD = torch.empty_like(weights_L), torch.empty_like(hidden_LD)
         for start in range(0, len(weights_L), chunk):
             part = slice(start, start + chunk)
@@ -96,6 +108,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if head.softcap is not None or head.scale != 1.0:
                 grad_CV.mul_(slope)
             grad_LD[part] = grad_CV.to(hidden_LD.dtype) @ head.weight
+            del logits_CV, grad_CV, slope  # before the next chunk is made, not after
         ctx.save_for_backward(grad_LD)
         return losses_L
 
@@ -124,9 +137,8 @@ def cross_entropy(hidden_LD: torch.Tensor, head: Head, labels_L: torch.Tensor, w
 
     def loss(logits_CV: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         labels_C1 = labels_L[part, None]
-        total_C1 = logits_CV.logsumexp(-1, keepdim=True)
-        losses_C = (total_C1 - logits_CV.gather(1, labels_C1))[:, 0]
-        grad_CV = logits_CV.sub_(total_C1).exp_()
+        log_p_C1, grad_CV = softmax_(logits_CV, labels_C1)
+        losses_C = -log_p_C1[:, 0]
         grad_CV.scatter_add_(1, labels_C1, torch.full_like(labels_C1, -1, dtype=grad_CV.dtype))
         return losses_C, grad_CV
 
@@ -154,15 +166,14 @@ def divergence(
     def loss(logits_CV: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         tokens_CK, log_p_CK = tokens_LK[part], log_p_LK[part]
         p_CK = log_p_CK.exp()
-        total_C1 = logits_CV.logsumexp(-1, keepdim=True)
-        log_q_CK = logits_CV.gather(1, tokens_CK) - total_C1
+        log_q_CK, all_q_CV = softmax_(logits_CV, tokens_CK)
         q_CK = torch.where(p_CK > 0, log_q_CK.exp(), 0.0)
         rest_p_C1 = (1 - p_CK.sum(-1, keepdim=True)).clamp(min=0)
         ratio_C1 = rest_p_C1 / (1 - q_CK.sum(-1, keepdim=True)).clamp(min=SMALLEST_REST)
         told_C = torch.where(p_CK > 0, p_CK * (log_p_CK - log_q_CK), 0.0).sum(-1)
         losses_C = told_C + torch.special.xlogy(rest_p_C1, ratio_C1)[:, 0]
         # q - p for the K tokens, q (1 - rest_p / rest_q) for the others.
-        grad_CV = logits_CV.sub_(total_C1).exp_().mul_(1 - ratio_C1)
+        grad_CV = all_q_CV.mul_(1 - ratio_C1)
         grad_CV.scatter_add_(1, tokens_CK, torch.where(p_CK > 0, q_CK * ratio_C1 - p_CK, 0.0))
         return losses_C, grad_CV
 
@@ -173,17 +184,17 @@ def divergence(
 def top_log_probabilities(hidden_LD: torch.Tensor, head: Head, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The K most likely tokens of each position [L, K] and their log-probabilities [L, K], without gradients."""
     most = min(top_k, head.weight.shape[0])
-    parts = hidden_LD.split(positions_at_once(head))
+    parts = hidden_LD.split(positions_at_once(head.weight.shape[0]))
     found = [head.logits(part).log_softmax(-1).topk(most, dim=-1) for part in parts]
     return torch.cat([indices for _, indices in found]), torch.cat([values for values, _ in found])
 
 
 def log_probabilities(hidden_LD: torch.Tensor, head: Head, labels_L: torch.Tensor) -> torch.Tensor:
     """log p(label) at each position [L], float32, without gradients and without the logits of all positions."""
-    chunk = positions_at_once(head)
+    chunk = positions_at_once(head.weight.shape[0])
     found = []
     for start in range(0, len(labels_L), chunk):
         logits_CV = head.logits(hidden_LD[start : start + chunk])
-        label_C1 = labels_L[start : start + chunk, None]
+        label_C1 = labels_L[start : start + chunk, None].to(logits_CV.device)
         found.append(logits_CV.gather(1, label_C1)[:, 0] - logits_CV.logsumexp(-1))
     return torch.cat(found) if found else labels_L.new_empty(0, dtype=torch.float32)

@@ -17,7 +17,7 @@ import torch
 from translora.bundle.adapter import WEIGHTS
 from translora.bundle.base import inspect_base
 from translora.config import BaseModelConfig
-from translora.engine.loading import device, hide_gpus, resolve_dtype
+from translora.engine.loading import device, hide_gpus, num_gpus, resolve_dtype
 from translora.engine.memory import is_out_of_memory, release_memory
 from translora.engine.transformers import TransformersEngine
 from translora.lora.peft_io import read_lora
@@ -92,7 +92,7 @@ class EngineHost:
     def _all_bytes(self) -> int:
         """Of this host's machine, whatever is in use: what is decided by it must not change from run to run."""
         if device().type == "cuda":
-            return int(torch.cuda.mem_get_info()[1])
+            return sum(int(torch.cuda.mem_get_info(index)[1]) for index in range(num_gpus()))
         return int(psutil.virtual_memory().total) // self.num_hosts
 
     def _use_adapters(self, engine: TransformersEngine, adapters: Mapping[str, str]) -> dict[str, str]:
@@ -119,9 +119,10 @@ class EngineHost:
         return self.engines[key]
 
     def _free_bytes(self) -> int:
-        """Memory for another base and its batches."""
+        """Memory for another base and its batches, with what an allocator holds of earlier ones given back."""
+        release_memory()
         if device().type == "cuda":
-            return int(torch.cuda.mem_get_info()[0])
+            return sum(int(torch.cuda.mem_get_info(index)[0]) for index in range(num_gpus()))
         return int(psutil.virtual_memory().available) // self.num_hosts
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 import os
 from collections.abc import Mapping
@@ -11,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 from translora.bundle.base import inspect_base, refuse_code
 from translora.config import BaseModelConfig
@@ -28,6 +36,11 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def num_gpus() -> int:
+    """GPUs of this process; 0 on the CPU."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def hide_gpus() -> None:
@@ -64,11 +77,29 @@ def attention_of(settings: BaseModelConfig, dtype: torch.dtype) -> str:
 
 
 def resolve_attention(attention: Attention, dtype: torch.dtype, *, capped: bool = False) -> str:
-    """flash_attention_2 where package, device and dtype allow it; elsewhere SDPA, or eager where scores are capped."""
+    """flash-attention where package, device and dtype allow it; elsewhere SDPA, or eager where scores are capped."""
     if attention != "auto":
         return attention
-    flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash and dtype != torch.float32 else "eager" if capped else "sdpa"
+    flash = None if dtype == torch.float32 else flash_attention()
+    return flash or ("eager" if capped else "sdpa")
+
+
+def flash_attention() -> str | None:
+    """The flash-attention that is installed and runs on this device, the one that was made for it first.
+
+    Asked of transformers: FlashAttention 2 and 4 are packages of other names with a module of the same name.
+    """
+    if not torch.cuda.is_available():
+        return None
+    generation = torch.cuda.get_device_capability()[0]
+    for version, generations, is_there in (
+        (3, (9,), is_flash_attn_3_available),
+        (4, (9, 10), is_flash_attn_4_available),
+        (2, (8, 9, 10, 12), is_flash_attn_2_available),
+    ):
+        if generation in generations and is_there():
+            return f"flash_attention_{version}"
+    return None
 
 
 def caps_attention(config: Mapping[str, Any]) -> bool:
@@ -111,6 +142,18 @@ def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def plain_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of a decoder that transformers builds from this config alone, to be called with it.
+
+    None for code of the base's own, and for models with a part beside the decoder: under ZeRO-3 they build that part
+    through from_config, which partitions it on its own.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.get_text_config() is not config:
+        return None
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return found if isinstance(found, type) else None
+
+
 def give_head_plain_strides(model: PreTrainedModel) -> None:
     """A hook on the head that copies its input.
 
@@ -125,25 +168,34 @@ def give_head_plain_strides(model: PreTrainedModel) -> None:
         )
 
 
-def load_model(config: BaseModelConfig, dtype: torch.dtype, place: torch.device | None) -> PreTrainedModel:
+def load_model(
+    config: BaseModelConfig, dtype: torch.dtype, place: torch.device | None, *, spread: bool = False
+) -> PreTrainedModel:
     """The frozen base in eval mode.
 
     Args:
         config: which base.
         dtype: dtype of the weights.
         place: device to move it to; None leaves it where transformers put it (ZeRO-3 partitions it while loading).
+        spread: put its layers on all GPUs of this process, which compute one after the other, for a base that one GPU
+            cannot hold. Accelerate moves what goes from one to the next.
 
     Raises:
         ValueError: the attention that is asked for would not be the base's.
     """
     attention = attention_of(config, dtype)
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True}
+    if spread:
+        kwargs["device_map"] = "balanced"
     path = inspect_base(config.model, config.trust_remote_code).path
+    kind = plain_class(AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code))
+    if attention == "sdpa" and config.attn_implementation == "auto" and not getattr(kind, "_supports_sdpa", True):
+        kwargs["attn_implementation"] = attention = "eager"
     model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=config.trust_remote_code, **kwargs)
     model.requires_grad_(False)
     model.eval()
     give_head_plain_strides(model)
-    if place is not None:
+    if place is not None and not spread:
         model.to(place)
     logger.info("%s: %s, attention %s", os.path.basename(config.model), dtype, attention)
     return model

@@ -81,7 +81,8 @@ def begin(
             use_cache=True,
         )
         assert cache is not None
-        cache.batch_select_indices(torch.tensor([owners.index(adapter) for adapter in adapters], device=device))
+        # On the CPU, because the layers of a base that is spread over GPUs keep their parts of it there.
+        cache.batch_select_indices(torch.tensor([owners.index(adapter) for adapter in adapters]))
     rests = [list(prompt[length:]) for prompt in prompts]
     width = max(map(len, rests))
     mask_BT = torch.tensor([[0] * (width - len(rest)) + [1] * len(rest) for rest in rests], device=device)

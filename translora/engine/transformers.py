@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from translora.config import BaseModelConfig, SamplingConfig
-from translora.engine.decode import Request, Row, decode
+from translora.engine.decode import Request, Row, check_cache, decode
 from translora.engine.head import Head, log_probabilities, top_log_probabilities
-from translora.engine.loading import device, load_model, load_tokenizer, resolve_dtype
+from translora.engine.loading import device, load_model, load_tokenizer, num_gpus, resolve_dtype
 from translora.engine.prefix import begin
 from translora.engine.prompts import prompt_format
 from translora.lora.bank import load_bank
@@ -49,7 +49,8 @@ class TransformersEngine:
             torch.set_num_threads(num_threads)
         self.device = device()
         self.tokenizer = load_tokenizer(base)
-        self.model = load_model(base, resolve_dtype(base.dtype), self.device)
+        self.model = load_model(base, resolve_dtype(base.dtype), self.device, spread=num_gpus() > 1)
+        check_cache(self.model)
         self.bank, self._adapters = load_bank(self.model, {}), dict[str, str]()
         self.use_adapters(adapters)
         self._answer_ids: dict[str, torch.Tensor] = {}
@@ -119,7 +120,7 @@ class TransformersEngine:
                     if len(tokens) == 1:
                         ids.add(tokens[0])
         assert ids, f"the tokenizer has no single token for {list(words)}"
-        return torch.tensor(sorted(ids), device=self.device)
+        return torch.tensor(sorted(ids))
 
     @torch.inference_mode()
     def log_odds(self, prompts: Sequence[str], adapters: Sequence[str | None]) -> list[float]:

@@ -119,8 +119,10 @@ def _count(number: int, word: str) -> str:
 def _training(settings: dict[str, object]) -> str:
     lora = settings["lora"]
     assert isinstance(lora, dict)
+    targets = lora["target_modules"]
+    names = targets if isinstance(targets, str) else ", ".join(targets)
     return (
-        f"rank {lora['rank']} on {', '.join(lora['target_modules'])}, {settings['epochs']:g} epochs, "
+        f"rank {lora['rank']} on {names}, {settings['epochs']:g} epochs, "
         f"learning rate {settings['learning_rate']:g}, batch {settings['batch_size']}"
     )
 

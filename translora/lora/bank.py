@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from translora.lora.peft_io import LoraWeights
+from translora.lora.targets import resolve_targets
 
 BASE_SLOT = -1
 """Rows and segments routed here get the frozen base alone."""
@@ -150,8 +151,8 @@ class BankedLinear(nn.Module):
         if route.single is not None:
             delta = F.linear(F.linear(x, self.lora_A[route.single]), self.lora_B[route.single])
             return out_BTO + (delta * self.scaling[route.single]).to(out_BTO.dtype)
-        slots_B = route.slots_B
-        assert slots_B is not None and slots_B.shape[0] == x.shape[0], "route the batch before the forward pass"
+        assert route.slots_B is not None and len(route.slots_B) == len(x), "route the batch before the forward pass"
+        slots_B = route.slots_B.to(x.device)  # a base may be spread over GPUs
         # Rows of the base compute slot 0 and drop it, whatever it holds.
         safe_B = slots_B.clamp(min=0)
         hidden_BTR = torch.bmm(x, self.lora_A[safe_B].transpose(1, 2))
@@ -271,23 +272,22 @@ def load_bank(model: nn.Module, adapters: Mapping[str, LoraWeights]) -> AdapterB
     return bank
 
 
-def new_bank(model: nn.Module, target_modules: Sequence[str]) -> AdapterBank:
-    """Prepare every linear module whose last name is in `target_modules` for training; freezes the whole model.
+def new_bank(model: Any, target_modules: Sequence[str] | str) -> AdapterBank:
+    """Prepare the linear modules that `target_modules` name for training; freezes the whole model.
 
     The bank has no slots yet: `open_slot` fills one with `initial_weights`.
+
+    Args:
+        model: a causal LM.
+        target_modules: see translora.lora.targets.
 
     Raises:
         ValueError: a target name matches no linear module of the model.
     """
     model.requires_grad_(False)
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for target in target_modules:
-        if not any(name.rsplit(".", 1)[-1] == target for name in linears):
-            present = sorted({name.rsplit(".", 1)[-1] for name in linears})
-            raise ValueError(
-                f"lora.target_modules: no linear module {target!r} in the base; it has {', '.join(present)}"
-            )
-    return _attach(model, [name for name in linears if name.rsplit(".", 1)[-1] in target_modules])
+    head = model.get_output_embeddings()
+    linears = [name for name, one in model.named_modules() if isinstance(one, nn.Linear) and one is not head]
+    return _attach(model, resolve_targets(linears, target_modules, "the base", "lora.target_modules"))
 
 
 def initial_weights(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, Pair]:

@@ -145,6 +145,11 @@ def attempt_size(state: AdapterState, config: GateConfig) -> int:
     return math.ceil(state.num_samples * config.retry_factor ** (state.attempt - 1))
 
 
+def heldout_size(config: GateConfig, num_samples: int) -> int:
+    """Samples for the gate, beyond |D_syn|."""
+    return max(config.min_holdout, math.ceil(config.holdout_fraction * num_samples))
+
+
 def cohort(run_dir: Path, phase: Phase, todo: list[Member], members: list[Member]) -> list[Member]:
     """The members whose rows are computed together in a phase: those of the killed run, if there was one.
 

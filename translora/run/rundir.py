@@ -24,6 +24,7 @@ MAY_CHANGE = {"adapters", "merges", "max_num_samples", "tasks", "resources", "tr
 EXECUTION_ONLY = {
     "micro_batch_size",
     "gang_size",
+    "tokens_per_pass",
     "num_workers",
     "checkpoint_every_steps",
     "checkpoint_every_seconds",

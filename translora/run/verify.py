@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 
 from translora.bundle import BaseInfo, Bundle, BundleError, read_bundle, verify_bundle
 from translora.bundle.base import linear_modules
 from translora.bundle.remote import fetch_all, is_remote
 from translora.config import AdapterEntry, FleetConfig, TrainConfig
+from translora.distill.ds_config import read_ds_config
 from translora.distill.teacher import check_vocabularies
-from translora.distill.zero3 import read_ds_config
 from translora.engine.loading import attention_of, load_tokenizer, resolve_dtype
 from translora.engine.prompts import prompt_format
+from translora.lora.targets import resolve_targets
 from translora.run.files import read_jsonl
-from translora.run.member import MAX_NAME, Member, Run, attempt_size, cohort_names, is_name
+from translora.run.member import MAX_NAME, Member, Run, attempt_size, cohort_names, heldout_size, is_name
 from translora.run.recipes import Seals, base_settings, recipes
 from translora.run.resume import continue_state
 from translora.run.state import AdapterState, load_state, state_path
@@ -48,13 +48,7 @@ def check_section(settings: TrainConfig, base: BaseInfo, section: str) -> None:
         ValueError: the DeepSpeed config cannot be used, or a target module is no linear module of the base.
     """
     read_ds_config(settings.ds_config, resolve_dtype(settings.dtype))
-    linears = {name.rpartition(".")[2] for name in linear_modules(base)}
-    missing = [name for name in settings.lora.target_modules if name not in linears]
-    if missing:
-        raise ValueError(
-            f"{section}.lora.target_modules: {', '.join(missing)} not in {base.name}; "
-            f"it has {', '.join(sorted(linears))}"
-        )
+    resolve_targets(linear_modules(base), settings.lora.target_modules, base.name, f"{section}.lora.target_modules")
 
 
 def verify_fleet(
@@ -157,7 +151,7 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
     )
     state = continue_state(config.run_dir, fresh, run.target)
     run.save(state)
-    num_heldout = max(config.gate.min_holdout, math.ceil(config.gate.holdout_fraction * num_samples))
+    num_heldout = heldout_size(config.gate, num_samples)
     directory, size = config.run_dir / "adapters" / name, attempt_size(state, config.gate)
     return Member(bundle, state, directory, size, num_heldout, eval_rows, entry)
 

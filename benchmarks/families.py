@@ -1,0 +1,223 @@
+"""Which families of bases work, and how exactly: tiny random models of each, through the code of a run.
+
+    python -m benchmarks.families [FAMILY ...]
+
+For each: the probabilities of two adapters' answers in one mixed batch against PEFT one adapter at a time, tokens that
+are generated in a mixed batch against PEFT's `generate`, and the gradients of two students in one packed pass against
+PEFT's own, all in float32. A family that is refused shows why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from benchmarks.whole import WholeBase
+from tests.tiny import make_tokenizer
+from translora.bundle.base import inspect_base, linear_modules
+from translora.config import BaseModelConfig
+from translora.distill.data import Sample, pack
+from translora.distill.zero3 import check_packing
+from translora.engine.decode import Request
+from translora.engine.head import Head, cross_entropy
+from translora.engine.transformers import TransformersEngine
+from translora.lora.peft_io import read_lora
+from translora.lora.targets import resolve_targets
+
+QV, QKV, FUSED = ["q_proj", "v_proj"], ["qkv_proj"], ["query_key_value"]
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+FAMILIES: dict[str, tuple[dict[str, Any], Sequence[str] | str]] = {
+    "llama": ({"tie_word_embeddings": False}, QV),
+    "mistral": ({"sliding_window": 8}, QV),
+    "qwen2": ({"tie_word_embeddings": True}, QV),
+    "qwen3": ({"head_dim": 16}, "all-linear"),
+    "gemma": ({"head_dim": 16}, QV),
+    "gemma2": ({"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}, QV),
+    "gemma3_text": ({"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}, QV),
+    "phi3": ({"pad_token_id": 0}, QKV),
+    "gpt_neox": ({}, FUSED),
+    "falcon": ({"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}, FUSED),
+    "olmo2": ({}, QV),
+    "granite": ({"logits_scaling": 2.0, "residual_multiplier": 0.5}, QV),
+    "cohere": ({"logit_scale": 0.5}, QV),
+    "starcoder2": ({}, QV),
+    "smollm3": ({"pad_token_id": 0}, QV),
+    "glm": ({"pad_token_id": 0, "head_dim": 16}, QV),
+    "mixtral": ({"num_local_experts": 4, "num_experts_per_tok": 2}, QV),
+    "qwen3_moe": ({**MOE, "head_dim": 16}, QV),
+    "olmoe": ({"num_experts": 4, "num_experts_per_tok": 2}, QV),
+    "gpt2": ({}, ["c_attn"]),
+    "mamba": ({}, ["in_proj"]),
+    "t5": ({}, ["q", "v"]),
+}
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+PROMPTS = (
+    "Please send my order to the new address.",
+    "When does the shop open?",
+    "The parcel is late. I was charged twice this month.",
+    "Can I return the shoes?",
+)
+OWNERS = ("a", "b", "a", "b")
+ANSWER = "order yes no shop"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Greatest differences from PEFT, in float32."""
+
+    likelihood: float
+    """Of the log-probability of an answer's token."""
+    tokens: str
+    """Rows whose generated tokens are PEFT's."""
+    gradient: float
+    """Of a factor's gradient, relative to its greatest element."""
+
+
+def make_config(family: str, vocab_size: int, **ids: int | None) -> PreTrainedConfig:
+    """A tiny config of a family."""
+    changes, _ = FAMILIES[family]
+    return AutoConfig.for_model(
+        family, **{**SMALL, "vocab_size": vocab_size, "initializer_range": 0.2, **ids, **changes}
+    )
+
+
+def check(family: str, root: Path) -> Found:
+    """Run everything of one family.
+
+    Raises:
+        ValueError: it is refused.
+    """
+    _, targets = FAMILIES[family]
+    tokenizer = make_tokenizer()
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    config = make_config(family, len(tokenizer), **ids)
+    torch.manual_seed(0)
+    path = root / "base"
+    if config.is_encoder_decoder:
+        raise ValueError("encoder-decoder: transformers makes no causal language model of it")
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    names = resolve_targets(linear_modules(inspect_base(str(path))), targets, family, "target_modules")
+    base = BaseModelConfig(model=str(path), dtype="float32")
+    for index, name in enumerate(("a", "b")):
+        torch.manual_seed(index + 1)
+        lora = LoraConfig(
+            r=4 - index, lora_alpha=8, target_modules=names, init_lora_weights=False, task_type="CAUSAL_LM"
+        )
+        peft_model = get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), lora)
+        peft_model.save_pretrained(root / name)
+    engine = TransformersEngine(base, {name: root / name for name in ("a", "b")})
+    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    answer = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
+    samples = [(prompt, answer) for prompt in prompts]
+    likelihoods = torch.tensor(engine.log_likelihood(samples, OWNERS))
+    written = engine.generate([Request(text, owner, 8) for text, owner in zip(PROMPTS, OWNERS, strict=True)])
+    own_likelihoods, same, gradients = [], 0, {}
+    for name in ("a", "b"):
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), root / name, is_trainable=True
+        ).eval()
+        total = torch.zeros(())
+        for index, owner in enumerate(OWNERS):
+            if owner != name:
+                continue
+            row = torch.tensor([prompts[index] + answer])
+            logits = model(row).logits[0, len(prompts[index]) - 1 : -1]
+            own = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+            own_likelihoods.append((index, own.detach()))
+            total = total + F.cross_entropy(logits, torch.tensor(answer), reduction="sum")
+            with torch.no_grad():
+                done = model.generate(torch.tensor([prompts[index]]), max_new_tokens=8, do_sample=False)
+            text = tokenizer.decode(done[0, len(prompts[index]) :], skip_special_tokens=True)
+            same += text == written[index].text
+        total.backward()
+        gradients[name] = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+    expected = torch.stack([own for _, own in sorted(own_likelihoods, key=lambda pair: pair[0])])
+    return Found(
+        likelihood=float((likelihoods - expected).abs().max()),
+        tokens=f"{same}/{len(OWNERS)}",
+        gradient=gradient_difference(path, root, targets, prompts, answer, gradients),
+    )
+
+
+def gradient_difference(
+    path: Path,
+    root: Path,
+    targets: Sequence[str] | str,
+    prompts: list[list[int]],
+    answer: list[int],
+    expected: dict[str, dict[str, torch.Tensor | None]],
+) -> float:
+    """How far the gradients of two students in one packed pass are from PEFT's, at most."""
+    base = WholeBase(path, torch.float32, targets)
+    check_packing(base, base.model.config.model_type)
+    found = {}
+    for slot, name in enumerate(("a", "b")):
+        lora = read_lora(root / name)
+        found[name] = {
+            module: (torch.zeros_like(lora_A), torch.zeros_like(lora_B))
+            for module, (lora_A, lora_B) in lora.modules.items()
+        }
+        base.bank.open_slot(slot, lora.modules, 8.0, found[name])
+    shards = [
+        (slot, [Sample(p, answer) for p, owner in zip(prompts, OWNERS, strict=True) if owner == name], 1.0)
+        for slot, name in enumerate(("a", "b"))
+    ]
+    batch = pack(shards, torch.device("cpu"))
+    base.bank.route_segments(batch.segments)
+    hidden_TD = base(batch.inputs)
+    losses_L = cross_entropy(hidden_TD[batch.positions_L], Head.of(base.model), batch.labels_L, batch.weights_L)
+    base.backward(losses_L.sum())
+    worst = 0.0
+    for name in ("a", "b"):
+        for module, pair in found[name].items():
+            for factor, own in zip(("A", "B"), pair, strict=True):
+                peft = expected[name][f"base_model.model.{module}.lora_{factor}.default.weight"]
+                assert peft is not None
+                worst = max(worst, float((own - peft).abs().max() / peft.abs().max().clamp(min=1e-6)))
+    return worst
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help=f"of {', '.join(FAMILIES)}; default: all")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.families) - FAMILIES.keys():
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    table = Table(title="bank, generation and gang against PEFT, tiny random models in float32")
+    for column in ("family", "adapted", "log-probability", "generated", "gradient"):
+        table.add_column(column, justify="left" if column in ("family", "adapted") else "right")
+    for family in arguments.families or FAMILIES:
+        targets = FAMILIES[family][1]
+        adapted = targets if isinstance(targets, str) else ", ".join(targets)
+        with tempfile.TemporaryDirectory() as name:
+            try:
+                found = check(family, Path(name))
+            except ValueError as error:
+                table.add_row(family, adapted, f"refused: {str(error).replace(name, '')[:90]}", "", "")
+                continue
+        table.add_row(family, adapted, f"{found.likelihood:.0e}", found.tokens, f"{found.gradient:.0e}")
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()

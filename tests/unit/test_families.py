@@ -1,0 +1,28 @@
+"""Bases of several families, through bank, generation and gang, against PEFT; benchmarks.families runs all of them."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.families import check
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox", "qwen3", "qwen3_moe", "cohere"])
+def test_a_family_gives_what_peft_gives(family: str, tmp_path: Path) -> None:
+    found = check(family, tmp_path)
+    assert found.likelihood < 1e-4
+    assert found.tokens == "4/4"
+    assert found.gradient < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("gpt2", "gpt2 has no linear modules"),
+        ("mamba", "continued from its keys and values gets other logits"),
+        ("t5", "encoder-decoder"),
+    ],
+)
+def test_a_family_that_cannot_be_moved_is_refused_with_the_reason(family: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=reason):
+        check(family, tmp_path)

@@ -1,0 +1,148 @@
+"""translora plan: the numbers of 70B bases, what does not fit, and the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.tiny import make_base, make_bundle
+from translora.cli import FAILED, MIGRATED, UNUSABLE, main
+from translora.config import BaseModelConfig, FleetConfig, load_config
+from translora.plan.fleet import FleetPlan, plan_fleet
+from translora.plan.hardware import GPUS, LINK_SHARE, Hardware
+from translora.plan.shape import read_shape, read_shapes
+from translora.plan.work import bundled_work, given_work
+
+EXAMPLE = Path(__file__).parents[2] / "examples/plan-70b"
+
+
+@pytest.fixture(scope="module")
+def example() -> FleetConfig:
+    return load_config(EXAMPLE / "fleet.yaml", FleetConfig)
+
+
+def plan(config: FleetConfig, num_gpus: int = 8, gpu: str = "h100-80gb", num_adapters: int = 300) -> FleetPlan:
+    work = given_work(config, num_adapters, 250, 0.4)
+    return plan_fleet(config, read_shapes(config), Hardware(GPUS[gpu], num_gpus), work)
+
+
+@pytest.fixture(scope="module")
+def on_eight(example: FleetConfig) -> FleetPlan:
+    return plan(example)
+
+
+def test_the_shape_of_a_70b_base_comes_from_its_config_alone() -> None:
+    shape = read_shape(BaseModelConfig(model=str(EXAMPLE / "llama-3.1-70b")), torch.bfloat16)
+    assert shape.weights.total == 70_553_706_496  # as the model card's "70.6B"
+    assert shape.num_active == shape.weights.total
+    assert shape.cache_bytes == 80 * 2 * 8 * 128 * 2  # layers, keys and values, heads, their size, bfloat16
+    assert shape.weights.head == 128256 * 8192
+    assert len(shape.adapted(["q_proj", "v_proj"])) == 160
+    assert len(shape.adapted("all-linear")) == 80 * 7
+    with pytest.raises(ValueError, match=r"query_key_value not in .*in its place there is k_proj, q_proj, v_proj"):
+        shape.adapted(["query_key_value"])
+
+
+def test_of_a_mixture_of_experts_a_token_meets_a_part(tmp_path: Path) -> None:
+    config = {
+        "model_type": "qwen3_moe",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 100,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape = read_shape(BaseModelConfig(model=str(tmp_path)), torch.bfloat16)
+    experts = 2 * 8 * 3 * 64 * 32
+    assert shape.weights.total - shape.num_active == experts * 6 // 8
+
+
+def test_a_fleet_of_300_on_a_node_gathers_what_zero_3_gathers(on_eight: FleetPlan) -> None:
+    assert not on_eight.problems
+    training = on_eight.training
+    weights = read_shape(BaseModelConfig(model=str(EXAMPLE / "qwen2.5-72b")), torch.bfloat16).num_bytes
+    assert training.gathered_bytes == pytest.approx(2 * weights * 7 / 8)
+    assert training.memory["its part of the base"] == pytest.approx(weights / 8)
+    assert training.compute_seconds > 5 * training.gather_seconds, "the gang fills the pass"
+    assert all(sum(phase.memory.values()) < 77e9 for phase in on_eight.phases)
+    assert on_eight.settings["resources"] == {"num_actors": 2, "gpus_per_actor": 4}
+
+
+def test_eight_times_the_gpus_take_nearly_an_eighth_of_the_time(example: FleetConfig, on_eight: FleetPlan) -> None:
+    more = plan(example, num_gpus=64)
+    assert 5 < on_eight.hours / more.hours <= 8.5
+    assert more.training.memory["its part of the base"] < on_eight.training.memory["its part of the base"] / 7
+
+
+def test_between_machines_the_base_comes_over_the_network() -> None:
+    one, slow = Hardware(GPUS["h100-80gb"], 8), Hardware(GPUS["h100-80gb"], 16, network_rate=50e9)
+    assert one.gather_rate == LINK_SHARE * 450e9
+    assert slow.gather_rate == LINK_SHARE * 50e9
+
+
+def test_what_does_not_fit_is_said_with_the_reason_and_the_remedy(example: FleetConfig) -> None:
+    small = plan(example, num_gpus=4, gpu="a100-40gb")
+    assert any("GB a GPU, of which a100-40gb has 37 for it" in problem for problem in small.problems)
+    assert any("take more GPUs, or set distill.ds_config to zero3-offload.json" in p for p in small.problems)
+    by_hand = example.distill.model_copy(update={"gang_size": 40})
+    crowded = plan(example.model_copy(update={"distill": by_hand}))
+    assert any("set distill.gang_size to auto" in problem for problem in crowded.problems)
+    train = example.distill.model_copy(
+        update={"gradient_checkpointing": False, "micro_batch_size": 64, "batch_size": 64}
+    )
+    kept = plan(example.model_copy(update={"distill": train}))
+    assert any("set distill.gradient_checkpointing to true" in problem for problem in kept.problems)
+    synthesis = example.synthesis.model_copy(update={"batch_size": 4096})
+    wide = plan(example.model_copy(update={"synthesis": synthesis}))
+    assert any("lower synthesis.batch_size" in problem for problem in wide.problems)
+
+
+def test_bundles_at_hand_give_their_sizes(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    for index in range(2):
+        make_bundle(tmp_path / f"bundles/orders-{index}", base, num_samples=10 * (index + 1))
+    raw = {
+        "run_dir": "run",
+        "source": {"model": str(base)},
+        "target": {"model": str(base)},
+        "adapters": [
+            str(tmp_path / "bundles/orders-?"),
+            {"bundle": str(tmp_path / "bundles/orders-1"), "num_samples": 7},
+        ],
+    }
+    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(raw))
+    work = bundled_work(load_config(tmp_path / "fleet.yaml", FleetConfig), 0.5)
+    assert [one.num_samples for one in work.adapters] == [10, 7]
+    assert {one.num_seeds for one in work.adapters} == {5}
+    assert 5 <= work.adapters[0].input_tokens <= 10, "seeds of some 30 characters"
+    (tmp_path / "bundles/orders-0/translora/manifest.json").unlink()
+    with pytest.raises(ValueError, match="no bundle here to plan with"):
+        bundled_work(load_config(tmp_path / "fleet.yaml", FleetConfig), 0.5)
+
+
+def test_the_command_prints_the_tables_and_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["plan", str(EXAMPLE / "fleet.yaml"), "--adapters", "300"]
+    assert main([*flags, "--gpus", "8", "64"]) == MIGRATED
+    shown = capsys.readouterr().out
+    for part in ("300 adapters on 8 x h100-80gb", "300 adapters on 64 x h100-80gb", "per GPU-hour", "tokens_per_pass:"):
+        assert part in shown
+    assert main([*flags, "--json", "--gpu", "a100-40gb", "--gpus", "4"]) == FAILED
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["problems"] and found["phases"][0]["name"] == "generate"
+
+
+def test_a_plan_without_bundles_or_bases_says_what_to_give(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], example: FleetConfig
+) -> None:
+    assert main(["plan", str(EXAMPLE / "fleet.yaml")]) == UNUSABLE
+    assert "give --adapters and --samples instead" in capsys.readouterr().err
+    raw = yaml.safe_load((EXAMPLE / "fleet.yaml").read_text())
+    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(raw | {"source": {"model": str(tmp_path)}}))
+    assert main(["plan", str(tmp_path / "fleet.yaml"), "--adapters", "3"]) == UNUSABLE
+    assert "has no config.json" in capsys.readouterr().err

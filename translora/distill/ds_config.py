@@ -1,0 +1,49 @@
+"""DeepSpeed's config: by name from ds_configs/, or a file of the user's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DS_CONFIGS = next(
+    path / "ds_configs" for path in Path(__file__).resolve().parents[1:3] if (path / "ds_configs").is_dir()
+)
+"""At the top of a checkout, or inside the installed package."""
+IN_TRAIN_CONFIG = {
+    "optimizer": "distill.learning_rate",
+    "scheduler": "distill.epochs",
+    "gradient_clipping": "distill.max_grad_norm",
+}
+"""What a DeepSpeed config may not hold, and the setting of the fleet file that stands for it."""
+
+
+def read_ds_config(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """A DeepSpeed config by path or by its name in ds_configs/, with bf16 set to the resolved dtype.
+
+    Raises:
+        ValueError: no such file, not ZeRO stage 3, an "auto" value (only HF Trainer resolves those), or a setting that
+            belongs into the fleet file.
+    """
+    path = next((path for path in (Path(name), DS_CONFIGS / name) if path.is_file()), None)
+    if path is None:
+        raise ValueError(
+            f"distill.ds_config: {name} is no file and not in ds_configs/; give the path of a DeepSpeed config"
+        )
+    text = path.read_text(encoding="utf-8")
+    try:
+        config: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if '"auto"' in text:
+        raise ValueError(f'{path}: "auto" is resolved by HF Trainer only; write numbers')
+    if config.get("zero_optimization", {}).get("stage") != 3:
+        raise ValueError(f"{path}: zero_optimization.stage must be 3")
+    # DeepSpeed holds the base only. Its optimizer and its clipping would couple the adapters.
+    for key, instead in IN_TRAIN_CONFIG.items():
+        if config.get(key):
+            raise ValueError(f"{path}: {key} has no effect here, remove it; set {instead}")
+    config["bf16"] = {"enabled": dtype == torch.bfloat16}
+    return config

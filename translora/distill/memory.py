@@ -1,0 +1,259 @@
+"""How much memory a training pass takes: from the pass itself, run on fake tensors (translora.engine.fake).
+
+The run chooses the size of its gangs by it, and `translora plan` says by it what fits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from translora.config import TrainConfig
+from translora.distill.data import Sample, pack
+from translora.distill.linear import keep_no_inputs
+from translora.distill.plan import GangBytes
+from translora.engine.attention import PACKED
+from translora.engine.fake import FEW_LAYERS, FLASH_SHAPED, LiveBytes, fake_base, num_layers, with_layers
+from translora.engine.head import CHUNK_ELEMENTS, Head, cross_entropy, positions_at_once
+from translora.lora.bank import new_bank
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class PassBytes:
+    """Bytes of a pass, beside the base's weights and what the students own."""
+
+    activations: int
+    """What the forward pass leaves for the backward pass."""
+    loss: int
+    """The most that the loss has beside them: a chunk of the logits and its gradient."""
+    backward: int
+    """The most that the backward pass has beside what is left of them: gradients of one layer."""
+
+    @property
+    def peak(self) -> int:
+        """The most at a time."""
+        return self.activations + max(self.loss, self.backward)
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """Counts of a base's weights."""
+
+    total: int
+    head: int
+    """Of the output head, which may be those of the embedding."""
+    largest_layer: int
+
+
+def weights_of(model: PreTrainedModel) -> BaseWeights:
+    """The counts of a model, whole, fake or partitioned."""
+
+    def count(parameters: Iterable[Any]) -> int:
+        return sum(getattr(parameter, "ds_numel", None) or parameter.numel() for parameter in parameters)
+
+    layers = max((module for module in model.modules() if isinstance(module, torch.nn.ModuleList)), key=len)
+    return BaseWeights(
+        total=count(model.parameters()),
+        head=count(Head.of(model).parameters),
+        largest_layer=max(count(layer.parameters()) for layer in layers),
+    )
+
+
+def gathered_weights(weights: BaseWeights, ds_config: Mapping[str, Any]) -> int:
+    """Weights of the base that are whole on a worker at the fullest: layers, the next ones, the head for the loss."""
+    zero = ds_config["zero_optimization"]
+    ahead = int(zero.get("stage3_prefetch_bucket_size", 50_000_000))
+    most = int(zero.get("stage3_max_live_parameters", 1_000_000_000))
+    return min(weights.total, max(weights.largest_layer, most) + ahead) + weights.head
+
+
+def student_bytes(shapes: dict[str, tuple[int, int]], rank: int, dtype: torch.dtype) -> int:
+    """Bytes that one student owns: weights, gradient and two moments in float32, and the copy that passes use.
+
+    Args:
+        shapes: (out, in) of the adapted modules.
+    """
+    copy = 0 if dtype == torch.float32 else dtype.itemsize
+    return (16 + copy) * sum(rank * (num_out + num_in) for num_out, num_in in shapes.values())
+
+
+def gang_bytes(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    train: TrainConfig,
+    shapes: dict[str, tuple[int, int]],
+    num_samples: int,
+    num_tokens: int,
+    num_answer: int | None = None,
+    *,
+    flash: bool = False,
+) -> GangBytes:
+    """The bytes of a gang and its pass, from passes of one and of two students.
+
+    Args:
+        config: of the base.
+        dtype: of the base and of the passes.
+        shapes: (out, in) of the adapted modules.
+        num_samples: of one student in a pass.
+        num_tokens: of a sample.
+        num_answer: those of them that the loss is taken on; all when unset.
+        flash: flash-attention computes, which keeps keys and values of the groups as they are.
+    """
+    num_answer = num_tokens if num_answer is None else num_answer
+    one, two = (
+        pass_bytes(config, dtype, train, count, num_samples, num_tokens, num_answer, flash=flash) for count in (1, 2)
+    )
+    own = student_bytes(shapes, train.lora.rank, dtype)
+
+    def line(first: int, second: int) -> tuple[int, int]:
+        return max(0, 2 * first - second), second - first + own
+
+    chunk, positions = positions_at_once(config.get_text_config().vocab_size), num_samples * num_answer
+    full, twice = (loss_bytes(config, dtype, count) for count in (chunk, 2 * chunk))
+    beyond = math.ceil((twice - full) * positions / chunk)
+    return GangBytes(
+        backward=line(one.activations + one.backward, two.activations + two.backward),
+        loss=(
+            line(one.activations + one.loss, two.activations + two.loss),
+            (full, two.activations - one.activations + own + beyond),
+        ),
+    )
+
+
+def loss_bytes(config: PreTrainedConfig, dtype: torch.dtype, num_positions: int) -> int:
+    """The most that the loss of so many positions takes."""
+    with fake_base(with_layers(config, 1), dtype, PACKED) as model:
+        head = Head.of(model)
+        hidden_LD = torch.zeros(num_positions, head.weight.shape[1], dtype=dtype, requires_grad=True)
+        labels_L, weights_L = torch.zeros(num_positions, dtype=torch.long), torch.ones(num_positions)
+        with LiveBytes([hidden_LD, labels_L, weights_L, *head.parameters]) as memory:
+            cross_entropy(hidden_LD, head, labels_L, weights_L)
+        return memory.peak
+
+
+def estimated_gang_bytes(
+    text: Any, dtype: torch.dtype, train: TrainConfig, shapes: dict[str, tuple[int, int]], num_tokens: int
+) -> GangBytes:
+    """The same from the shape of a decoder, for a base that cannot be run on fake tensors.
+
+    A layer keeps about eight hidden states (residuals, norms, attention's in- and output), queries, keys and values,
+    and four intermediate states of the MLP; with recomputation one hidden state, and one layer's all at a time.
+
+    Args:
+        text: config of the decoder.
+        num_tokens: of one student in a pass.
+    """
+    hidden, layers, heads = text.hidden_size, text.num_hidden_layers, text.num_attention_heads
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    layer = 8 * hidden + 2 * (heads + groups) * head_dim + 4 * inner
+    kept = layers * hidden + layer if train.gradient_checkpointing else layers * layer
+    own = student_bytes(shapes, train.lora.rank, dtype)
+    return GangBytes(backward=(3 * 4 * CHUNK_ELEMENTS, own + num_tokens * kept * dtype.itemsize))
+
+
+def pass_bytes(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    train: TrainConfig,
+    num_students: int,
+    num_samples: int,
+    num_tokens: int,
+    num_answer: int,
+    *,
+    flash: bool = False,
+) -> PassBytes:
+    """The bytes of one pass; a deep base is run with a few of its layers, and the others are like the last of these."""
+    whole, (few, more) = num_layers(config), FEW_LAYERS
+    sizes = (num_students, num_samples, num_tokens, num_answer)
+    if whole <= more:
+        return _run_pass(config, dtype, train, *sizes, flash=flash)
+    shallow, deeper = (
+        _run_pass(with_layers(config, depth), dtype, train, *sizes, flash=flash) for depth in (few, more)
+    )
+
+    def at_depth(first: int, second: int) -> int:
+        return second + (second - first) * (whole - more) // (more - few)
+
+    return PassBytes(
+        at_depth(shallow.activations, deeper.activations),
+        at_depth(shallow.loss, deeper.loss),
+        at_depth(shallow.backward, deeper.backward),
+    )
+
+
+def _run_pass(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    train: TrainConfig,
+    num_students: int,
+    num_samples: int,
+    num_tokens: int,
+    num_answer: int,
+    *,
+    flash: bool = False,
+) -> PassBytes:
+    """One pass as translora.distill.train.run_pass has it, on fake tensors."""
+    sample = Sample([0] * (num_tokens + 1 - num_answer), [0] * num_answer)  # the last token is not computed
+    with fake_base(config, dtype, FLASH_SHAPED if flash else PACKED) as model, frozen_linears():
+        bank = new_bank(model, train.lora.target_modules)
+        if train.gradient_checkpointing:
+            recompute(model)
+        rank = train.lora.rank
+        own: list[torch.Tensor] = []
+        for slot in range(num_students):
+            factors = {
+                name: (torch.zeros(rank, num_in, dtype=dtype), torch.zeros(num_out, rank, dtype=dtype))
+                for name, (num_out, num_in) in bank.shapes.items()
+            }
+            gradients = {name: (lora_A.float(), lora_B.float()) for name, (lora_A, lora_B) in factors.items()}
+            bank.open_slot(slot, factors, train.lora.alpha, gradients)
+            own += [factor for pair in (*factors.values(), *gradients.values()) for factor in pair]
+        batch = pack([(slot, [sample] * num_samples, 1.0) for slot in range(num_students)], CPU)
+        bank.route_segments(batch.segments)
+        head, inputs = Head.of(model), batch.inputs
+        with LiveBytes([*model.parameters(), *model.buffers(), *own]) as memory:
+            hidden_1TD = model.base_model(**inputs, use_cache=False).last_hidden_state
+            activations = memory.live
+            memory.begin_peak()
+            losses_L = cross_entropy(hidden_1TD[0][batch.positions_L], head, batch.labels_L, batch.weights_L)
+            loss = memory.peak - activations
+            memory.begin_peak()
+            losses_L.sum().backward()
+            return PassBytes(activations, loss, memory.peak - activations)
+
+
+@contextlib.contextmanager
+def frozen_linears() -> Iterator[None]:
+    """Have nn.Linear compute as under ZeRO-3."""
+    before = keep_no_inputs()
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = before
+
+
+def recompute(model: PreTrainedModel) -> None:
+    """Have a frozen base compute its activations again in the backward pass, without dropout.
+
+    transformers recomputes in training mode only, in which it would switch on dropout in some bases. A student's result
+    must not depend on the random numbers that its neighbours draw.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.train()
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, 0.0)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0

@@ -1,0 +1,124 @@
+"""What a computation would hold in memory: it is run on fake tensors, which have shapes and no data.
+
+It is the code of the run that is run, so nothing has to be known of layers, heads or experts, and a base of any size
+takes about a second: a few of its layers are enough, since the rest is like them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+
+from translora.engine.loading import plain_class
+
+FLASH_SHAPED = "translora_scoreless"
+FEW_LAYERS = (2, 4)
+"""Depths that are run; what a layer adds is the difference between them."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of what operations made and somebody still holds: storages, so that a view costs nothing.
+
+    Args:
+        before: not to be counted, whatever views are made of these.
+    """
+
+    def __init__(self, before: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in before)
+
+    def begin_peak(self) -> None:
+        """Forget the greatest sum so far."""
+        self.peak = self.live
+
+    def _gone(self, num_bytes: int) -> None:
+        self.live -= num_bytes
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and count what it made."""
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage not in self._known:
+                    self._known.add(storage)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._gone, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+
+def num_layers(config: PreTrainedConfig) -> int:
+    """Layers of a decoder."""
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
+    """The config of the same base with its first layers only."""
+    shallow = copy.deepcopy(config)
+    text = shallow.get_text_config()
+    whole = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == whole:  # layer_types and the like
+            setattr(text, name, value[:count])
+    text.num_hidden_layers = count
+    return shallow
+
+
+@contextlib.contextmanager
+def fake_base(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> Iterator[PreTrainedModel]:
+    """A base of fake tensors on the CPU, in eval mode; what is computed inside the context is fake too.
+
+    Raises:
+        ValueError: it is no plain decoder, see `plain_class`.
+    """
+    kind = plain_class(config)
+    if kind is None:
+        raise ValueError(f"{config.model_type}: not a decoder that transformers builds from one config")
+    config = copy.deepcopy(config)
+    config._attn_implementation = attention
+    before = torch.get_default_dtype()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        torch.set_default_dtype(dtype)
+        try:
+            model: PreTrainedModel = kind(config)
+        finally:
+            torch.set_default_dtype(before)
+        yield model.eval()
+
+
+class _FlashShaped(torch.autograd.Function):
+    """flash-attention's shapes: it keeps its inputs, its output and one float32 a head and token, and no scores."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def flash_shaped(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object, **__: object
+) -> tuple[torch.Tensor, None]:
+    """For fake tensors: query [1, H, T, D], key and value [1, G, T, D]; returns [1, T, H, D] with nothing in it."""
+    return _FlashShaped.apply(*(x.transpose(1, 2) for x in (query, key, value))), None
+
+
+AttentionInterface.register(FLASH_SHAPED, flash_shaped)

@@ -1,0 +1,1 @@
+"""What a fleet will take, before anything is loaded: `translora plan`."""

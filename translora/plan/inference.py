@@ -1,0 +1,123 @@
+"""What the phases of inference take: generate, screen and label, gate."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+from translora.config import FleetConfig
+from translora.engine.fake import FEW_LAYERS, LiveBytes, fake_base, num_layers, with_layers
+from translora.engine.host import BANK_SHARE
+from translora.plan.hardware import Hardware
+from translora.plan.shape import Shape
+from translora.plan.work import QUESTION_TOKENS, Work
+from translora.run.member import heldout_size
+
+ROUNDS = 3
+"""Of generate and screen, mostly."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The rows of a phase on one base, summed over the fleet."""
+
+    num_rows: float
+    """Rows that decode; the others are scored only."""
+    prompt_tokens: float
+    """Of all passes over prompts together."""
+    new_tokens: float
+    """Longest completion of a row: a batch is as long as its longest."""
+    context_tokens: float
+    """Of a row, prompt and completion."""
+    distinct: float = 1.0
+    """Share of a batch's prompts that are computed; rows with the same one share it."""
+
+
+def generate_calls(config: FleetConfig, work: Work) -> Calls:
+    """Inputs that the generator invents: rows of an adapter share the prompts of the seeds' few orders."""
+    rows = prompts = longest = 0.0
+    for one in work.adapters:
+        own = (one.num_samples + heldout_size(config.gate, one.num_samples)) / work.acceptance
+        seeds = 8 + one.num_seeds * (one.input_tokens + 4)
+        rows += own
+        prompts += seeds * max(ROUNDS * min(config.synthesis.num_orderings, own), own / config.synthesis.batch_size)
+        longest = max(longest, seeds)
+    new, batch = config.synthesis.sampling.max_new_tokens, config.synthesis.batch_size
+    # A round's rows lie in the batches by adapter and order of the seeds.
+    per_prompt = rows / len(work.adapters) / ROUNDS / config.synthesis.num_orderings
+    return Calls(rows, prompts, new, longest + new, distinct=min(1.0, max(1 / batch, 1 / max(1.0, per_prompt))))
+
+
+def label_calls(config: FleetConfig, work: Work) -> Calls:
+    """Every invented input is judged; what is accepted is answered."""
+    rows = prompts = longest = 0.0
+    for one in work.adapters:
+        kept = one.num_samples + heldout_size(config.gate, one.num_samples)
+        own = one.input_tokens + QUESTION_TOKENS
+        rows += kept
+        prompts += own * kept / work.acceptance + own * kept
+        longest = max(longest, own)
+    new = config.synthesis.max_answer_tokens
+    return Calls(rows, prompts, new, longest + new)
+
+
+def gate_calls(config: FleetConfig, work: Work) -> Calls:
+    """Held-out prompts, answered by the student and by the bare base, and the teacher's answers scored by both."""
+    rows = prompts = longest = 0.0
+    for one in work.adapters:
+        kept = heldout_size(config.gate, one.num_samples)
+        own = one.input_tokens + QUESTION_TOKENS
+        rows += 2 * kept
+        prompts += 2 * kept * (2 * own + one.answer_tokens)
+        longest = max(longest, own)
+    new = config.synthesis.max_answer_tokens
+    return Calls(rows, prompts, new, longest + new)
+
+
+def seconds(calls: Calls, shape: Shape, hardware: Hardware, batch_size: int, num_actors: int) -> dict[str, float]:
+    """GPU-bound seconds of a phase by what bounds them: `prompts` (arithmetic) and `decoding` (reading memory).
+
+    A base that is split over the GPUs of an actor is computed part after part: an actor is as fast as one of them.
+    """
+    prompts = 2 * shape.num_active * calls.prompt_tokens / hardware.train_flops
+    batches = math.ceil(calls.num_rows / batch_size)
+    step_bytes = shape.num_bytes + batch_size * calls.context_tokens * shape.cache_bytes
+    step = max(step_bytes / hardware.read_rate, 2 * shape.num_active * batch_size / hardware.train_flops)
+    return {"prompts": prompts / num_actors, "decoding": batches * calls.new_tokens * step / num_actors}
+
+
+def bank_bytes(slot_bytes: int, file_bytes: int, num_adapters: int, batch_size: int, memory_bytes: float) -> int:
+    """Of the bank that an actor holds: all adapters, or those that a block names, as translora.engine.host decides.
+
+    Args:
+        slot_bytes: of one adapter in the bank.
+        file_bytes: of one on disk.
+        num_adapters: on this base.
+        memory_bytes: of all GPUs of the actor.
+    """
+    resident = num_adapters if num_adapters * file_bytes <= BANK_SHARE * memory_bytes else 2 * batch_size
+    return slot_bytes * min(num_adapters, resident)
+
+
+@functools.cache
+def prompt_pass_bytes(shape: Shape, num_rows: int, num_tokens: int) -> int:
+    """The most that a pass over prompts has in memory beside weights and cache, from the pass on fake tensors.
+
+    A layer's states are gone when the next one's are made, so that a few layers have as much of them as all.
+    """
+    config, vocabulary = shape.config, shape.config.get_text_config().vocab_size
+    if num_layers(config) > FEW_LAYERS[0]:
+        config = with_layers(config, FEW_LAYERS[0])
+    with fake_base(config, shape.dtype, "sdpa") as model, torch.no_grad():
+        ids = torch.zeros(num_rows, num_tokens, dtype=torch.long)
+        mask = torch.ones(num_rows, num_tokens, dtype=torch.long)
+        with LiveBytes([*model.parameters(), *model.buffers()]) as memory:
+            cache = DynamicCache(config=config)
+            model.base_model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    cached = num_rows * num_tokens * shape.cache_bytes * FEW_LAYERS[0] // num_layers(shape.config)
+    # The logits of the last tokens, in the base's dtype and in float32.
+    return max(0, memory.peak - cached) + num_rows * vocabulary * (shape.dtype.itemsize + 4)

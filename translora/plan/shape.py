@@ -1,0 +1,120 @@
+"""The shape of a base from its config.json alone: no weights, no tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from translora.bundle.base import name_of_path
+from translora.config import BaseModelConfig, FleetConfig
+from translora.distill.memory import BaseWeights, weights_of
+from translora.engine.fake import num_layers
+from translora.lora.targets import resolve_targets
+from translora.run.redact import first_line
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """What the planner knows of a base."""
+
+    name: str
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    """Of its weights in the run."""
+    weights: BaseWeights
+    num_active: int
+    """Weights that a token meets: fewer in a mixture of experts."""
+    linears: dict[str, tuple[int, int]]
+    """(out, in) of every linear module but the head, by name."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights."""
+        return self.weights.total * self.dtype.itemsize
+
+    @property
+    def cache_bytes(self) -> int:
+        """Keys and values of one token, in all layers; what sliding windows save is not counted."""
+        text = self.config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return 2 * num_layers(self.config) * heads * head_dim * self.dtype.itemsize
+
+    def adapted(self, target_modules: Sequence[str] | str) -> dict[str, tuple[int, int]]:
+        """(out, in) of the linear modules that the targets name.
+
+        Raises:
+            ValueError: a name is none of this base's.
+        """
+        names = resolve_targets(self.linears, target_modules, self.name, "distill.lora.target_modules")
+        return {name: self.linears[name] for name in names}
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The bases of a fleet."""
+
+    source: Shape
+    target: Shape
+    generator: Shape
+    trained: Shape
+    """The target in the dtype of the distillation."""
+
+
+def read_shapes(config: FleetConfig) -> Shapes:
+    """Read each base once, for GPUs that multiply bfloat16.
+
+    Raises:
+        ValueError: see `read_shape`.
+    """
+    source, target = (read_shape(base, torch.bfloat16) for base in (config.source, config.target))
+    generator = target if config.generator == config.target else read_shape(config.generator, torch.bfloat16)
+    dtype = torch.bfloat16 if config.distill.dtype == "auto" else getattr(torch, config.distill.dtype)
+    return Shapes(source, target, generator, dataclasses.replace(target, dtype=dtype))
+
+
+def read_shape(base: BaseModelConfig, dtype: torch.dtype) -> Shape:
+    """Read a base's config and build it without weights.
+
+    Args:
+        base: a directory that need hold nothing but config.json, or a hub id.
+        dtype: of its weights in the run, where the config leaves it to the device.
+
+    Raises:
+        ValueError: there is no such config, or transformers makes no causal language model of it.
+    """
+    path = os.path.expanduser(base.model)
+    if os.path.isdir(path) and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"{path}: has no config.json; give a model directory, or a hub id")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=base.trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
+    except Exception as error:  # a fault boundary: hub clients and model classes raise what they like
+        raise ValueError(
+            f"{base.model}: no base can be planned with ({first_line(error)}); give a directory with config.json of an "
+            "architecture that this version of transformers has, or a hub id that this machine can reach"
+        ) from error
+    head = model.get_output_embeddings()
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    counts = weights_of(model)
+    weights = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    text = config.get_text_config()
+    num_experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
+    used = getattr(text, "num_experts_per_tok", None) or num_experts
+    experts = sum(count for name, count in weights.items() if ".experts." in name) if num_experts > 1 else 0
+    return Shape(
+        name=name_of_path(path),
+        config=config,
+        dtype=dtype if base.dtype == "auto" else getattr(torch, base.dtype),
+        weights=counts,
+        num_active=counts.total - experts + math.ceil(experts * used / num_experts),
+        linears={name: (m.out_features, m.in_features) for name, m in linears.items() if m is not head},
+    )
