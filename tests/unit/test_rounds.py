@@ -14,6 +14,7 @@ from translora.bundle.manifest import Manifest
 from translora.config import BaseModelConfig, ResourceConfig, SynthesisConfig
 from translora.synthesis import rounds
 from translora.synthesis.actors import Row, cut_blocks, read_block
+from translora.synthesis.phase import draw_heldout
 from translora.synthesis.pool import Pool, admit, choose_screen, close
 from translora.synthesis.rounds import clean, plan_round, synthesise
 
@@ -270,3 +271,14 @@ def test_a_damaged_block_is_as_good_as_missing(tmp_path: Path, caplog: pytest.Lo
         path.write_bytes(damaged)
         assert read_block(path, 3) is None
         assert f"{path}: cannot be read" in caplog.text and "computed again" in caplog.text
+
+
+def test_the_gate_gets_every_answer_in_its_share_and_free_text_at_random() -> None:
+    answers = ["yes"] * 24 + ["No"] * 8 + ["no"] * 8
+    drawn = draw_heldout(answers, 10, seed=1)
+    assert len(drawn) == 10 and sum(answers[index] == "yes" for index in drawn) == 6
+    assert draw_heldout(answers, 10, seed=1) == drawn != draw_heldout(answers, 10, seed=2)
+    free = [f"answer {index}" for index in range(40)]
+    assert len(draw_heldout(free, 20, seed=1)) == 20
+    assert draw_heldout(free, 10, seed=1) != draw_heldout(free, 10, seed=2)
+    assert draw_heldout(["yes", "no"], 1, seed=0) < {0, 1}

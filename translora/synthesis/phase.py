@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +14,8 @@ from translora.run.files import derive_seed, write_parquet
 from translora.run.member import Member, Run
 from translora.run.state import SYNTHETIC
 from translora.synthesis.pool import Pool, choose_screen
+from translora.synthesis.prompts import normalise
+from translora.synthesis.quality import answer_classes
 from translora.synthesis.rounds import synthesise
 
 logger = logging.getLogger(__name__)
@@ -73,13 +76,26 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
         run.advance(member, "distill", member.directory / SYNTHETIC)
 
 
+def draw_heldout(answers: Sequence[str], count: int, seed: int) -> set[int]:
+    """Indices of samples for the gate, at random; where the answers are few, with the same share of each as in all.
+
+    Args:
+        answers: the teacher's, of all samples.
+        count: of them for the gate.
+    """
+    order = list(range(len(answers)))
+    random.Random(seed).shuffle(order)
+    if answer_classes(answers):
+        order.sort(key=lambda index: normalise(answers[index]))
+    return {order[(2 * place + 1) * len(order) // (2 * count)] for place in range(count)}
+
+
 def write_synthetic(member: Member, pool: Pool, seed: int, min_holdout: int) -> None:
     """Write the adapter's synthetic set: input, answer, score, split (train, heldout, refused)."""
-    order = list(range(len(pool.accepted)))
-    random.Random(derive_seed(seed, member.name, "split")).shuffle(order)
-    share = round(len(order) * member.num_heldout / pool.needed)
-    num_heldout = max(1, min(member.num_heldout, max(share, min_holdout), len(order) // 2))
-    heldout = set(order[:num_heldout])
+    share = round(len(pool.accepted) * member.num_heldout / pool.needed)
+    num_heldout = max(1, min(member.num_heldout, max(share, min_holdout), len(pool.accepted) // 2))
+    answers = [row["answer"] for row in pool.accepted]
+    heldout = draw_heldout(answers, num_heldout, derive_seed(seed, member.name, "split"))
     rows = [
         {"adapter": member.name, **row, "split": "heldout" if index in heldout else "train"}
         for index, row in enumerate(pool.accepted)
