@@ -146,3 +146,20 @@ def test_a_plan_without_bundles_or_bases_says_what_to_give(
     (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(raw | {"source": {"model": str(tmp_path)}}))
     assert main(["plan", str(tmp_path / "fleet.yaml"), "--adapters", "3"]) == UNUSABLE
     assert "has no config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["parts", "dynamic"])
+def test_a_base_with_parts_and_one_that_fake_tensors_cannot_do_are_planned(
+    tmp_path: Path, example: FleetConfig, kind: str
+) -> None:
+    text = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text |= {"intermediate_size": 96, "vocab_size": 100, "head_dim": 16}
+    config = {"model_type": "llama", **text, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}
+    if kind == "parts":
+        config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", **text}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    base = BaseModelConfig(model=str(tmp_path))
+    found = plan(example.model_copy(update={"source": base, "target": base}))
+    assert not found.problems
+    assert found.training.activations["recomputed"] < found.training.activations["kept"]
+    assert len(read_shape(base, torch.bfloat16).adapted(["q_proj"])) >= 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from dataclasses import dataclass
 
@@ -16,7 +17,9 @@ from translora.plan.hardware import Hardware
 from translora.plan.shape import Shape
 from translora.plan.work import QUESTION_TOKENS, Work
 from translora.run.member import heldout_size
+from translora.run.redact import first_line
 
+logger = logging.getLogger(__name__)
 ROUNDS = 3
 """Of generate and screen, mostly."""
 
@@ -109,15 +112,20 @@ def prompt_pass_bytes(shape: Shape, num_rows: int, num_tokens: int) -> int:
 
     A layer's states are gone when the next one's are made, so that a few layers have as much of them as all.
     """
-    config, vocabulary = shape.config, shape.config.get_text_config().vocab_size
-    if num_layers(config) > FEW_LAYERS[0]:
-        config = with_layers(config, FEW_LAYERS[0])
-    with fake_base(config, shape.dtype, "sdpa") as model, torch.no_grad():
-        ids = torch.zeros(num_rows, num_tokens, dtype=torch.long)
-        mask = torch.ones(num_rows, num_tokens, dtype=torch.long)
-        with LiveBytes([*model.parameters(), *model.buffers()]) as memory:
-            cache = DynamicCache(config=config)
-            model.base_model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-    cached = num_rows * num_tokens * shape.cache_bytes * FEW_LAYERS[0] // num_layers(shape.config)
+    text = shape.config.get_text_config()
+    depth = min(num_layers(shape.config), FEW_LAYERS[0])
+    config = with_layers(shape.config, depth)
+    try:
+        with fake_base(config, shape.dtype, "sdpa") as model, torch.no_grad():
+            ids = torch.zeros(num_rows, num_tokens, dtype=torch.long)
+            mask = torch.ones(num_rows, num_tokens, dtype=torch.long)
+            with LiveBytes([*model.parameters(), *model.buffers()]) as memory:
+                cache = DynamicCache(config=config)
+                model.base_model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        peak = memory.peak - num_rows * num_tokens * shape.cache_bytes * depth // num_layers(shape.config)
+    except Exception as error:  # not every model can be run on fake tensors
+        logger.info("%s: the memory of a pass over prompts is estimated (%s)", shape.name, first_line(error))
+        inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+        peak = num_rows * num_tokens * (6 * text.hidden_size + 3 * inner) * shape.dtype.itemsize
     # The logits of the last tokens, in the base's dtype and in float32.
-    return max(0, memory.peak - cached) + num_rows * vocabulary * (shape.dtype.itemsize + 4)
+    return int(max(0, peak)) + num_rows * text.vocab_size * (shape.dtype.itemsize + 4)

@@ -16,6 +16,7 @@ from translora.bundle.base import name_of_path
 from translora.config import BaseModelConfig, FleetConfig
 from translora.distill.memory import BaseWeights, weights_of
 from translora.engine.fake import num_layers
+from translora.engine.loading import plain_class
 from translora.lora.targets import resolve_targets
 from translora.run.redact import first_line
 
@@ -26,6 +27,7 @@ class Shape:
 
     name: str
     config: PreTrainedConfig
+    """Of its decoder, where it has parts beside it."""
     dtype: torch.dtype
     """Of its weights in the run."""
     weights: BaseWeights
@@ -112,7 +114,7 @@ def read_shape(base: BaseModelConfig, dtype: torch.dtype) -> Shape:
     experts = sum(count for name, count in weights.items() if ".experts." in name) if num_experts > 1 else 0
     return Shape(
         name=name_of_path(path),
-        config=config,
+        config=config if plain_class(config) else text,
         dtype=dtype if base.dtype == "auto" else getattr(torch, base.dtype),
         weights=counts,
         num_active=counts.total - experts + math.ceil(experts * used / num_experts),
