@@ -104,6 +104,10 @@ def read_shape(base: BaseModelConfig, dtype: torch.dtype) -> Shape:
             f"{base.model}: no base can be planned with ({first_line(error)}); give a directory with config.json of an "
             "architecture that this version of transformers has, or a hub id that this machine can reach"
         ) from error
+    if getattr(config.get_text_config(), "num_attention_heads", None) is None:
+        raise ValueError(
+            f"{base.model}: no attention heads in its config.json; a run refuses such a base, take another"
+        )
     head = model.get_output_embeddings()
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     counts = weights_of(model)

@@ -17,7 +17,7 @@ from translora.distill.memory import (
     pass_bytes,
     student_bytes,
 )
-from translora.distill.plan import GangBytes, JobSize, choose_gang_size, lay_out
+from translora.distill.plan import TOKENS_PER_PASS, GangBytes, JobSize, choose_gang_size, lay_out
 from translora.plan.hardware import LINK_SHARE, Hardware
 from translora.plan.shape import Shape
 from translora.run.redact import first_line
@@ -145,7 +145,7 @@ def plan_training(
     samples = min(train.micro_batch_size, math.ceil(train.batch_size / layout.ranks_per_group))
     adapted = shape.adapted(train.lora.target_modules)
     max_tokens = max(size.max_tokens for size in sizes)
-    mean_tokens = sum(size.mean_tokens for size in sizes) / len(sizes)
+    mean_tokens = sum(s.num_steps * s.mean_tokens for s in sizes) / sum(s.num_steps for s in sizes)
     offloaded = ds_config["zero_optimization"].get("offload_param", {}).get("device") == "cpu"
     memory: dict[str, float] = {
         "its part of the base": 0 if offloaded else shape.num_bytes / num_workers,
@@ -158,6 +158,7 @@ def plan_training(
     need, activations = pass_memory(shape, train.model_dump_json(), samples, max_tokens)
     flops_per_token = (6 if train.gradient_checkpointing else 4) * shape.num_active
     wanted = gathered.seconds / GATHER_SHARE * hardware.train_flops / flops_per_token
+    wanted = max(wanted, TOKENS_PER_PASS["cuda"])  # as in the run, which does not know the links
     tokens_per_pass = math.ceil(wanted) if train.tokens_per_pass == "auto" else train.tokens_per_pass
     gang = choose_gang_size(
         sizes,

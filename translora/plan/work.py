@@ -33,6 +33,8 @@ class AdapterWork:
     """Of a task input."""
     answer_tokens: int
     num_seeds: int = SEEDS_SHOWN
+    epochs: float | None = None
+    """The adapter's own; the fleet's when unset."""
     adapter_bytes: int | None = None
     """Of the bundle's adapter on disk; taken to be as large as the new one where it is not known."""
 
@@ -76,7 +78,9 @@ def bundled_work(config: FleetConfig, acceptance: float) -> Work:
         input_tokens = max(1, math.ceil(characters / CHARACTERS_PER_TOKEN))
         samples = entry.num_samples or manifest.num_samples
         num_bytes = weights_bytes(str(path))
-        found.append(AdapterWork(samples, input_tokens, config.synthesis.max_answer_tokens, len(seeds), num_bytes))
+        found.append(
+            AdapterWork(samples, input_tokens, config.synthesis.max_answer_tokens, len(seeds), entry.epochs, num_bytes)
+        )
     return Work(found, acceptance, f"{len(found)} bundles, {CHARACTERS_PER_TOKEN} characters a token")
 
 
@@ -86,7 +90,7 @@ def training_sizes(config: FleetConfig, work: Work) -> list[JobSize]:
     for one in work.adapters:
         train, judge = config.distill, config.discriminator
         tokens = min(train.max_length, one.input_tokens + QUESTION_TOKENS + one.answer_tokens)
-        sizes.append(JobSize(num_steps(one.num_samples, train.epochs, train.batch_size), tokens, tokens))
+        sizes.append(JobSize(num_steps(one.num_samples, one.epochs or train.epochs, train.batch_size), tokens, tokens))
         count = min(judge.max_samples, 2 * (one.num_samples + heldout_size(config.gate, one.num_samples)))
         tokens = min(train.max_length, one.input_tokens + 2 * QUESTION_TOKENS)
         sizes.append(JobSize(num_steps(count, judge.epochs, train.batch_size), tokens, tokens))
