@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from benchmarks.whole import WholeBase
-from tests.tiny import make_tokenizer
+from tests.tiny import make_adapter, make_tokenizer
 from translora.bundle.base import inspect_base, linear_modules
 from translora.config import BaseModelConfig
 from translora.distill.data import Sample, pack
@@ -118,12 +118,7 @@ def check(family: str, root: Path) -> Found:
     names = resolve_targets(linear_modules(inspect_base(str(path))), targets, family, "target_modules")
     base = BaseModelConfig(model=str(path), dtype="float32")
     for index, name in enumerate(("a", "b")):
-        torch.manual_seed(index + 1)
-        lora = LoraConfig(
-            r=4 - index, lora_alpha=8, target_modules=names, init_lora_weights=False, task_type="CAUSAL_LM"
-        )
-        peft_model = get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), lora)
-        peft_model.save_pretrained(root / name)
+        make_adapter(root / name, path, index + 1, 4 - index, target_modules=names)
     engine = TransformersEngine(base, {name: root / name for name in ("a", "b")})
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
     answer = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]

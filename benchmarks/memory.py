@@ -32,10 +32,10 @@ from transformers import (
 from translora.config import TrainConfig
 from translora.distill.data import Sample, pack
 from translora.distill.linear import keep_no_inputs
-from translora.distill.memory import pass_bytes, recompute
+from translora.distill.memory import PassSize, open_zero_students, pass_bytes, recompute
 from translora.engine.attention import PACKED
 from translora.engine.head import Head, cross_entropy
-from translora.lora.bank import initial_weights, new_bank
+from translora.lora.bank import new_bank
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 32000}
@@ -80,7 +80,7 @@ def planned(name: str) -> int:
     config, changes = SHAPES[name]
     train = TrainConfig.model_validate({"dtype": "bfloat16", **changes})
     dtype = getattr(torch, train.dtype)
-    return pass_bytes(config, dtype, train, STUDENTS, SAMPLES, TOKENS, ANSWER).peak
+    return pass_bytes(config, dtype, train, PassSize(STUDENTS, SAMPLES, TOKENS, ANSWER)).peak
 
 
 def status_bytes(key: str) -> int:
@@ -99,11 +99,7 @@ def measured(name: str) -> int:
     keep_no_inputs()
     if train.gradient_checkpointing:
         recompute(model)
-    for slot in range(STUDENTS):
-        weights = initial_weights(bank.shapes, train.lora.rank, slot)
-        factors = {key: (lora_A.to(model.dtype), lora_B.to(model.dtype)) for key, (lora_A, lora_B) in weights.items()}
-        gradients = {key: (torch.zeros_like(A).float(), torch.zeros_like(B).float()) for key, (A, B) in weights.items()}
-        bank.open_slot(slot, factors, train.lora.alpha, gradients)
+    open_zero_students(bank, train, STUDENTS, model.dtype)
     sample = Sample(list(range(TOKENS + 1 - ANSWER)), list(range(ANSWER)))
 
     def run(num_samples: int) -> None:

@@ -30,6 +30,8 @@ from translora.run.rundir import check_free
 from translora.run.signals import INTERRUPTED, exit_code, unwind_on_sigterm
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from translora.run.state import AdapterState
 
 logger = logging.getLogger(__name__)
@@ -247,8 +249,6 @@ def run_merge(arguments: argparse.Namespace) -> int:
 def run_plan(arguments: argparse.Namespace) -> int:
     """`translora plan fleet.yaml`."""
     config = load_config(arguments.config, FleetConfig)
-    from rich.console import Console
-
     from translora.plan.fleet import plan_fleet
     from translora.plan.render import as_json, print_plans
     from translora.plan.shape import read_shapes
@@ -265,7 +265,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
     if arguments.json:
         sys.stdout.write(f"{as_json(plans)}\n")
     else:
-        print_plans(plans, Console(width=None if sys.stdout.isatty() else 140))
+        print_plans(plans, wide_console())
     return FAILED if any(plan.problems for plan in plans) else MIGRATED
 
 
@@ -295,15 +295,20 @@ def run_report(arguments: argparse.Namespace) -> int:
     return MIGRATED
 
 
-def print_report(run_dir: Path, states: Sequence[AdapterState]) -> None:
-    """Print the table of these adapters, list what did not migrate, and write RUN/report.html."""
+def wide_console() -> Console:
+    """Prints tables as wide as the terminal, and wide enough for ours where there is none."""
     from rich.console import Console
 
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def print_report(run_dir: Path, states: Sequence[AdapterState]) -> None:
+    """Print the table of these adapters, list what did not migrate, and write RUN/report.html."""
     from translora.report.html import REPORT_FILE, write_report
     from translora.report.table import notes, render_table
     from translora.run.state import state_names
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = wide_console()
     console.print(render_table(states))
     lines = notes(states)
     if earlier := set(state_names(run_dir)) - {state.name for state in states}:

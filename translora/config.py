@@ -106,7 +106,7 @@ class LoraSettings(Strict):
     or `all-linear`: all but the head."""
 
 
-GangSize = Annotated[int, Field(ge=1)] | Literal["auto"]
+Count = Annotated[int, Field(ge=1)] | Literal["auto"]
 
 
 class TrainConfig(Strict):
@@ -122,9 +122,9 @@ class TrainConfig(Strict):
     """Samples per optimizer step, over all workers."""
     micro_batch_size: int = Field(default=8, ge=1)
     """Most samples of one adapter in one forward pass of a worker."""
-    gang_size: GangSize = "auto"
+    gang_size: Count = "auto"
     """Adapters that a worker trains side by side in one pass; `auto` fills the pass (see translora.distill.plan)."""
-    tokens_per_pass: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    tokens_per_pass: Count = "auto"
     """Tokens that a gang should fill a worker's pass with, as far as memory allows; `auto` is what hides the gathering
     of the base behind the computing on one machine, and `translora plan` says what does on several."""
     loss: Literal["sft", "kl"] = "sft"

@@ -27,6 +27,7 @@ from translora.distill.checkpoint import (
 from translora.distill.data import Sample, encode_samples, pack
 from translora.distill.gang import Gang
 from translora.distill.job import FAILURE, TrainJob
+from translora.distill.memory import recompute
 from translora.distill.plan import GangBytes, JobSize, Layout, choose_gang_size, lay_out
 from translora.distill.shrink import read_notes
 from translora.distill.train import run_pass, train, train_on
@@ -256,8 +257,7 @@ def test_recomputed_activations_give_the_same_bytes(base_path: Path, tmp_path: P
         calls: list[int] = []
         base.model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         if name == "recomputed":
-            base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            base.model.train()
+            recompute(base.model)
         train(base, make_gang(base, queue, 2), tmp_path / name / "gang.safetensors", every_steps=100)
         outputs.append(([sha256_path(Path(job.output)) for job in queue], len(calls)))
     assert outputs[0][0] == outputs[1][0]

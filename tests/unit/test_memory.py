@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from benchmarks.memory import compare
 from translora.config import TrainConfig
 from translora.distill.linear import FrozenLinear, keep_no_inputs
-from translora.distill.memory import _run_pass, estimated_gang_bytes, gang_bytes, pass_bytes, student_bytes
+from translora.distill.memory import PassSize, _run_pass, estimated_gang_bytes, gang_bytes, pass_bytes, student_bytes
 from translora.engine.fake import LiveBytes, fake_base
 
 DEEP = LlamaConfig(
@@ -67,14 +67,14 @@ def test_live_bytes_counts_storages_once_and_forgets_what_is_freed() -> None:
 @pytest.mark.parametrize("again", [False, True])
 def test_a_few_layers_tell_what_all_of_them_take(again: bool) -> None:
     train = TRAIN.model_copy(update={"gradient_checkpointing": again})
-    whole, few = (run(DEEP, torch.bfloat16, train, 2, 3, 40, 8) for run in (_run_pass, pass_bytes))
+    whole, few = (run(DEEP, torch.bfloat16, train, PassSize(2, 3, 40, 8)) for run in (_run_pass, pass_bytes))
     assert few.activations == pytest.approx(whole.activations, rel=0.01)
     assert few.peak == pytest.approx(whole.peak, rel=0.01)
 
 
 def test_recomputation_keeps_little_of_a_pass_and_a_student_owns_18_bytes_a_weight() -> None:
     again = TRAIN.model_copy(update={"gradient_checkpointing": True})
-    kept, little = (pass_bytes(DEEP, torch.bfloat16, train, 1, 4, 64, 8) for train in (TRAIN, again))
+    kept, little = (pass_bytes(DEEP, torch.bfloat16, train, PassSize(1, 4, 64, 8)) for train in (TRAIN, again))
     assert little.activations < 0.3 * kept.activations
     shapes = {"a": (64, 64), "b": (32, 64)}
     own = student_bytes(shapes, 8, torch.bfloat16)
@@ -88,7 +88,7 @@ def test_two_students_tell_what_sixteen_take(vocab_size: int, again: bool) -> No
     train = TRAIN.model_copy(update={"gradient_checkpointing": again})
     gang = gang_bytes(config, torch.bfloat16, train, {}, 4, 64)
     for size in (1, 4, 16):
-        real = pass_bytes(config, torch.bfloat16, train, size, 4, 64, 64).peak
+        real = pass_bytes(config, torch.bfloat16, train, PassSize(size, 4, 64, 64)).peak
         assert real * 0.98 <= gang.of(size) <= 1.2 * real, "never less, and not much more"
     assert gang.largest(gang.of(7)) == 7 and gang.largest(gang.of(7) - 1) == 6
     assert gang.largest(0) == 0
@@ -96,7 +96,7 @@ def test_two_students_tell_what_sixteen_take(vocab_size: int, again: bool) -> No
 
 def test_flash_attention_keeps_no_copies_of_keys_and_values() -> None:
     config = LlamaConfig(**{**DEEP.to_dict(), "num_key_value_heads": 1})
-    plain, flash = (pass_bytes(config, torch.bfloat16, TRAIN, 1, 2, 200, 8, flash=flash) for flash in (False, True))
+    plain, flash = (pass_bytes(config, torch.bfloat16, TRAIN, PassSize(1, 2, 200, 8, flash)) for flash in (False, True))
     assert flash.activations < plain.activations
 
 

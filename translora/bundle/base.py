@@ -236,21 +236,40 @@ def refuse_code(path: Path, error: Exception) -> None:
         ) from error
 
 
+def meta_model(base: str | Path, trust_remote_code: bool) -> Any:
+    """The causal LM of a directory with a config.json, or of a hub id, on the meta device: shapes and no weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def linears(model: Any) -> dict[str, Any]:
+    """Every nn.Linear of a model, by name."""
+    import torch
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def adaptable(model: Any) -> dict[str, tuple[int, int]]:
+    """(out, in) of the linear modules that a LoRA may adapt, by name: all but the output head."""
+    head = model.get_output_embeddings()
+    own = {name: module for name, module in linears(model).items() if module is not head}
+    return {name: (module.out_features, module.in_features) for name, module in own.items()}
+
+
 @functools.lru_cache(maxsize=16)
 def _linears_and_head(
     path: Path, fingerprint: str, trust_remote_code: bool
 ) -> tuple[dict[str, tuple[int, int]], str | None]:
-    """(out, in) of every nn.Linear and the name of the output head, from the model on the meta device.
+    """(out, in) of every linear module but the output head, and that one's name where it is linear.
 
     A fault boundary: what a model class raises for an odd config is its own affair.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = meta_model(path, trust_remote_code)
     except Exception as error:
         if not trust_remote_code:
             refuse_code(path / "config.json", error)
@@ -259,10 +278,8 @@ def _linears_and_head(
             f"{path / 'config.json'}: transformers makes no causal language model of it ({reason}); {_COPY_AGAIN}, or "
             "use a base whose architecture this version of transformers has"
         ) from error
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     head = model.get_output_embeddings()
-    head_name = next((name for name, module in modules.items() if module is head), None)
-    return {name: (module.out_features, module.in_features) for name, module in modules.items()}, head_name
+    return adaptable(model), next((name for name, module in linears(model).items() if module is head), None)
 
 
 def linear_modules(base: BaseInfo) -> dict[str, tuple[int, int]]:
@@ -273,8 +290,7 @@ def linear_modules(base: BaseInfo) -> dict[str, tuple[int, int]]:
     Raises:
         ValueError: transformers cannot build the model; names config.json and the remedy.
     """
-    linears, head = _linears_and_head(base.path, base.fingerprint, base.trust_remote_code)
-    return {name: shape for name, shape in linears.items() if name != head}
+    return dict(_linears_and_head(base.path, base.fingerprint, base.trust_remote_code)[0])
 
 
 def output_head(base: BaseInfo) -> str | None:

@@ -6,6 +6,7 @@ The run chooses the size of its gangs by it, and `translora plan` says by it wha
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,11 +20,37 @@ from translora.distill.data import Sample, pack
 from translora.distill.linear import keep_no_inputs
 from translora.distill.plan import GangBytes
 from translora.engine.attention import PACKED
-from translora.engine.fake import FEW_LAYERS, FLASH_SHAPED, LiveBytes, fake_base, num_layers, with_layers
+from translora.engine.fake import (
+    FEW_LAYERS,
+    FLASH_SHAPED,
+    LiveBytes,
+    attention_shape,
+    fake_base,
+    inner_size,
+    num_layers,
+    with_layers,
+)
 from translora.engine.head import CHUNK_ELEMENTS, Head, cross_entropy, positions_at_once
-from translora.lora.bank import new_bank
+from translora.lora.bank import AdapterBank, new_bank
+from translora.run.redact import first_line
 
+logger = logging.getLogger(__name__)
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class PassSize:
+    """What is in a pass."""
+
+    num_students: int
+    num_samples: int
+    """Of one student."""
+    num_tokens: int
+    """Of a sample."""
+    num_answer: int
+    """Those of them that the loss is taken on."""
+    flash: bool = False
+    """flash-attention computes, which keeps keys and values of the groups as they are."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +102,11 @@ def gathered_weights(weights: BaseWeights, ds_config: Mapping[str, Any]) -> int:
     return min(weights.total, max(weights.largest_layer, most) + ahead) + weights.head
 
 
+def lora_weights(shapes: dict[str, tuple[int, int]], rank: int) -> int:
+    """Weights of one adapter on modules of these (out, in)."""
+    return sum(rank * (num_out + num_in) for num_out, num_in in shapes.values())
+
+
 def student_bytes(shapes: dict[str, tuple[int, int]], rank: int, dtype: torch.dtype) -> int:
     """Bytes that one student owns: weights, gradient and two moments in float32, and the copy that passes use.
 
@@ -82,7 +114,7 @@ def student_bytes(shapes: dict[str, tuple[int, int]], rank: int, dtype: torch.dt
         shapes: (out, in) of the adapted modules.
     """
     copy = 0 if dtype == torch.float32 else dtype.itemsize
-    return (16 + copy) * sum(rank * (num_out + num_in) for num_out, num_in in shapes.values())
+    return (16 + copy) * lora_weights(shapes, rank)
 
 
 def gang_bytes(
@@ -102,14 +134,13 @@ def gang_bytes(
         config: of the base.
         dtype: of the base and of the passes.
         shapes: (out, in) of the adapted modules.
-        num_samples: of one student in a pass.
-        num_tokens: of a sample.
-        num_answer: those of them that the loss is taken on; all when unset.
-        flash: flash-attention computes, which keeps keys and values of the groups as they are.
+        num_samples, num_tokens, flash: see PassSize.
+        num_answer: as there; all when unset.
     """
     num_answer = num_tokens if num_answer is None else num_answer
     one, two = (
-        pass_bytes(config, dtype, train, count, num_samples, num_tokens, num_answer, flash=flash) for count in (1, 2)
+        pass_bytes(config, dtype, train, PassSize(count, num_samples, num_tokens, num_answer, flash))
+        for count in (1, 2)
     )
     own = student_bytes(shapes, train.lora.rank, dtype)
 
@@ -125,7 +156,29 @@ def gang_bytes(
             line(one.activations + one.loss, two.activations + two.loss),
             (full, two.activations - one.activations + own + beyond),
         ),
+        activations=one.activations,
     )
+
+
+def known_gang_bytes(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    train: TrainConfig,
+    shapes: dict[str, tuple[int, int]],
+    num_samples: int,
+    num_tokens: int,
+    *,
+    flash: bool,
+) -> GangBytes:
+    """`gang_bytes`, or the estimate.
+
+    A fault boundary: not every model can be run on fake tensors, and a guess must not end a training or a plan.
+    """
+    try:
+        return gang_bytes(config, dtype, train, shapes, num_samples, num_tokens, flash=flash)
+    except Exception as error:
+        logger.info("%s: the memory of a pass is estimated (%s)", config.model_type, first_line(error))
+        return estimated_gang_bytes(config.get_text_config(), dtype, train, shapes, num_samples * num_tokens)
 
 
 def loss_bytes(config: PreTrainedConfig, dtype: torch.dtype, num_positions: int) -> int:
@@ -151,35 +204,21 @@ def estimated_gang_bytes(
         text: config of the decoder.
         num_tokens: of one student in a pass.
     """
-    hidden, layers, heads = text.hidden_size, text.num_hidden_layers, text.num_attention_heads
-    groups = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or hidden // heads
-    inner = getattr(text, "intermediate_size", None) or 4 * hidden
-    layer = 8 * hidden + 2 * (heads + groups) * head_dim + 4 * inner
+    hidden, layers = text.hidden_size, text.num_hidden_layers
+    heads, groups, head_dim = attention_shape(text)
+    layer = 8 * hidden + 2 * (heads + groups) * head_dim + 4 * inner_size(text)
     kept = layers * hidden + layer if train.gradient_checkpointing else layers * layer
+    activations = num_tokens * kept * dtype.itemsize
     own = student_bytes(shapes, train.lora.rank, dtype)
-    return GangBytes(backward=(3 * 4 * CHUNK_ELEMENTS, own + num_tokens * kept * dtype.itemsize))
+    return GangBytes(backward=(3 * 4 * CHUNK_ELEMENTS, own + activations), activations=activations)
 
 
-def pass_bytes(
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    train: TrainConfig,
-    num_students: int,
-    num_samples: int,
-    num_tokens: int,
-    num_answer: int,
-    *,
-    flash: bool = False,
-) -> PassBytes:
+def pass_bytes(config: PreTrainedConfig, dtype: torch.dtype, train: TrainConfig, size: PassSize) -> PassBytes:
     """The bytes of one pass; a deep base is run with a few of its layers, and the others are like the last of these."""
     whole, (few, more) = num_layers(config), FEW_LAYERS
-    sizes = (num_students, num_samples, num_tokens, num_answer)
     if whole <= more:
-        return _run_pass(config, dtype, train, *sizes, flash=flash)
-    shallow, deeper = (
-        _run_pass(with_layers(config, depth), dtype, train, *sizes, flash=flash) for depth in (few, more)
-    )
+        return _run_pass(config, dtype, train, size)
+    shallow, deeper = (_run_pass(with_layers(config, depth), dtype, train, size) for depth in (few, more))
 
     def at_depth(first: int, second: int) -> int:
         return second + (second - first) * (whole - more) // (more - few)
@@ -191,34 +230,16 @@ def pass_bytes(
     )
 
 
-def _run_pass(
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    train: TrainConfig,
-    num_students: int,
-    num_samples: int,
-    num_tokens: int,
-    num_answer: int,
-    *,
-    flash: bool = False,
-) -> PassBytes:
+def _run_pass(config: PreTrainedConfig, dtype: torch.dtype, train: TrainConfig, size: PassSize) -> PassBytes:
     """One pass as translora.distill.train.run_pass has it, on fake tensors."""
-    sample = Sample([0] * (num_tokens + 1 - num_answer), [0] * num_answer)  # the last token is not computed
-    with fake_base(config, dtype, FLASH_SHAPED if flash else PACKED) as model, frozen_linears():
+    prompt, answer = [0] * (size.num_tokens + 1 - size.num_answer), [0] * size.num_answer  # the last is not computed
+    samples = [Sample(prompt, answer)] * size.num_samples
+    with fake_base(config, dtype, FLASH_SHAPED if size.flash else PACKED) as model, frozen_linears():
         bank = new_bank(model, train.lora.target_modules)
         if train.gradient_checkpointing:
             recompute(model)
-        rank = train.lora.rank
-        own: list[torch.Tensor] = []
-        for slot in range(num_students):
-            factors = {
-                name: (torch.zeros(rank, num_in, dtype=dtype), torch.zeros(num_out, rank, dtype=dtype))
-                for name, (num_out, num_in) in bank.shapes.items()
-            }
-            gradients = {name: (lora_A.float(), lora_B.float()) for name, (lora_A, lora_B) in factors.items()}
-            bank.open_slot(slot, factors, train.lora.alpha, gradients)
-            own += [factor for pair in (*factors.values(), *gradients.values()) for factor in pair]
-        batch = pack([(slot, [sample] * num_samples, 1.0) for slot in range(num_students)], CPU)
+        own = open_zero_students(bank, train, size.num_students, dtype)
+        batch = pack([(slot, samples, 1.0) for slot in range(size.num_students)], CPU)
         bank.route_segments(batch.segments)
         head, inputs = Head.of(model), batch.inputs
         with LiveBytes([*model.parameters(), *model.buffers(), *own]) as memory:
@@ -230,6 +251,23 @@ def _run_pass(
             memory.begin_peak()
             losses_L.sum().backward()
             return PassBytes(activations, loss, memory.peak - activations)
+
+
+def open_zero_students(bank: AdapterBank, train: TrainConfig, count: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Fill slots 0..count of a bank with students of zeros; returns their factors and gradients."""
+    rank, own = train.lora.rank, list[torch.Tensor]()
+    for slot in range(count):
+        factors = {
+            name: (torch.zeros(rank, num_in, dtype=dtype), torch.zeros(num_out, rank, dtype=dtype))
+            for name, (num_out, num_in) in bank.shapes.items()
+        }
+        gradients = {
+            name: (torch.zeros_like(A, dtype=torch.float32), torch.zeros_like(B, dtype=torch.float32))
+            for name, (A, B) in factors.items()
+        }
+        bank.open_slot(slot, factors, train.lora.alpha, gradients)
+        own += [factor for pair in (*factors.values(), *gradients.values()) for factor in pair]
+    return own
 
 
 @contextlib.contextmanager

@@ -33,6 +33,8 @@ class GangBytes:
 
     backward: tuple[int, int]
     loss: tuple[tuple[int, int], ...] = ()
+    activations: int = 0
+    """What one student's forward pass leaves for the backward pass."""
 
     def of(self, gang_size: int) -> int:
         """At the fuller of the two moments."""

@@ -27,14 +27,13 @@ from translora.distill.ds_config import read_ds_config
 from translora.distill.gang import ResidentBase
 from translora.distill.linear import keep_no_inputs
 from translora.distill.loading import load_partitioned
-from translora.distill.memory import estimated_gang_bytes, gang_bytes, gathered_weights, recompute, weights_of
+from translora.distill.memory import gathered_weights, known_gang_bytes, recompute, weights_of
 from translora.distill.plan import GangBytes
 from translora.engine.attention import PACKED
 from translora.engine.head import Head
 from translora.engine.loading import caps_attention, device, load_tokenizer, resolve_dtype
 from translora.engine.memory import release_memory
 from translora.lora.bank import BASE_SLOT, new_bank
-from translora.run.redact import first_line
 
 logger = logging.getLogger(__name__)
 PACKING_TOLERANCE = 0.05
@@ -102,18 +101,10 @@ class ShardedBase:
         return free - gathered_weights(weights_of(self.model), self.ds_config) * self.dtype.itemsize
 
     def gang_bytes(self, train: TrainConfig, num_samples: int, num_tokens: int) -> GangBytes:
-        """What a gang takes of it, see translora.distill.memory.
-
-        A fault boundary: not every model can be run on fake tensors, and a guess must not end a training.
-        """
+        """What a gang takes of it, see translora.distill.memory."""
         config, shapes = self.model.config, self.bank.shapes
         flash = config._attn_implementation.startswith("flash")
-        try:
-            return gang_bytes(config, self.dtype, train, shapes, num_samples, num_tokens, flash=flash)
-        except Exception as error:
-            logger.info("%s: the memory of a pass is estimated (%s)", config.model_type, first_line(error))
-            text = config.get_text_config()
-            return estimated_gang_bytes(text, self.dtype, train, shapes, num_samples * num_tokens)
+        return known_gang_bytes(config, self.dtype, train, shapes, num_samples, num_tokens, flash=flash)
 
 
 def check_packing(base: ResidentBase, kind: str) -> None:

@@ -65,6 +65,18 @@ def num_layers(config: PreTrainedConfig) -> int:
     return int(config.get_text_config().num_hidden_layers)
 
 
+def attention_shape(text: Any) -> tuple[int, int, int]:
+    """Heads, groups of them that share keys and values, and the size of a head, from a decoder's config."""
+    heads = text.num_attention_heads
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    return heads, groups, getattr(text, "head_dim", None) or text.hidden_size // heads
+
+
+def inner_size(text: Any) -> int:
+    """Width of the MLP, from a decoder's config."""
+    return int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+
+
 def with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
     """The config of the same base with its first layers only."""
     shallow = copy.deepcopy(config)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from translora.bundle.base import adaptable, linears
 from translora.lora.peft_io import LoraWeights
 from translora.lora.targets import resolve_targets
 
@@ -237,11 +238,11 @@ def load_bank(model: nn.Module, adapters: Mapping[str, LoraWeights]) -> AdapterB
         ValueError: an adapter names a module that the model lacks, that is no nn.Linear, or of another shape.
     """
     max_rank = max((weights.max_rank for weights in adapters.values()), default=1)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    modules = linears(model)
     targets = sorted({module for weights in adapters.values() for module in weights.modules})
     for adapter, weights in adapters.items():
         for module, (lora_A, lora_B) in weights.modules.items():
-            linear = linears.get(module)
+            linear = modules.get(module)
             if linear is None:
                 raise ValueError(
                     f"adapter {adapter}: the base has no linear module {module}; it belongs to another base"
@@ -285,9 +286,7 @@ def new_bank(model: Any, target_modules: Sequence[str] | str) -> AdapterBank:
         ValueError: a target name matches no linear module of the model.
     """
     model.requires_grad_(False)
-    head = model.get_output_embeddings()
-    linears = [name for name, one in model.named_modules() if isinstance(one, nn.Linear) and one is not head]
-    return _attach(model, resolve_targets(linears, target_modules, "the base", "lora.target_modules"))
+    return _attach(model, resolve_targets(adaptable(model), target_modules, "the base", "lora.target_modules"))
 
 
 def initial_weights(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, Pair]:

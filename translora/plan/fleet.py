@@ -8,6 +8,7 @@ from typing import Any
 
 from translora.config import FleetConfig
 from translora.distill.ds_config import read_ds_config
+from translora.distill.memory import lora_weights
 from translora.plan.hardware import Hardware
 from translora.plan.inference import (
     ROUNDS,
@@ -93,7 +94,7 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
     ds_config = read_ds_config(config.distill.ds_config, shapes.trained.dtype)
     training = plan_training(shapes.trained, config.distill, ds_config, training_sizes(config, work), hardware)
     adapted = target.adapted(config.distill.lora.target_modules)
-    lora_weights = sum(config.distill.lora.rank * (num_out + num_in) for num_out, num_in in adapted.values())
+    num_weights = lora_weights(adapted, config.distill.lora.rank)
     num_adapters = len(work.adapters)
     stages = (  # and how many adapters are on the base
         ("generate", generator, generate_calls(config, work), 0),
@@ -107,8 +108,8 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
         """Memory of each stage on actors of so many GPUs."""
         found = []
         for name, shape, calls, resident in stages:
-            files = max((one.adapter_bytes or 4 * lora_weights for one in work.adapters), default=0)
-            slot = max(files // 2, shape.dtype.itemsize * lora_weights)
+            files = max((one.adapter_bytes or 4 * num_weights for one in work.adapters), default=0)
+            slot = max(files // 2, shape.dtype.itemsize * num_weights)
             bank = bank_bytes(slot, files, resident, batch, count * hardware.gpu.memory_bytes)
             cache = batch * calls.context_tokens * shape.cache_bytes
             spread = {"the base": shape.num_bytes, "adapters": bank, "keys and values": cache}
@@ -122,7 +123,7 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
     fitting = [count for count in counts if all(sum(m.values()) <= hardware.room for m in on_gpus(count))]
     per_actor = fitting[0] if fitting else counts[-1]
     num_actors = hardware.num_gpus // per_actor
-    loads = load_seconds(config, source, target, generator, training, hardware, per_actor)
+    loads = load_seconds(shapes, hardware, per_actor)
     phases = [
         PhasePlan(
             name,
@@ -143,8 +144,8 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
     }
     rows = sum(one.num_samples / work.acceptance * (one.input_tokens + one.answer_tokens) for one in work.adapters)
     disk = {
-        "students and discriminators": 2 * num_adapters * 4.0 * lora_weights,
-        "checkpoints of the gangs": training.gang_size * hardware.num_gpus * 12.0 * lora_weights,
+        "students and discriminators": 2 * num_adapters * 4.0 * num_weights,
+        "checkpoints of the gangs": training.gang_size * hardware.num_gpus * 12.0 * num_weights,
         "synthetic sets and blocks": 3 * 4 * rows,
     }
     return FleetPlan(hardware, work, phases, training, settings, disk)
@@ -157,16 +158,9 @@ def prompt_pass(shape: Shape, calls: Calls, batch_size: int) -> int:
     return prompt_pass_bytes(shape, num_rows, num_tokens)
 
 
-def load_seconds(
-    config: FleetConfig,
-    source: Shape,
-    target: Shape,
-    generator: Shape,
-    training: TrainingPlan,
-    hardware: Hardware,
-    per_actor: int,
-) -> dict[str, float]:
+def load_seconds(shapes: Shapes, hardware: Hardware, per_actor: int) -> dict[str, float]:
     """Seconds of reading the bases: once each, or in every round where an actor cannot hold both."""
+    source, target, generator = shapes.source, shapes.target, shapes.generator
     num_actors = hardware.num_gpus // per_actor
     per_node = max(1, hardware.gpus_per_node // per_actor)
     together = (source.num_bytes + generator.num_bytes) / per_actor < 0.5 * hardware.room

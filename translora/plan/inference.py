@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from translora.config import FleetConfig
-from translora.engine.fake import FEW_LAYERS, LiveBytes, fake_base, num_layers, with_layers
+from translora.engine.fake import FEW_LAYERS, LiveBytes, fake_base, inner_size, num_layers, with_layers
 from translora.engine.host import BANK_SHARE
 from translora.plan.hardware import Hardware
 from translora.plan.shape import Shape
@@ -125,7 +125,6 @@ def prompt_pass_bytes(shape: Shape, num_rows: int, num_tokens: int) -> int:
         peak = memory.peak - num_rows * num_tokens * shape.cache_bytes * depth // num_layers(shape.config)
     except Exception as error:  # not every model can be run on fake tensors
         logger.info("%s: the memory of a pass over prompts is estimated (%s)", shape.name, first_line(error))
-        inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-        peak = num_rows * num_tokens * (6 * text.hidden_size + 3 * inner) * shape.dtype.itemsize
+        peak = num_rows * num_tokens * (6 * text.hidden_size + 3 * inner_size(text)) * shape.dtype.itemsize
     # The logits of the last tokens, in the base's dtype and in float32.
     return int(max(0, peak)) + num_rows * text.vocab_size * (shape.dtype.itemsize + 4)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from translora.bundle.base import name_of_path
+from translora.bundle.base import adaptable, meta_model, name_of_path
 from translora.config import BaseModelConfig, FleetConfig
 from translora.distill.memory import BaseWeights, weights_of
-from translora.engine.fake import num_layers
+from translora.engine.fake import attention_shape, num_layers
 from translora.engine.loading import plain_class
 from translora.lora.targets import resolve_targets
 from translora.run.redact import first_line
@@ -44,10 +44,8 @@ class Shape:
     @property
     def cache_bytes(self) -> int:
         """Keys and values of one token, in all layers; what sliding windows save is not counted."""
-        text = self.config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return 2 * num_layers(self.config) * heads * head_dim * self.dtype.itemsize
+        _, groups, head_dim = attention_shape(self.config.get_text_config())
+        return 2 * num_layers(self.config) * groups * head_dim * self.dtype.itemsize
 
     def adapted(self, target_modules: Sequence[str] | str) -> dict[str, tuple[int, int]]:
         """(out, in) of the linear modules that the targets name.
@@ -96,23 +94,19 @@ def read_shape(base: BaseModelConfig, dtype: torch.dtype) -> Shape:
     if os.path.isdir(path) and not (Path(path) / "config.json").is_file():
         raise ValueError(f"{path}: has no config.json; give a model directory, or a hub id")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=base.trust_remote_code)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
+        model = meta_model(Path(path) if os.path.isdir(path) else base.model, base.trust_remote_code)
     except Exception as error:  # a fault boundary: hub clients and model classes raise what they like
         raise ValueError(
             f"{base.model}: no base can be planned with ({first_line(error)}); give a directory with config.json of an "
             "architecture that this version of transformers has, or a hub id that this machine can reach"
         ) from error
-    if getattr(config.get_text_config(), "num_attention_heads", None) is None:
+    config, text = model.config, model.config.get_text_config()
+    if getattr(text, "num_attention_heads", None) is None:
         raise ValueError(
             f"{base.model}: no attention heads in its config.json; a run refuses such a base, take another"
         )
-    head = model.get_output_embeddings()
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     counts = weights_of(model)
     weights = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    text = config.get_text_config()
     num_experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
     used = getattr(text, "num_experts_per_tok", None) or num_experts
     experts = sum(count for name, count in weights.items() if ".experts." in name) if num_experts > 1 else 0
@@ -122,5 +116,5 @@ def read_shape(base: BaseModelConfig, dtype: torch.dtype) -> Shape:
         dtype=dtype if base.dtype == "auto" else getattr(torch, base.dtype),
         weights=counts,
         num_active=counts.total - experts + math.ceil(experts * used / num_experts),
-        linears={name: (m.out_features, m.in_features) for name, m in linears.items() if m is not head},
+        linears=adaptable(model),
     )

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from translora.config import TrainConfig
-from translora.distill.memory import (
-    estimated_gang_bytes,
-    gang_bytes,
-    gathered_weights,
-    pass_bytes,
-    student_bytes,
-)
+from translora.distill.memory import gathered_weights, known_gang_bytes, student_bytes
 from translora.distill.plan import TOKENS_PER_PASS, GangBytes, JobSize, choose_gang_size, lay_out
 from translora.plan.hardware import LINK_SHARE, Hardware
 from translora.plan.shape import Shape
-from translora.run.redact import first_line
 
-logger = logging.getLogger(__name__)
 EXPOSED = 0.2
 """Of the shorter of gathering and computing: what the one does not hide of the other."""
 GATHER_SHARE = 0.1
@@ -92,33 +83,25 @@ def gathering(shape: Shape, ds_config: dict[str, Any], hardware: Hardware) -> Ga
 def pass_memory(shape: Shape, train: str, num_samples: int, num_tokens: int) -> tuple[GangBytes, dict[str, float]]:
     """What a gang takes, and one student's activations, kept and recomputed.
 
-    A fault boundary, as in the run: a base that cannot be run on fake tensors has an estimate.
-
     Args:
         train: the TrainConfig as JSON.
     """
     config = TrainConfig.model_validate_json(train)
     adapted = shape.adapted(config.lora.target_modules)
-    both = {
-        name: config.model_copy(update={"gradient_checkpointing": again})
-        for name, again in (("kept", False), ("recomputed", True))
+    found = {
+        again: known_gang_bytes(
+            shape.config,
+            shape.dtype,
+            config.model_copy(update={"gradient_checkpointing": again}),
+            adapted,
+            num_samples,
+            num_tokens,
+            flash=True,
+        )
+        for again in (False, True)
     }
-    try:
-        need = gang_bytes(shape.config, shape.dtype, config, adapted, num_samples, num_tokens, flash=True)
-        sizes = (1, num_samples, num_tokens, num_tokens)
-        return need, {
-            name: pass_bytes(shape.config, shape.dtype, own, *sizes, flash=True).activations
-            for name, own in both.items()
-        }
-    except Exception as error:
-        logger.info("%s: the memory of a pass is estimated (%s)", shape.name, first_line(error))
-        own_bytes = student_bytes(adapted, config.lora.rank, shape.dtype)
-        guesses = {
-            name: estimated_gang_bytes(shape.config, shape.dtype, own, adapted, num_samples * num_tokens)
-            for name, own in both.items()
-        }
-        need = guesses["recomputed" if config.gradient_checkpointing else "kept"]
-        return need, {name: guess.backward[1] - own_bytes for name, guess in guesses.items()}
+    activations: dict[str, float] = {"kept": found[False].activations, "recomputed": found[True].activations}
+    return found[config.gradient_checkpointing], activations
 
 
 def queue_passes(num_steps: Sequence[int], gang_size: int) -> int:

@@ -74,7 +74,7 @@ def bundled_work(config: FleetConfig, acceptance: float) -> Work:
                 f"{path}: no bundle here to plan with; correct it, or give --adapters and --samples instead"
             )
         manifest, seeds = read_manifest(path / MANIFEST), read_jsonl(path / SEEDS, ("input",))
-        characters = sum(len(str(row.get("input", ""))) for row in seeds) / max(1, len(seeds))
+        characters = sum(len(row["input"]) for row in seeds) / max(1, len(seeds))
         input_tokens = max(1, math.ceil(characters / CHARACTERS_PER_TOKEN))
         samples = entry.num_samples or manifest.num_samples
         num_bytes = weights_bytes(str(path))
