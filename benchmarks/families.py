@@ -171,7 +171,7 @@ def gradient_difference(
             module: (torch.zeros_like(lora_A), torch.zeros_like(lora_B))
             for module, (lora_A, lora_B) in lora.modules.items()
         }
-        base.bank.open_slot(slot, lora.modules, 8.0, found[name])
+        base.bank.open_slot(slot, lora.modules, 8.0 / lora.max_rank, found[name])
     shards = [
         (slot, [Sample(p, answer) for p, owner in zip(prompts, OWNERS, strict=True) if owner == name], 1.0)
         for slot, name in enumerate(("a", "b"))

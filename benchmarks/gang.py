@@ -129,7 +129,7 @@ class GangArm:
             weights = initial_weights(self.base.bank.shapes, RANK, slot)
             student = Student(job, "", samples, weights, config, self.base.place, self.base.dtype)
             self.gang.students[slot] = student
-            self.base.bank.open_slot(slot, student.factors, 2 * RANK, student.gradients)
+            self.base.bank.open_slot(slot, student.factors, 2.0, student.gradients)
 
     def step(self) -> None:
         """One step of every student, without its files."""

@@ -17,12 +17,13 @@ from translora.lora.bank import new_bank
 
 
 class WholeBase:
-    """What the gang needs of a base (translora.distill.gang.ResidentBase), without DeepSpeed."""
+    """What the gang needs of a base (translora.distill.slots.ResidentBase), without DeepSpeed."""
 
     def __init__(self, path: Path, dtype: torch.dtype, target_modules: Sequence[str] | str) -> None:
         self.dtype = dtype
         self.place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(BaseModelConfig(model=str(path)), dtype, self.place)
+        self.attention = self.model.config._attn_implementation
         self.model.set_attn_implementation(PACKED)
         self.bank = new_bank(self.model, target_modules)
         self.head, self.tokenizer = Head.of(self.model), load_tokenizer(BaseModelConfig(model=str(path)))

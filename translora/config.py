@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -94,16 +94,52 @@ class SynthesisConfig(Strict):
     """When the budget is spent: go on with fewer samples down to this fraction of |D_syn|, else quarantine."""
 
 
+class ChainSettings(Strict):
+    """A student as a sum of LoRAs that are trained one after the other."""
+
+    links: int = Field(ge=2, le=64)
+    """LoRAs of `rank` each; the exported one has `links` times the rank. The steps are shared out evenly."""
+    layer_fraction: float = Field(default=1, gt=0, le=1)
+    """Each link adapts a random share of the layers (XGBLoRA)."""
+    freeze_A: bool = False
+    """Each link keeps its random A and trains B alone (RAC-LoRA)."""
+
+
 class LoraSettings(Strict):
-    """The new adapter's shape."""
+    """The new adapter's shape, and ways to train it (translora/distill/options.py has the papers)."""
 
     rank: int = Field(default=8, ge=1, le=1024)
     """Rank r of A [r, in] and B [out, r]."""
     alpha: float = Field(default=16.0, gt=0)
     """The update is scaled by alpha / rank."""
+    use_rslora: bool = False
+    """Scale the update by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
     target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = ["q_proj", "v_proj"]
     """Names of the linear modules that are adapted, as the target base has them (paper: query and value projections),
     or `all-linear`: all but the head."""
+    lora_plus_ratio: float = Field(default=1, gt=0)
+    """Learning rate of B over that of A (LoRA+ takes 16)."""
+    gradient: Literal["plain", "riemannian", "lora-pro"] = "plain"
+    """What AdamW is given: the factors' gradients, or these made independent of the factors' scale."""
+    random_half: bool = False
+    """Train a random half of the weights (LoRA-SP)."""
+    chain: ChainSettings | None = None
+    """A chain of LoRAs instead of one (COLA)."""
+
+    @property
+    def has_options(self) -> bool:
+        """Whether it is trained in another way than plainly."""
+        return (self.lora_plus_ratio, self.gradient, self.random_half, self.chain) != (1, "plain", False, None)
+
+    @property
+    def total_rank(self) -> int:
+        """Rank of the exported LoRA."""
+        return self.rank * (1 if self.chain is None else self.chain.links)
+
+    @property
+    def scaling(self) -> float:
+        """What B A x is multiplied with."""
+        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
 
 
 Count = Annotated[int, Field(ge=1)] | Literal["auto"]
@@ -114,6 +150,10 @@ class TrainConfig(Strict):
 
     lora: LoraSettings = LoraSettings()
     """Shape of the new adapter."""
+    peft: dict[str, Any] | None = None
+    """Another method than `lora`, in PEFT's own words: `peft_type` (PROMPT_TUNING, PREFIX_TUNING, IA3, LORA with
+    use_dora, ...) and the settings of its config class. Such students are trained one at a time, not in gangs;
+    discriminators stay LoRAs."""
     epochs: float = Field(default=20, gt=0)
     """Passes over the training samples."""
     learning_rate: float = Field(default=2e-4, gt=0)
@@ -150,6 +190,14 @@ class TrainConfig(Strict):
     """Recompute activations in the backward pass."""
     max_failures: int = Field(default=2, ge=0)
     """Times that Ray Train restarts the worker group after a worker died."""
+
+    @property
+    def method(self) -> str:
+        """What the new adapter is, for readers."""
+        if self.peft is None:
+            return "rsLoRA" if self.lora.use_rslora else "LoRA"
+        kind = str(self.peft.get("peft_type", "")).upper()
+        return "DoRA" if kind == "LORA" and self.peft.get("use_dora") else "LoRA" if kind == "LORA" else kind
 
 
 class DiscriminatorConfig(Strict):

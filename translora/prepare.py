@@ -248,6 +248,7 @@ def train_jobs(config: PrepareConfig, task: Task, negatives: list[str], template
             root_seed=config.seed,
             with_end=kind == "adapter",
             template=template,
+            peft=config.train.peft if kind == "adapter" else None,
         )
         for kind, rows, settings in parts
     ]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.bytes import NUM_STEPS, measure
+from tests.methods import METHODS, plain_losses
 from tests.tiny import make_adapter, make_base
+from translora.bundle import inspect_base
+from translora.bundle.adapter import check_adapter
 from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
 from translora.distill.data import batch_indices, encode_samples, num_steps
 from translora.distill.ds_config import DS_CONFIGS, read_ds_config
@@ -196,6 +200,32 @@ def test_a_gang_of_k_gathers_a_kth_of_the_bytes_per_adapter_and_step() -> None:
         assert gang.gathers_per_adapter_step == pytest.approx(
             alone.gathers_per_adapter_step / gang.num_adapters, rel=0.1
         )
+
+
+def test_peft_trains_what_the_bank_does_not_have_on_the_same_partitioned_base(base: Path, ray_cluster: None) -> None:
+    """Each method as one plain process with PEFT, beside a LoRA; then again from checkpoints, to the same bytes."""
+    names = ["dora", "prompt-text", "prefix", "ia3"]
+    once = CONFIG.model_copy(update={"max_failures": 0, "checkpoint_every_steps": 2})
+    whole, cut = base.parent / "methods", base.parent / "methods-cut"
+    for root in (whole, cut):
+        jobs = [job(root, "lora", ROWS, seed=1, epochs=1)]
+        jobs += [replace(job(root, name, ROWS, seed=5, epochs=2), peft=METHODS[name]) for name in names]
+        if root == cut:
+            obstacle = Path(jobs[-1].output)
+            obstacle.parent.mkdir(parents=True, exist_ok=True)
+            obstacle.write_text("a file where the adapter's directory should be")
+            with pytest.raises(TrainingFailedError, match="NotADirectoryError"):
+                train(base, jobs, root, once)
+            assert list(root.glob("gangs/*/peft-3-*.safetensors"))
+            obstacle.unlink(missing_ok=True)
+        train(base, jobs, root, once)
+    samples = encode_samples(ROWS, prompt_format(load_tokenizer(BaseModelConfig(model=str(base)))), 64, "plain")
+    for name in names:
+        expected = plain_losses(base, samples, METHODS[name], CONFIG, 5, 2)
+        torch.testing.assert_close(losses(whole, name), expected, rtol=1e-3, atol=1e-4)
+        check_adapter(whole / name / "adapter", inspect_base(str(base)))
+        assert sha256_path(whole / name / "adapter") == sha256_path(cut / name / "adapter")
+    assert read_lora(whole / "lora" / "adapter").max_rank == 4
 
 
 def test_three_workers_that_share_the_batches_and_recompute_activations_give_the_same_adapter(

@@ -149,7 +149,7 @@ def test_trainable_slots_start_as_the_base_and_export_to_peft(base: Path, tmp_pa
     weights = initial_weights(bank.shapes, 4, seed=3)
     ids_1T = torch.randint(4, 300, (1, 7), generator=torch.Generator().manual_seed(2))
     inputs = packed_inputs([7], torch.device("cpu"))
-    bank.open_slot(5, weights, alpha=8)
+    bank.open_slot(5, weights, scaling=2.0)
     bank.route_segments([Segment(5, 0, 7)])
     with torch.no_grad():
         torch.testing.assert_close(model(ids_1T, **inputs).logits, load(base)(ids_1T).logits)

@@ -337,7 +337,7 @@ def test_a_checkpoint_is_never_older_than_its_time(base_path: Path, tmp_path: Pa
 
 def test_a_checkpoint_is_written_when_the_driver_asks_for_it(base_path: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "gang-0000.safetensors"
-    write_json(tmp_path / "plan.json", {"queues": [["a"]]})
+    write_json(tmp_path / "plan.json", {"checkpoints": [checkpoint.name]})
     base = WholeBase(base_path, torch.float32, TARGETS)
     gang = make_gang(base, [make_job(tmp_path, "a", epochs=60)], 1)
     asking: list[threading.Thread] = []

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from translora.bundle.base import BaseInfo, linear_modules, name_of_path, output_head
 from translora.bundle.reading import FLOATS, MAX_ADAPTER_HEADER_BYTES, read_header, read_json_object
@@ -17,6 +19,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 README = "README.md"
 MAX_CONFIG_BYTES = 1_000_000
+_SAVE_AGAIN = "save the adapter with PEFT's save_pretrained"
 _ELSEWHERE = "the adapter belongs to another base, use it with that one"
 
 
@@ -31,9 +34,20 @@ def recorded_base(directory: Path) -> str | None:
     Raises:
         ValueError: adapter_config.json is missing or not JSON.
     """
-    config = read_json_object(directory / CONFIG, "save the adapter with PEFT's save_pretrained", MAX_CONFIG_BYTES)
+    config = read_json_object(directory / CONFIG, _SAVE_AGAIN, MAX_CONFIG_BYTES)
     name = config.get("base_model_name_or_path")
     return name if isinstance(name, str) and name else None
+
+
+def is_in_bank(directory: Path) -> bool:
+    """Whether the adapter bank has the method of an adapter; PEFT itself computes the others.
+
+    Raises:
+        ValueError: adapter_config.json is missing or not JSON.
+    """
+    from translora.lora.peft_io import is_banked
+
+    return is_banked(read_json_object(directory / CONFIG, _SAVE_AGAIN, MAX_CONFIG_BYTES))
 
 
 def check_recorded_base(directory: Path, expected: str, remedy: str, *, editable: bool = True) -> None:
@@ -52,26 +66,32 @@ def check_recorded_base(directory: Path, expected: str, remedy: str, *, editable
     )
 
 
-def _check_headers(path: Path, base: BaseInfo) -> None:
-    """Bound what is loaded: no pickle instead of the weights, a sound file, pairs of the base's shapes, no giant rank.
-
-    The names are compared with the base here, before the config's patterns are matched against them.
-    """
-    from translora.lora.peft_io import MAX_RANK, check_name
-
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor, from the header; refuses a pickle instead of the weights and what is no float."""
     pickled = path.with_name("adapter_model.bin")
     if not path.exists() and pickled.exists():
         raise ValueError(f"{pickled}: pickled weights are never loaded; save the adapter as {WEIGHTS}")
     remedy = "copy the adapter again, or save it with PEFT's save_pretrained"
     tensors = read_header(path, remedy, MAX_ADAPTER_HEADER_BYTES)
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{path}: {name} is {tensor.dtype}; save the adapter in a floating-point dtype")
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _check_pairs(path: Path, base: BaseInfo) -> None:
+    """Bound what is loaded of a LoRA for the bank: pairs of the base's shapes, no giant rank.
+
+    The names are compared with the base here, before the config's patterns are matched against them.
+    """
+    from translora.lora.peft_io import MAX_RANK, check_name
+
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in _read_shapes(path).items():
         match = check_name(name, path)
-        shapes.setdefault(match[1], {})[match[2]] = tensor.shape
-        if match[2] == "A" and tensor.shape and tensor.shape[0] > MAX_RANK:
-            raise ValueError(f"{path}: {name} has rank {tensor.shape[0]}, the limit is {MAX_RANK}; use a smaller rank")
+        shapes.setdefault(match[1], {})[match[2]] = shape
+        if match[2] == "A" and shape and shape[0] > MAX_RANK:
+            raise ValueError(f"{path}: {name} has rank {shape[0]}, the limit is {MAX_RANK}; use a smaller rank")
     linears = linear_modules(base)
     for module, pair in shapes.items():
         if module not in linears:
@@ -107,24 +127,56 @@ def _misfit(module: str, base: BaseInfo) -> str:
 
 
 def check_adapter(directory: Path, base: BaseInfo) -> None:
-    """Check that a PEFT LoRA directory is sound and that each of its modules is a linear module of `base`.
+    """Check that a PEFT directory is sound and that the adapter fits `base`.
 
     Raises:
-        ValueError: a file is missing or truncated, a module is none of the base's linear modules, is its output
-            head or has another shape, a number is not finite; names the file and the remedy.
+        ValueError: a file is missing or truncated, a method or an option is not supported; a module is none of the
+            base's linear modules, is its output head or has another shape; a number is not finite. Names the file and
+            the remedy.
     """
+    if not is_in_bank(directory):
+        _check_method(directory, base)
+        return
     path = directory / WEIGHTS
-    _check_headers(path, base)
-    import torch
-
+    _check_pairs(path, base)
     from translora.lora.peft_io import read_lora
 
     lora = read_lora(directory)
-    for module, (lora_A, lora_B) in lora.modules.items():
-        if not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
-            raise ValueError(f"{path}: {module} holds NaN or infinity; the training diverged, train the adapter again")
+    for module, factors in lora.modules.items():
+        _check_finite(path, module, factors)
     if all(not lora_B.any() for _, lora_B in lora.modules.values()):
         logger.warning("%s: every B is zero, so the adapter answers as its base does", path)
+
+
+def _check_finite(path: Path, name: str, tensors: Iterable[Any]) -> None:
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise ValueError(f"{path}: {name} holds NaN or infinity; the training diverged, train the adapter again")
+
+
+def _check_method(directory: Path, base: BaseInfo) -> None:
+    """Check an adapter that the bank does not have against what PEFT would make of its config on this base."""
+    from translora.lora.methods import expected_shapes, read_config
+    from translora.lora.peft_io import read_tensors
+
+    path = directory / WEIGHTS
+    config = read_config(directory)  # before a byte of the weights
+    shapes = _read_shapes(path)
+    try:
+        expected = expected_shapes(base, config)
+    except ValueError as error:
+        raise ValueError(f"{directory / CONFIG}: {error}; {_ELSEWHERE}") from error
+    for name in sorted(expected.keys() ^ shapes.keys()):
+        fault = "lacks" if name in expected else "has beside them"
+        raise ValueError(
+            f"{path}: {fault} {name}, going by its config and {base.name!r}; {_ELSEWHERE}, or save the adapter again"
+        )
+    for name, shape in shapes.items():
+        if shape != expected[name]:
+            raise ValueError(
+                f"{path}: {name} is {list(shape)}, on {base.name!r} it is {list(expected[name])}; {_ELSEWHERE}"
+            )
+    for name, tensor in read_tensors(path).items():
+        _check_finite(path, name, [tensor])
 
 
 def copy_adapter(source: Path, target: Path, base: BaseInfo) -> None:

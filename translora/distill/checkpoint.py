@@ -84,7 +84,7 @@ def read_checkpoints(directory: Path, own: str, gang: Gang) -> None:
 
 def saved_gang_size(directory: Path) -> int | None:
     """The gang size of an earlier start, which a resumed one keeps; None where there is none."""
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in sorted(directory.glob("gang-*.safetensors")):
         try:
             with safe_open(path, framework="pt") as handle:
                 return int(json.loads(handle.metadata()["gang"])["num_slots"])
@@ -104,8 +104,7 @@ def is_asked_for(path: Path) -> bool:
 
 def ask_for_checkpoints(directory: Path, patience_seconds: float) -> None:
     """Have every gang write a checkpoint now; for the driver, which was told to end. Waits so long at most."""
-    num_gangs = len(read_object(directory / "plan.json").get("queues", ()))
-    paths = [directory / f"gang-{number:04d}.safetensors" for number in range(num_gangs)]
+    paths = [directory / name for name in read_object(directory / "plan.json").get("checkpoints", ())]
     (directory / ASKED).touch()
     deadline = time.monotonic() + patience_seconds
     while any(is_asked_for(path) for path in paths) and time.monotonic() < deadline:

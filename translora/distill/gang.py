@@ -7,61 +7,34 @@ and leaves when it is done: the next one of the queue takes its slot.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
 
 from translora.config import TrainConfig
 from translora.distill.data import Packed, Sample
 from translora.distill.job import FAILURE, TrainJob
+from translora.distill.slots import LoraSlots, ResidentBase, Shard, Slots
 from translora.distill.student import Student
-from translora.engine.head import Head
-from translora.lora.bank import AdapterBank, initial_weights
 from translora.run.files import append_line, write_json
-
-logger = logging.getLogger(__name__)
-Shard = tuple[int, Sequence[Sample], float]
-"""Slot, samples of one pass, weight of an answer's token."""
-
-
-class ResidentBase(Protocol):
-    """What a gang is trained on: zero3.ShardedBase, or in tests a whole base."""
-
-    bank: AdapterBank
-    tokenizer: PreTrainedTokenizerBase
-    fingerprint: str
-    place: torch.device
-    dtype: torch.dtype
-
-    def __call__(self, inputs: dict[str, object]) -> torch.Tensor:
-        """Last hidden states [T, D] of a packed batch."""
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Run the backward pass."""
-
-    def gathered_head(self) -> contextlib.AbstractContextManager[Head]:
-        """The head with its whole weight, for as long as the context lasts."""
 
 
 class Gang:
     """The students of this rank, by slot, and the queue behind them.
 
     Args:
-        base: resident; slot `num_slots` of its bank is the ballast that keeps an idle rank in step.
+        base: resident.
         queue: jobs of this rank's group, in order.
         num_slots: students at a time.
         base_name: written into the adapters' configs.
         group: the ranks that share each student's batch; None when this rank has its students for itself.
         done: names of the jobs that an earlier start finished.
         refused: names of those that were given up before.
+        slots: where the students are put; the base's bank when unset.
     """
 
     def __init__(
@@ -75,9 +48,10 @@ class Gang:
         group: dist.ProcessGroup | None,
         done: Collection[str] = (),
         refused: Collection[str] = (),
+        slots: Slots | None = None,
     ) -> None:
-        self.bank, self.tokenizer = base.bank, base.tokenizer
-        self.place, self.dtype = base.place, base.dtype
+        self.tokenizer, self.place = base.tokenizer, base.place
+        self.slots = slots or LoraSlots(base, num_slots, config.lora)
         self.queue, self.config, self.num_slots = list(queue), config, num_slots
         self.recipes = [job.recipe(config, base.fingerprint) for job in queue]
         self.done, self.refused = {*done, *refused}, set(refused)
@@ -90,12 +64,6 @@ class Gang:
         """Of the passes of this step: each student's share of them is logged, as what it cost."""
         self.saved: dict[str, tuple[dict[str, torch.Tensor], list[float]]] = {}
         """States of an earlier start, by recipe."""
-        zeros: Any = {"dtype": base.dtype, "device": self.place}
-        ballast = {
-            name: (torch.zeros(1, num_in, **zeros), torch.zeros(num_out, 1, **zeros))
-            for name, (num_out, num_in) in self.bank.shapes.items()
-        }
-        self.bank.open_slot(num_slots, ballast, 1.0)
 
     def fill(self) -> None:
         """Open the next jobs of the queue in the free slots; done ones are skipped, unusable ones given up."""
@@ -117,17 +85,17 @@ class Gang:
         except ValueError as error:
             self.give_up(job, error)
             return
-        weights = initial_weights(self.bank.shapes, self.config.lora.rank, job.seed)
-        student = Student(job, recipe, samples, weights, self.config, self.place, self.dtype)
+        weights = self.slots.new_weights(job.seed)
+        student = Student(job, recipe, samples, weights, self.config, self.place, self.slots.dtype)
         if recipe in self.saved:
             student.restore(*self.saved.pop(recipe))
         self.students[slot] = student
-        self.bank.open_slot(slot, student.factors, self.config.lora.alpha, student.gradients)
+        self.slots.open(slot, student.factors, student.gradients)
 
     def close(self, slot: int) -> None:
         """Free a slot."""
         del self.students[slot]
-        self.bank.close_slot(slot)
+        self.slots.close(slot)
 
     def give_up(self, job: TrainJob, error: Exception | str) -> None:
         """Record why a job ends here; its neighbours go on."""
@@ -173,7 +141,7 @@ class Gang:
                     append_line(Path(student.job.work_dir) / "train.jsonl", json.dumps(row))
                     # A resumed gang may repeat the last steps of one that was written just before the kill.
                     if student.is_done and not student.job.is_made(student.recipe):
-                        student.write(self.base_name)
+                        student.write(self.slots, self.base_name)
                 if student.is_done:
                     self.close(slot)
             except FloatingPointError as error:

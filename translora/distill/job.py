@@ -40,14 +40,16 @@ class TrainJob:
     """Prompt template, see translora.engine.prompts."""
     with_end: bool = True
     """Train the end of the answer too; False for a discriminator, whose answer is one word."""
+    peft: dict[str, Any] | None = None
+    """Settings of a method that the adapter bank does not have; None is a LoRA."""
 
     def recipe(self, config: TrainConfig, fingerprint: str) -> str:
         """Hash of all that decides the result: data, seed, settings, base. A finished output bears it.
 
         Data that cannot be read makes a recipe that no output bears; `samples` says what is wrong with it.
         """
-        settings = config.model_dump(exclude=EXECUTION_ONLY)
-        own = (self.seed, self.epochs, self.learning_rate, self.template, self.with_end)
+        settings = config.model_dump(exclude={*EXECUTION_ONLY, "lora" if self.peft else "peft"})
+        own = (self.seed, self.epochs, self.learning_rate, self.template, self.with_end, self.peft)
         try:
             data = sha256_file(Path(self.data))
         except OSError:
@@ -92,6 +94,7 @@ def make_job(
     template: str = "auto",
     epochs: float | None = None,
     learning_rate: float | None = None,
+    peft: dict[str, Any] | None = None,
 ) -> TrainJob:
     """Write a job's data and describe the job; a failure of an earlier start is forgotten.
 
@@ -113,6 +116,7 @@ def make_job(
         learning_rate=learning_rate or settings.learning_rate,
         template=template,
         with_end=with_end,
+        peft=peft,
     )
 
 

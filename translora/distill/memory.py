@@ -142,7 +142,7 @@ def gang_bytes(
         pass_bytes(config, dtype, train, PassSize(count, num_samples, num_tokens, num_answer, flash))
         for count in (1, 2)
     )
-    own = student_bytes(shapes, train.lora.rank, dtype)
+    own = student_bytes(shapes, train.lora.total_rank, dtype)
 
     def line(first: int, second: int) -> tuple[int, int]:
         return max(0, 2 * first - second), second - first + own
@@ -209,7 +209,7 @@ def estimated_gang_bytes(
     layer = 8 * hidden + 2 * (heads + groups) * head_dim + 4 * inner_size(text)
     kept = layers * hidden + layer if train.gradient_checkpointing else layers * layer
     activations = num_tokens * kept * dtype.itemsize
-    own = student_bytes(shapes, train.lora.rank, dtype)
+    own = student_bytes(shapes, train.lora.total_rank, dtype)
     return GangBytes(backward=(3 * 4 * CHUNK_ELEMENTS, own + activations), activations=activations)
 
 
@@ -255,7 +255,7 @@ def _run_pass(config: PreTrainedConfig, dtype: torch.dtype, train: TrainConfig, 
 
 def open_zero_students(bank: AdapterBank, train: TrainConfig, count: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """Fill slots 0..count of a bank with students of zeros; returns their factors and gradients."""
-    rank, own = train.lora.rank, list[torch.Tensor]()
+    rank, own = train.lora.total_rank, list[torch.Tensor]()
     for slot in range(count):
         factors = {
             name: (torch.zeros(rank, num_in, dtype=dtype), torch.zeros(num_out, rank, dtype=dtype))
@@ -265,7 +265,7 @@ def open_zero_students(bank: AdapterBank, train: TrainConfig, count: int, dtype:
             name: (torch.zeros_like(A, dtype=torch.float32), torch.zeros_like(B, dtype=torch.float32))
             for name, (A, B) in factors.items()
         }
-        bank.open_slot(slot, factors, train.lora.alpha, gradients)
+        bank.open_slot(slot, factors, train.lora.scaling, gradients)
         own += [factor for pair in (*factors.values(), *gradients.values()) for factor in pair]
     return own
 

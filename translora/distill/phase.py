@@ -46,6 +46,7 @@ def train_jobs(run: Run, member: Member, teacher: Sequence[Teacher] | None) -> l
             with_end=kind == STUDENT,
             epochs=entry.epochs if kind == STUDENT else None,
             learning_rate=entry.learning_rate if kind == STUDENT else None,
+            peft=config.distill.peft if kind == STUDENT else None,
         )
         for kind, rows, settings in (
             (STUDENT, answers, config.distill),

@@ -15,8 +15,9 @@ from torch import nn
 from translora.config import TrainConfig
 from translora.distill.data import Sample, batch_indices, num_steps
 from translora.distill.job import RECIPE, TrainJob
-from translora.lora.bank import Pair
-from translora.lora.peft_io import write_lora
+from translora.distill.options import change_gradients, update_rates
+from translora.distill.slots import Slots
+from translora.lora.bank import Factors
 from translora.run.files import replace_directory
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -26,8 +27,8 @@ class Student:
     """One adapter in training: its samples, its weights and its AdamW.
 
     All weights lie in one flat float32 parameter, their gradients in its gradient: one norm to clip, one optimizer
-    step. Passes use a copy of it in the base's dtype, made anew after each step. `factors` and `gradients` are views,
-    A [r, in] and B [out, r] by module, of the copy and of the gradient.
+    step. Passes use a copy of it in the slots' dtype, made anew after each step. `factors` and `gradients` are views
+    of the copy and of the gradient, in the shapes of `weights`: A [r, in] and B [out, r] by module for a LoRA.
     """
 
     def __init__(
@@ -35,33 +36,36 @@ class Student:
         job: TrainJob,
         recipe: str,
         samples: list[Sample],
-        weights: Mapping[str, Pair],
+        weights: Mapping[str, Factors],
         config: TrainConfig,
         place: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self.job, self.recipe, self.samples, self.config = job, recipe, samples, config
         self.num_steps = num_steps(len(samples), job.epochs, config.batch_size)
-        self.shapes = {name: (lora_A.shape, lora_B.shape) for name, (lora_A, lora_B) in weights.items()}
-        tensors = [factor.flatten() for pair in weights.values() for factor in pair]
+        self.shapes = {name: [factor.shape for factor in factors] for name, factors in weights.items()}
+        tensors = [factor.flatten() for factors in weights.values() for factor in factors]
         self.flat = nn.Parameter(torch.cat(tensors).float().to(place))
         self.flat.grad = torch.zeros_like(self.flat)
         self.working = self.flat.detach().to(dtype)
         self.factors, self.gradients = self._views(self.working), self._views(self.flat.grad)
         self.optimizer = torch.optim.AdamW([self.flat], lr=job.learning_rate, weight_decay=0.0, fused=True)
+        self.rates: torch.Tensor | None = None
+        """What each weight's update is multiplied with, where an option asks for it (see translora.distill.options)."""
+        self.link = -1
         self.losses: list[float] = []
         self.loss = torch.zeros((), device=place)
         self.start = time.monotonic()
 
-    def _views(self, flat: torch.Tensor) -> dict[str, Pair]:
-        """A and B by module, as views of a flat tensor."""
-        shapes = [shape for pair in self.shapes.values() for shape in pair]
+    def _views(self, flat: torch.Tensor) -> dict[str, Factors]:
+        """The weights by name, as views of a flat tensor."""
+        shapes = [shape for own in self.shapes.values() for shape in own]
         pieces = flat.detach().split([shape.numel() for shape in shapes])
         views = iter([piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)])
-        return {name: (next(views), next(views)) for name in self.shapes}
+        return {name: [next(views) for _ in own] for name, own in self.shapes.items()}
 
     def _refresh(self) -> None:
-        """Copy the weights for the next passes; nothing to do where the base is float32: there both are one."""
+        """Copy the weights for the next passes; nothing to do in float32: there both are one."""
         if self.working.dtype != self.flat.dtype:
             self.working.copy_(self.flat.detach())
 
@@ -93,6 +97,7 @@ class Student:
         if group is not None:
             dist.all_reduce(self.flat.grad, group=group)
             dist.all_reduce(self.loss, group=group)
+        self._apply_options()
         loss = float(self.loss)
         norm = float(nn.utils.clip_grad_norm_([self.flat], self.config.max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -101,11 +106,31 @@ class Student:
             )
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = self.job.learning_rate * (1 - self.step / self.num_steps)
+        before = self.flat.detach().clone() if self.rates is not None else None
         self.optimizer.step()
+        if self.rates is not None and before is not None:
+            self.flat.data.sub_(before).mul_(self.rates).add_(before)
         self.optimizer.zero_grad(set_to_none=False)
         self._refresh()
         self.losses.append(loss)
         self.loss.zero_()
+
+    def _apply_options(self) -> None:
+        """What the LoRA's options do to the gradients of this step; nothing by default, or where PEFT trains."""
+        lora = self.config.lora
+        if self.job.peft is not None:
+            return
+        link = 0 if lora.chain is None else self.step * lora.chain.links // self.num_steps
+        if link != self.link:  # the first step, a resumed one, or the next link of a chain
+            self.link = link
+            rates = update_rates(self.config, self._views(self.flat), self.job.seed, link)
+            if rates is not None:
+                self.rates = torch.cat([factor.flatten() for factors in rates.values() for factor in factors])
+        if lora.gradient != "plain":
+            change_gradients(self.config, self._views(self.flat), self.gradients, link)
+        if self.rates is not None:
+            assert self.flat.grad is not None
+            self.flat.grad.mul_(self.rates != 0)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Flat weights, and AdamW's moments after the first step, to go on from later."""
@@ -124,7 +149,7 @@ class Student:
                 **moments,
             }
 
-    def write(self, base_model: str) -> None:
+    def write(self, slots: Slots, base_model: str) -> None:
         """Write the trained adapter in PEFT's format.
 
         Raises:
@@ -134,6 +159,6 @@ class Student:
             raise FloatingPointError(f"{self.job.name}: weights are not finite at the end; lower the learning rate")
         weights = self._views(self.flat.cpu())
         with replace_directory(Path(self.job.output)) as directory:
-            write_lora(directory, weights, alpha=self.config.lora.alpha, base_model=base_model)
+            slots.write(directory, weights, base_model)
             (directory / "losses.json").write_text(json.dumps(self.losses))
             (directory / RECIPE).write_text(self.recipe)

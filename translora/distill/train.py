@@ -7,6 +7,7 @@ students and its own queue, and all ranks walk through the base together, pass b
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import math
 import time
@@ -21,11 +22,13 @@ from transformers import PreTrainedTokenizerBase
 from translora.config import BaseModelConfig, TrainConfig
 from translora.distill import zero3
 from translora.distill.checkpoint import ASKED, is_asked_for, read_checkpoints, saved_gang_size, write_checkpoint
-from translora.distill.data import num_steps, pack
-from translora.distill.gang import Gang, ResidentBase, Shard
+from translora.distill.data import num_steps
+from translora.distill.gang import Gang
 from translora.distill.job import TrainJob
+from translora.distill.peft_slot import peft_slot
 from translora.distill.plan import JobSize, Layout, choose_gang_size, lay_out
 from translora.distill.shrink import given_up, largest, note_out_of_memory, read_notes
+from translora.distill.slots import ResidentBase, Shard, Slots
 from translora.engine.head import cross_entropy, divergence
 from translora.engine.loading import device, hide_gpus
 from translora.engine.memory import is_out_of_memory
@@ -82,9 +85,8 @@ def train(
 def run_pass(base: ResidentBase, gang: Gang, shards: Sequence[Shard]) -> None:
     """One forward and backward pass of a packed batch; adds to the students' gradients and losses."""
     top_k = gang.config.kl_top_k if gang.config.loss == "kl" else None
-    batch = pack(shards, gang.place, top_k=top_k)
-    gang.bank.route_segments(batch.segments)
-    hidden_TD = base(batch.inputs)
+    batch = gang.slots.pack(shards, top_k)
+    hidden_TD = gang.slots.hidden(batch)
     with base.gathered_head() as head:
         hidden_LD = hidden_TD[batch.positions_L]
         if batch.teacher is None:
@@ -125,6 +127,8 @@ def train_on(
     base_name: str,
     layout: Layout | None = None,
     watchdog: Watchdog = Watchdog(None),  # noqa: B008 (has no state)
+    slots: Slots | None = None,
+    label: str = "gang",
 ) -> None:
     """Train every job on a resident base; every rank calls this. A rerun with the same directory goes on.
 
@@ -132,6 +136,8 @@ def train_on(
         directory: for the gangs' checkpoints, plan.json and notes of passes that were too large, shared by all ranks.
         base_name: written into the adapters' configs.
         layout: which ranks train what; whole adapters per rank when unset.
+        slots: where the students are put; the base's bank when unset.
+        label: of the checkpoints.
     """
     rank, num_ranks, place = dist.get_rank(), dist.get_world_size(), device()
     # One rank looks at the files and tells the others: they must not differ in what they saw.
@@ -158,18 +164,21 @@ def train_on(
         made = dist.new_group(ranks) if len(ranks) > 1 else None  # every rank makes every group
         group = made if rank in ranks else group
     queue = [jobs[index] for index in layout.queues[own_group]]
-    gang = Gang(base, queue, config, gang_size, base_name=base_name, group=group, done=done, refused=too_large)
+    gang = Gang(
+        base, queue, config, gang_size, base_name=base_name, group=group, done=done, refused=too_large, slots=slots
+    )
     for job in queue:
         if job.name in too_large and job.name not in done:
             gang.give_up(job, too_large[job.name])
-    checkpoint = directory / f"gang-{own_group:04d}.safetensors"
+    names = [f"{label}-{number:04d}.safetensors" for number in range(len(layout.queues))]
+    checkpoint = directory / names[own_group]
     read_checkpoints(directory, checkpoint.name, gang)
     dist.barrier()  # nobody replaces a file that another rank still reads
     if rank == 0:
         (directory / ASKED).unlink(missing_ok=True)
         queues = [[jobs[index].name for index in queue] for queue in layout.queues]
         plan = {"gang_size": gang_size, "ranks_per_student": layout.ranks_per_group, "queues": queues}
-        write_json(directory / "plan.json", plan)
+        write_json(directory / "plan.json", {**plan, "checkpoints": names})
     train(base, gang, checkpoint, config.checkpoint_every_steps, config.checkpoint_every_seconds, watchdog)
 
 
@@ -185,7 +194,7 @@ def measure(job: TrainJob, tokenizer: PreTrainedTokenizerBase, config: TrainConf
 
 
 def train_worker(spec: dict[str, Any]) -> None:
-    """Entry point of a Ray Train worker: load the base once, then train every job in gangs."""
+    """Entry point of a Ray Train worker: load the base once, then train every job."""
     quiet_worker()
     if not spec["use_gpu"]:
         hide_gpus()
@@ -195,5 +204,27 @@ def train_worker(spec: dict[str, Any]) -> None:
     watchdog.alive()
     base = zero3.ShardedBase(BaseModelConfig.model_validate(spec["base"]), config)
     jobs = [TrainJob(**job) for job in spec["jobs"]]
-    train_on(base, jobs, config, Path(spec["directory"]), spec["base_name"], watchdog=watchdog)
+    train_all(base, jobs, config, Path(spec["directory"]), spec["base_name"], watchdog)
     watchdog.stop()
+
+
+def train_all(
+    base: zero3.ShardedBase,
+    jobs: Sequence[TrainJob],
+    config: TrainConfig,
+    directory: Path,
+    base_name: str,
+    watchdog: Watchdog,
+) -> None:
+    """First the LoRAs in gangs, then what only PEFT can put on the base, one at a time on all ranks together."""
+    if loras := [job for job in jobs if job.peft is None]:
+        train_on(base, loras, config, directory, base_name, watchdog=watchdog)
+    methods: dict[str, list[TrainJob]] = {}
+    for job in jobs:
+        if job.peft is not None:
+            methods.setdefault(json.dumps(job.peft, sort_keys=True), []).append(job)
+    alone = config.model_copy(update={"gang_size": 1})
+    for number, (method, own) in enumerate(methods.items()):
+        layout = Layout(dist.get_world_size(), (tuple(range(len(own))),))
+        with peft_slot(base, json.loads(method)) as slots:
+            train_on(base, own, alone, directory, base_name, layout, watchdog, slots, label=f"peft-{number}")

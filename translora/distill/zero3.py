@@ -24,11 +24,11 @@ from translora.bundle.base import inspect_base
 from translora.config import BaseModelConfig, TrainConfig
 from translora.distill.data import Sample, pack
 from translora.distill.ds_config import read_ds_config
-from translora.distill.gang import ResidentBase
 from translora.distill.linear import keep_no_inputs
 from translora.distill.loading import load_partitioned
 from translora.distill.memory import gathered_weights, known_gang_bytes, recompute, weights_of
 from translora.distill.plan import GangBytes
+from translora.distill.slots import ResidentBase
 from translora.engine.attention import PACKED
 from translora.engine.head import Head
 from translora.engine.loading import caps_attention, device, load_tokenizer, resolve_dtype
@@ -54,9 +54,10 @@ class ShardedBase:
         for name, parameter in self.model.named_parameters():
             assert hasattr(parameter, "ds_id"), f"{name} is not partitioned: the model was not loaded under ZeRO-3"
         check_loaded(self.model, base.model)
+        self.attention = self.model.config._attn_implementation
         # Capped scores are eager elsewhere, whose mask lets one sample's NaN through to the others of the row.
         capped = caps_attention(self.model.config.to_dict())
-        if self.model.config._attn_implementation in ("sdpa", *(["eager"] if capped else [])):
+        if self.attention in ("sdpa", *(["eager"] if capped else [])):
             self.model.set_attn_implementation(PACKED)
         self.bank = new_bank(self.model, config.lora.target_modules)
         self.head = Head.of(self.model)

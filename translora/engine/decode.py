@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from translora.config import SamplingConfig
 from translora.engine.prefix import Route, begin
+from translora.lora.methods import VirtualTokens
 
 CACHE_TOLERANCE = 0.2
 """Relative to the logits' mean deviation; bfloat16 alone makes some hundredths."""
@@ -108,6 +109,7 @@ def decode(
     route: Route,
     end_ids: set[int],
     sampling: SamplingConfig,
+    virtual: VirtualTokens | None = None,
 ) -> list[Row]:
     """Complete every request, in one batch.
 
@@ -117,6 +119,7 @@ def decode(
         route: routes the rows of the next passes to these adapters.
         end_ids: tokens that end a completion.
         sampling: for the rows that have a seed.
+        virtual: see translora.engine.prefix.begin.
     """
     device = model.device
     prompts = list(dict.fromkeys((request.prompt, request.adapter) for request in requests))
@@ -127,6 +130,7 @@ def decode(
         route,
         int(tokenizer.pad_token_id),
         num_new=max(request.max_new_tokens for request in requests),
+        virtual=virtual,
     )
     cache, mask_BT = inputs["past_key_values"], inputs["attention_mask"]
     logits_BV = model(**inputs, logits_to_keep=1).logits[:, -1]

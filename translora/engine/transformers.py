@@ -1,26 +1,32 @@
 """The embedded engine: one resident base with a bank of adapters, driven through transformers.
 
-An engine offers `generate`, `log_odds` and `log_likelihood`; rows of one call may belong to different adapters.
+An engine offers `generate`, `log_odds` and `log_likelihood`; rows of one call may belong to different adapters. Those
+of adapters in the bank are computed in one batch, those of each other adapter in one of their own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from translora.bundle.adapter import is_in_bank
 from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request, Row, check_cache, decode
 from translora.engine.head import Head, log_probabilities, top_log_probabilities
 from translora.engine.loading import device, load_model, load_tokenizer, num_gpus, resolve_dtype
-from translora.engine.prefix import begin
+from translora.engine.prefix import begin, window
 from translora.engine.prompts import prompt_format
 from translora.lora.bank import load_bank
+from translora.lora.methods import VirtualTokens, applied, read_method
 from translora.lora.peft_io import read_lora
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,21 +58,76 @@ class TransformersEngine:
         self.model = load_model(base, resolve_dtype(base.dtype), self.device, spread=num_gpus() > 1)
         check_cache(self.model)
         self.bank, self._adapters = load_bank(self.model, {}), dict[str, str]()
+        self._alone: dict[str, str] = {}
+        """Of the adapters, those that PEFT puts on the base when their rows come."""
+        self._virtual: VirtualTokens | None = None
         self.use_adapters(adapters)
         self._answer_ids: dict[str, torch.Tensor] = {}
 
     def use_adapters(self, adapters: Mapping[str, str | Path]) -> None:
-        """Have exactly these adapters in the bank: PEFT directory by slot name; nothing to do where they are there."""
+        """Have exactly these adapters: PEFT directory by slot name; nothing to do where they are there."""
         wanted = {name: str(path) for name, path in adapters.items()}
         if wanted != self._adapters:
-            weights = {name: read_lora(path) for name, path in wanted.items()}
+            banked = {name: path for name, path in wanted.items() if is_in_bank(Path(path))}
+            weights = {name: read_lora(path) for name, path in banked.items()}
+            alone = {name: path for name, path in wanted.items() if name not in banked}
+            for path in alone.values():
+                read_method(path)
             self.bank.detach(self.model)
             self._adapters = {}
             self.bank = load_bank(self.model, weights)
-            self._adapters = wanted
+            self._adapters, self._alone = wanted, alone
+
+    @contextlib.contextmanager
+    def _on_base(self, alone: str | None) -> Iterator[None]:
+        """The base with the bank, or with one adapter that the bank does not have."""
+        if alone is None:
+            yield
+            return
+        with self.bank.aside(self.model), applied(self.model, self._alone[alone]) as self._virtual:
+            try:
+                yield
+            finally:
+                self._virtual = None
+
+    def _together(
+        self,
+        adapters: Sequence[str | None],
+        lengths: Sequence[int],
+        compute: Callable[[list[int]], Sequence[T]],
+        *,
+        num_new: int = 0,
+    ) -> list[T]:
+        """What `compute` gives for the rows that can share a batch, in the order of all rows.
+
+        Args:
+            adapters, lengths: of the rows, these in tokens; num_new more are generated.
+        """
+        groups: dict[str | None, list[int]] = {}
+        for index, name in enumerate(adapters):
+            groups.setdefault(name if name in self._alone else None, []).append(index)
+        found: dict[int, T] = {}
+        for alone, own in groups.items():
+            with self._on_base(alone):
+                for part in self._batches(own, lengths, num_new):
+                    found |= dict(zip(part, compute(part), strict=True))
+        return [found[index] for index in range(len(adapters))]
+
+    def _batches(self, rows: list[int], lengths: Sequence[int], num_new: int) -> list[list[int]]:
+        """All rows, or those of one length: padding behind virtual tokens moves them out of a base's sight."""
+        if self._virtual is None:
+            return [rows]
+        longest = max(lengths[row] for row in rows) + self._virtual.count + num_new
+        if longest <= window(self.model):
+            return [rows]
+        by_length: dict[int, list[int]] = {}
+        for row in rows:
+            by_length.setdefault(lengths[row], []).append(row)
+        return list(by_length.values())
 
     def _route(self, adapters: Sequence[str | None]) -> None:
-        self.bank.route_rows(adapters, self.device)
+        if adapters[0] not in self._alone:
+            self.bank.route_rows(adapters, self.device)
 
     def _begin(
         self,
@@ -75,25 +136,35 @@ class TransformersEngine:
         num_own: Sequence[int] | None = None,
     ) -> dict[str, Any]:
         pad_id = int(self.tokenizer.pad_token_id)
-        return begin(self.model, prompts, adapters, self._route, pad_id, num_own=num_own)
+        return begin(self.model, prompts, adapters, self._route, pad_id, num_own=num_own, virtual=self._virtual)
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], sampling: SamplingConfig | None = None) -> list[Completion]:
-        """Complete every request, in one batch.
+        """Complete every request.
 
         Args:
             requests: the rows; each is routed to its own adapter.
             sampling: settings of the rows that have a seed.
         """
         end_ids = set(self.end_ids())
-        rows = decode(
-            self.model,
-            self.tokenizer,
-            requests,
-            self._route,
-            end_ids,
-            sampling or SamplingConfig(),
-        )
+
+        def complete(own: list[int]) -> list[Row]:
+            return decode(
+                self.model,
+                self.tokenizer,
+                [requests[index] for index in own],
+                self._route,
+                end_ids,
+                sampling or SamplingConfig(),
+                self._virtual,
+            )
+
+        lengths = [0] * len(requests)
+        if self._alone:
+            ids = self.tokenizer([request.prompt for request in requests], add_special_tokens=False)["input_ids"]
+            lengths = list(map(len, ids))
+        num_new = max(request.max_new_tokens for request in requests)
+        rows = self._together([request.adapter for request in requests], lengths, complete, num_new=num_new)
         return [self._completion(row, end_ids) for row in rows]
 
     def _completion(self, row: Row, end_ids: set[int]) -> Completion:
@@ -131,7 +202,15 @@ class TransformersEngine:
         """
         if not self._answer_ids:
             self._answer_ids = {"yes": self._variants(["yes"]), "no": self._variants(["no"])}
-        inputs = self._begin(self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"], adapters)
+        ids = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+
+        def odds(own: list[int]) -> list[float]:
+            return self._log_odds([ids[index] for index in own], [adapters[index] for index in own])
+
+        return self._together(adapters, list(map(len, ids)), odds)
+
+    def _log_odds(self, prompts: Sequence[Sequence[int]], adapters: Sequence[str | None]) -> list[float]:
+        inputs = self._begin(prompts, adapters)
         head = self.model.get_output_embeddings()
         seen: list[torch.Tensor] = []
         hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -1].float()))
@@ -153,10 +232,14 @@ class TransformersEngine:
             samples: token ids of prompt and answer, neither of them empty.
             adapters: each sample's own.
         """
-        hidden_LD, lengths = self._answer_states(samples, adapters)
-        labels_L = torch.tensor([token for _, answer in samples for token in answer], device=self.device)
-        found = log_probabilities(hidden_LD, Head.of(self.model), labels_L)
-        return [part.tolist() for part in found.split(lengths)]
+
+        def likelihoods(own: list[int]) -> list[list[float]]:
+            hidden_LD, lengths = self._answer_states([samples[i] for i in own], [adapters[i] for i in own])
+            labels_L = torch.tensor([token for i in own for token in samples[i][1]], device=self.device)
+            found = log_probabilities(hidden_LD, Head.of(self.model), labels_L)
+            return [part.tolist() for part in found.split(lengths)]
+
+        return self._together(adapters, [len(prompt) + len(answer) for prompt, answer in samples], likelihoods)
 
     @torch.inference_mode()
     def top_log_probabilities(
@@ -168,10 +251,14 @@ class TransformersEngine:
             samples, adapters: as in `log_likelihood`.
             top_k: K.
         """
-        hidden_LD, lengths = self._answer_states(samples, adapters)
-        tokens_LK, log_p_LK = top_log_probabilities(hidden_LD, Head.of(self.model), top_k)
-        parts = zip(tokens_LK.split(lengths), log_p_LK.split(lengths), strict=True)
-        return [(tokens.tolist(), log_p.tolist()) for tokens, log_p in parts]
+
+        def most_likely(own: list[int]) -> list[tuple[list[list[int]], list[list[float]]]]:
+            hidden_LD, lengths = self._answer_states([samples[i] for i in own], [adapters[i] for i in own])
+            tokens_LK, log_p_LK = top_log_probabilities(hidden_LD, Head.of(self.model), top_k)
+            parts = zip(tokens_LK.split(lengths), log_p_LK.split(lengths), strict=True)
+            return [(tokens.tolist(), log_p.tolist()) for tokens, log_p in parts]
+
+        return self._together(adapters, [len(prompt) + len(answer) for prompt, answer in samples], most_likely)
 
     def _answer_states(
         self, samples: Sequence[tuple[Sequence[int], Sequence[int]]], adapters: Sequence[str | None]

@@ -103,6 +103,7 @@ def publish(run: Run, member: Member, template: str) -> None:
             target=run.target.name,
             prompt_template=template,
             before=str(manifest.provenance.get("migrated_from", "")),
+            method=run.config.distill.method,
         ),
     )
     member.state.output = f"bundles/{member.name}"

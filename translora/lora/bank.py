@@ -9,8 +9,9 @@ Discriminators, teachers and students are all slots of a bank. A batch is routed
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ BASE_SLOT = -1
 """Rows and segments routed here get the frozen base alone."""
 
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+Factors = Sequence[torch.Tensor]
 """A [r, in] and B [out, r] of one module, or their gradients."""
 
 
@@ -192,9 +193,9 @@ class AdapterBank:
         return {name: (module.base.out_features, module.base.in_features) for name, module in self.modules.items()}
 
     def open_slot(
-        self, slot: int, factors: Mapping[str, Pair], alpha: float, gradients: Mapping[str, Pair] | None = None
+        self, slot: int, factors: Mapping[str, Factors], scaling: float, gradients: Mapping[str, Factors] | None = None
     ) -> None:
-        """Put an adapter into a slot: A [r, in] and B [out, r] by module name, updated by alpha / r.
+        """Put an adapter into a slot: A [r, in] and B [out, r] by module name.
 
         Args:
             factors: in the base's dtype.
@@ -202,12 +203,23 @@ class AdapterBank:
         """
         for name, (lora_A, lora_B) in factors.items():
             grad_A, grad_B = (None, None) if gradients is None else gradients[name]
-            self.modules[name].slots[slot] = Slot(lora_A, lora_B, alpha / lora_A.shape[0], grad_A, grad_B)
+            self.modules[name].slots[slot] = Slot(lora_A, lora_B, scaling, grad_A, grad_B)
 
     def close_slot(self, slot: int) -> None:
         """Take an adapter out of its slot."""
         for module in self.modules.values():
             module.slots.pop(slot, None)
+
+    @contextlib.contextmanager
+    def aside(self, model: nn.Module) -> Iterator[None]:
+        """The model with its own linear modules for as long as the context lasts; the adapters stay in memory."""
+        for name, module in self.modules.items():
+            model.set_submodule(name, module.base)
+        try:
+            yield
+        finally:
+            for name, module in self.modules.items():
+                model.set_submodule(name, module)
 
     def detach(self, model: nn.Module) -> None:
         """Give the model its own linear modules back; the bank is not used any more."""
@@ -289,7 +301,7 @@ def new_bank(model: Any, target_modules: Sequence[str] | str) -> AdapterBank:
     return _attach(model, resolve_targets(adaptable(model), target_modules, "the base", "lora.target_modules"))
 
 
-def initial_weights(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, Pair]:
+def initial_weights(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, Factors]:
     """A new adapter: A is Kaiming-uniform, B is zero (LoRA, arXiv 2106.09685), float32 on the CPU.
 
     Args:
@@ -298,7 +310,7 @@ def initial_weights(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int)
         seed: the adapter's own; the result does not depend on other adapters.
     """
     generator = torch.Generator().manual_seed(seed)
-    weights = {}
+    weights: dict[str, Factors] = {}
     for name, (num_out, num_in) in shapes.items():
         bound = 1 / math.sqrt(num_in)  # kaiming_uniform_(a=sqrt(5)), as PEFT and nn.Linear do
         lora_A = (torch.rand(rank, num_in, generator=generator) * 2 - 1) * bound

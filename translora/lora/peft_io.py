@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ MAX_RANK = 1024
 PREFIX = "base_model.model."
 LORA_TENSOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(A|B)\.weight")
 MAX_PATTERNS = 16
+_THROUGH_PEFT = {"use_dora": "DoRA", "lora_bias": "LoRA biases"}
+"""Options of a LoRA that the bank does not have; PEFT computes such an adapter (see translora.lora.methods)."""
 _UNSUPPORTED = {
-    "use_dora": "DoRA",
     "modules_to_save": "fully trained modules (modules_to_save)",
     "layer_replication": "layer replication",
     "trainable_token_indices": "trained token embeddings",
     "target_parameters": "LoRA on raw parameters (target_parameters)",
-    "lora_bias": "LoRA biases",
     "alora_invocation_tokens": "activated LoRA",
     "use_qalora": "QALoRA",
     "fan_in_fan_out": "transposed (Conv1D) weights",
@@ -64,7 +65,7 @@ def _pattern_value(patterns: list[tuple[re.Pattern[str], float]], module: str, d
     return next((value for pattern, value in patterns if pattern.match(module)), default)
 
 
-def _check_pattern(key: str, option: str, path: Path) -> bool:
+def check_pattern(key: str, option: str, path: Path | str) -> bool:
     """Refuse a key of rank_pattern or alpha_pattern that could take for ever to match; True if it is no plain name.
 
     Repeated groups and chains of repeats or alternatives can backtrack exponentially; module names need none.
@@ -93,7 +94,7 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
             raise ValueError(f"{path}: {option} is no object; save the adapter again with PEFT's save_pretrained")
         for key, value in pattern.items():
             values[f"{option}.{key}"] = value
-            num_patterns += _check_pattern(key, option, path)
+            num_patterns += check_pattern(key, option, path)
     if num_patterns > MAX_PATTERNS:
         raise ValueError(
             f"{path}: rank_pattern and alpha_pattern have {num_patterns} keys that are patterns, the limit is "
@@ -106,7 +107,7 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
             raise ValueError(f"{path}: {option} is {value!r}, expected a positive number; restore the adapter's config")
 
 
-def _check_init(init: object, path: Path) -> None:
+def check_init(init: object, path: Path | str) -> None:
     """Refuse an initialisation that changes the base's weights: PEFT does it again at loading, the bank does not."""
     if not isinstance(init, str) or init.lower() in _PLAIN_INITS:
         return
@@ -117,6 +118,24 @@ def _check_init(init: object, path: Path) -> None:
         "are not supported; "
         f"{convert if init.lower().startswith(_CONVERTIBLE_INITS) else retrain}"
     )
+
+
+def is_banked(config: Mapping[str, Any]) -> bool:
+    """Whether the adapter bank has adapters of this config; PEFT itself computes the others."""
+    return config.get("peft_type") == "LORA" and not any(config.get(option) for option in _THROUGH_PEFT)
+
+
+def refuse_options(config: Mapping[str, Any], where: Path | str, *, through_peft: bool = False) -> None:
+    """Refuse options that are not supported: by the bank, or `through_peft`.
+
+    Raises:
+        ValueError: names the option.
+    """
+    for option, meaning in (_UNSUPPORTED | ({} if through_peft else _THROUGH_PEFT)).items():
+        if config.get(option):
+            raise ValueError(f"{where}: {option} is set: {meaning} is not supported; retrain the adapter without it")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{where}: bias is {config['bias']!r}; only bias='none' is supported")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -133,12 +152,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path}: peft_type is {kind!r}; only LORA adapters can be read here")
-    for option, meaning in _UNSUPPORTED.items():
-        if config.get(option):
-            raise ValueError(f"{path}: {option} is set: {meaning} is not supported; retrain the adapter without it")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias is {config['bias']!r}; only bias='none' is supported")
-    _check_init(config.get("init_lora_weights"), path)
+    refuse_options(config, path)
+    check_init(config.get("init_lora_weights"), path)
     _check_numbers(config, path)
     return config
 
@@ -155,6 +170,23 @@ def check_name(key: str, path: Path) -> re.Match[str]:
     return match
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """An adapter's tensors by name, on the CPU.
+
+    Raises:
+        ValueError: the file is missing, truncated or a pickle; names it and the remedy.
+    """
+    if not path.is_file():
+        pickled = path.with_suffix(".bin")
+        if pickled.exists():
+            raise ValueError(f"{pickled}: pickled weights are never loaded; convert the adapter to {path.name}")
+        raise ValueError(f"{path}: missing; save the adapter with PEFT's save_pretrained")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: truncated or not safetensors ({error}); copy the file again") from error
+
+
 def read_lora(directory: str | Path) -> LoraWeights:
     """Read a PEFT LoRA directory, on the CPU, in the dtype of the file.
 
@@ -165,15 +197,7 @@ def read_lora(directory: str | Path) -> LoraWeights:
     directory = Path(directory)
     config = read_config(directory)
     path = directory / "adapter_model.safetensors"
-    if not path.is_file():
-        pickled = directory / "adapter_model.bin"
-        if pickled.exists():
-            raise ValueError(f"{pickled}: pickled weights are never loaded; convert the adapter to {path.name}")
-        raise ValueError(f"{path}: missing; save the adapter with PEFT's save_pretrained")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: truncated or not safetensors ({error}); copy the file again") from error
+    tensors = read_tensors(path)
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         match = check_name(key, path)
@@ -203,11 +227,12 @@ def read_lora(directory: str | Path) -> LoraWeights:
 
 def write_lora(
     directory: Path,
-    modules: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    modules: Mapping[str, Sequence[torch.Tensor]],
     *,
     alpha: float,
     base_model: str,
     target_modules: list[str] | None = None,
+    use_rslora: bool = False,
 ) -> None:
     """Write `modules[name] = (A [r, in], B [out, r])`, all of one rank, as a PEFT directory.
 
@@ -226,7 +251,7 @@ def write_lora(
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "use_rslora": False,
+        "use_rslora": use_rslora,
         "use_dora": False,
         "target_modules": target_modules or sorted({name.rsplit(".", 1)[-1] for name in modules}),
     }

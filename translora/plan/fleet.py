@@ -88,13 +88,17 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
     """Plan every phase on all GPUs, with the code that the run chooses by.
 
     Raises:
-        ValueError: a DeepSpeed config or a target module cannot be used.
+        ValueError: a DeepSpeed config or a target module cannot be used, or the students are no LoRAs.
     """
+    if config.distill.peft is not None:
+        raise ValueError(
+            "distill.peft: the plan knows students that are LoRAs; leave it out to plan for `distill.lora`"
+        )
     source, target, generator = shapes.source, shapes.target, shapes.generator
     ds_config = read_ds_config(config.distill.ds_config, shapes.trained.dtype)
     training = plan_training(shapes.trained, config.distill, ds_config, training_sizes(config, work), hardware)
     adapted = target.adapted(config.distill.lora.target_modules)
-    num_weights = lora_weights(adapted, config.distill.lora.rank)
+    num_weights = lora_weights(adapted, config.distill.lora.total_rank)
     num_adapters = len(work.adapters)
     stages = (  # and how many adapters are on the base
         ("generate", generator, generate_calls(config, work), 0),

@@ -13,7 +13,9 @@ from translora.report.templates import environment
 from translora.run.state import AdapterState
 
 
-def model_card(state: AdapterState, *, source: str, target: str, prompt_template: str, before: str = "") -> str:
+def model_card(
+    state: AdapterState, *, source: str, target: str, prompt_template: str, before: str = "", method: str = "LoRA"
+) -> str:
     """README.md of a bundle as the Hugging Face hub reads it; the same text for the same migration, at any time.
 
     Args:
@@ -22,13 +24,15 @@ def model_card(state: AdapterState, *, source: str, target: str, prompt_template
         target: name of the base that it is made for.
         prompt_template: of the new bundle, `chat` or a string with {input}.
         before: name of the base before the source, where the adapter had been moved before.
+        method: what kind of adapter it is.
     """
     assert state.gate is not None
     return render_card(
         "card.md.j2",
         target,
-        ["translora", "lora"],
+        ["translora", method.lower().replace("_", "-")],
         state=state,
+        method=method,
         source=source,
         target=target,
         before=before,

@@ -49,6 +49,30 @@ def check_section(settings: TrainConfig, base: BaseInfo, section: str) -> None:
     """
     read_ds_config(settings.ds_config, resolve_dtype(settings.dtype))
     resolve_targets(linear_modules(base), settings.lora.target_modules, base.name, f"{section}.lora.target_modules")
+    if settings.peft is not None:
+        if settings.lora.has_options:
+            raise ValueError(
+                f"{section}.lora: lora_plus_ratio, gradient, random_half and chain are not for {section}.peft"
+            )
+        check_method(settings, base, f"{section}.peft")
+
+
+def check_method(settings: TrainConfig, base: BaseInfo, section: str) -> None:
+    """Check that PEFT can put a student on `base`.
+
+    Raises:
+        ValueError: it cannot, or its virtual keys and values would get lost; names the setting.
+    """
+    from translora.lora.methods import expected_shapes, parse_method
+
+    assert settings.peft is not None
+    config = parse_method(settings.peft, section, base.path)
+    if settings.gradient_checkpointing and config.peft_type == "PREFIX_TUNING":
+        raise ValueError(f"{section}: PREFIX_TUNING has no recomputation; set gradient_checkpointing to false")
+    try:
+        expected_shapes(base, config)
+    except ValueError as error:
+        raise ValueError(f"{section}: {error}") from error
 
 
 def verify_fleet(

@@ -1,0 +1,166 @@
+"""Adapters that the bank does not have, against PEFT itself: answers, training, and what is refused."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+
+from benchmarks.whole import WholeBase
+from tests.methods import METHODS, answer_logits, load, make_method, plain_losses
+from tests.tiny import make_adapter, make_base
+from translora.bundle import inspect_base
+from translora.bundle.adapter import check_adapter, is_in_bank
+from translora.config import BaseModelConfig, TrainConfig
+from translora.distill.data import encode_samples
+from translora.distill.gang import Gang
+from translora.distill.job import TrainJob
+from translora.distill.peft_slot import peft_slot
+from translora.distill.train import train
+from translora.engine.decode import Request
+from translora.engine.prompts import prompt_format
+from translora.engine.transformers import TransformersEngine
+from translora.lora.methods import METHODS as KINDS
+from translora.lora.methods import parse_method
+from translora.run.files import write_jsonl
+from translora.run.verify import check_section
+
+PROMPTS = ["Route the message:", "The parcel is late. I was charged twice", "When does the shop open", "a"]
+CONFIG = TrainConfig.model_validate(
+    {"batch_size": 5, "micro_batch_size": 2, "max_length": 64, "learning_rate": 1e-2, "gang_size": 1}
+)
+ROWS = [
+    {"input": f"Please send order {index} " + "now " * (index % 4), "answer": f"order {index}"} for index in range(9)
+]
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("methods") / "base", request.param, std=0.1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_every_method_that_is_offered_is_tried_here() -> None:
+    assert {settings["peft_type"] for settings in METHODS.values()} == KINDS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_engine_answers_as_peft_does_beside_adapters_of_the_bank(base: Path, tmp_path: Path, name: str) -> None:
+    adapter = make_method(tmp_path / "other", base, METHODS[name])
+    assert not is_in_bank(adapter)
+    info = inspect_base(str(base))
+    check_adapter(adapter, info)
+    settings = TrainConfig.model_validate({"peft": METHODS[name]})
+    check_section(settings, info, "distill")
+    lora = make_adapter(tmp_path / "lora", base, seed=3)
+    engine = TransformersEngine(BaseModelConfig(model=str(base), dtype="float32"), {"other": adapter, "lora": lora}, 1)
+    names: list[str | None] = ["other", "lora", "other", None]
+    completions = engine.generate([Request(text, one, 12) for text, one in zip(PROMPTS, names, strict=True)])
+    ids = [(engine.tokenizer(text, add_special_tokens=False)["input_ids"], [5, 6, 7]) for text in PROMPTS]
+    likelihoods = engine.log_likelihood(ids, names)
+    odds = engine.log_odds(PROMPTS, names)
+    yes, no = (engine._answer_ids[word] for word in ("yes", "no"))
+    for index, (one, directory) in enumerate(zip(names, [adapter, lora, adapter, None], strict=True)):
+        model = load(base)
+        if directory is not None:
+            model = PeftModel.from_pretrained(model, directory).eval()
+        inputs = engine.tokenizer(PROMPTS[index], add_special_tokens=False, return_tensors="pt")
+        output = model.generate(
+            **inputs, do_sample=False, max_new_tokens=12, eos_token_id=engine.end_ids(), pad_token_id=0
+        )
+        expected = engine.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert completions[index].text == expected, one
+        with torch.no_grad():
+            log_p = answer_logits(model, *ids[index]).log_softmax(-1)[torch.arange(3), torch.tensor([5, 6, 7])]
+            last_V = model(inputs["input_ids"]).logits[0, -1]
+        torch.testing.assert_close(torch.tensor(likelihoods[index]), log_p, rtol=1e-4, atol=1e-4)
+        expected_odds = float(last_V[yes].logsumexp(-1) - last_V[no].logsumexp(-1))
+        assert odds[index] == pytest.approx(expected_odds, abs=1e-3)
+
+
+def test_a_shared_beginning_is_computed_once_behind_virtual_tokens(base: Path, tmp_path: Path) -> None:
+    """Long prompts that begin alike, of an adapter with virtual tokens: the same answers as one at a time."""
+    adapter = make_method(tmp_path / "prompt", base, METHODS["prompt"])
+    engine = TransformersEngine(BaseModelConfig(model=str(base), dtype="float32"), {"one": adapter}, 1)
+    common = "Please send my order to the new address. When does the shop open on Sunday? "
+    requests = [Request(common + text, "one", 10) for text in PROMPTS]
+    together = [completion.text for completion in engine.generate(requests)]
+    assert together == [engine.generate([request])[0].text for request in requests]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_gives_the_losses_of_a_plain_training_with_peft(base: Path, tmp_path: Path, name: str) -> None:
+    settings = METHODS[name]
+    data = tmp_path / "data.jsonl"
+    write_jsonl(data, ROWS)
+    job = TrainJob("a", str(data), str(tmp_path / "out"), str(tmp_path), 7, 3, CONFIG.learning_rate, peft=settings)
+    whole = WholeBase(base, torch.float32, ("q_proj", "v_proj"))
+    with peft_slot(whole, settings) as slots:
+        train(whole, Gang(whole, [job], CONFIG, 1, base_name="base", group=None, slots=slots), tmp_path / "c", 100)
+    losses = json.loads((tmp_path / "out" / "losses.json").read_text())
+    samples = encode_samples(ROWS, prompt_format(whole.tokenizer), CONFIG.max_length, "a")
+    expected = plain_losses(base, samples, settings, CONFIG, 7, 3)
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
+    check_adapter(tmp_path / "out", inspect_base(str(base)))
+    loaded = PeftModel.from_pretrained(load(base), tmp_path / "out").eval()
+    with torch.no_grad():
+        engine = TransformersEngine(BaseModelConfig(model=str(base), dtype="float32"), {"a": tmp_path / "out"}, 1)
+        sample = samples[0]
+        log_p = answer_logits(loaded, sample.prompt_ids, sample.answer_ids).log_softmax(-1)
+        own = log_p[torch.arange(len(sample.answer_ids)), torch.tensor(sample.answer_ids)]
+        found = engine.log_likelihood([(sample.prompt_ids, sample.answer_ids)], ["a"])[0]
+    torch.testing.assert_close(torch.tensor(found), own, rtol=1e-4, atol=1e-4)
+    assert str(base) not in (tmp_path / "out" / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "peft_type: missing; choose from"),
+        ({"peft_type": "XLORA"}, "peft_type: XLORA; choose from"),
+        ({"peft_type": "IA3", "rank": 3}, "distill.peft.rank: PEFT's IA3 has no such setting"),
+        ({"peft_type": "LORA", "use_dora": True, "lora_dropout": 0.1}, "lora_dropout: 0.1; students are trained"),
+        ({"peft_type": "LORA", "bias": "all"}, "only bias='none' is supported"),
+        ({"peft_type": "LORA", "modules_to_save": ["lm_head"]}, "modules_to_save is set"),
+        ({"peft_type": "LORA", "use_dora": True, "init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 99999}, "num_virtual_tokens is 99999, the limit is 4096"),
+        ({"peft_type": "PROMPT_TUNING", "tokenizer_name_or_path": "x"}, "is set by translora; leave it out"),
+        ({"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "TEXT"}, "distill.peft: PEFT refuses it"),
+        ({"peft_type": "IA3", "target_modules": "(a*)*b"}, "target_modules has the key"),
+        ({"peft_type": "LORA", "use_dora": True, "rank_pattern": {"(a*)*b": 2}}, "rank_pattern has the key"),
+        (
+            {"peft_type": "LORA", "use_dora": True, "rank_pattern": {"q": 9999}},
+            "rank_pattern is {'q': 9999}, the limit",
+        ),
+        ({"peft_type": "LORA", "megatron_config": {"x": 1}}, "megatron_config is set, which is not supported"),
+        ({"peft_type": "LORA", "corda_config": {"cache_file": "x"}}, "corda_config is set, which is not supported"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        parse_method(settings, "distill.peft")
+    assert message in str(error.value)
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", std=0.1)
+    wide = inspect_base(str(make_base(tmp_path / "wide", hidden_size=64)))
+    for name in ("dora", "prompt", "prefix"):
+        adapter = make_method(tmp_path / name, base, METHODS[name])
+        with pytest.raises(ValueError, match="belongs to another base"):
+            check_adapter(adapter, wide)
+    config = json.loads((tmp_path / "prompt" / "adapter_config.json").read_text())
+    (tmp_path / "prompt" / "adapter_config.json").write_text(json.dumps(config | {"num_virtual_tokens": 4}))
+    with pytest.raises(ValueError, match="on 'base' it is"):
+        check_adapter(tmp_path / "prompt", inspect_base(str(base)))

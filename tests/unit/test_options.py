@@ -1,0 +1,226 @@
+"""Other ways to train a LoRA: each option's defining property, on a student's own tensors."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer
+from torch import nn
+
+from benchmarks.whole import WholeBase
+from tests.tiny import make_base
+from translora.config import TrainConfig
+from translora.distill.checkpoint import read_checkpoints, write_checkpoint
+from translora.distill.data import Sample
+from translora.distill.gang import Gang
+from translora.distill.job import TrainJob
+from translora.distill.options import lora_pro
+from translora.distill.student import Student
+from translora.distill.train import run_pass, train
+from translora.lora.peft_io import read_lora
+from translora.run.files import sha256_path, write_jsonl
+
+CPU = torch.device("cpu")
+SHAPES = {"model.layers.0.q_proj": (12, 8), "model.layers.1.q_proj": (6, 8)}
+RANK, LR = 3, 1e-2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def config(**lora: Any) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {"lora": {"rank": RANK, "alpha": 6, **lora}, "batch_size": 4, "max_grad_norm": 1e9, "learning_rate": LR}
+    )
+
+
+def make_student(settings: TrainConfig, num_steps: int = 4) -> Student:
+    """A student with random A and B."""
+    generator = torch.Generator().manual_seed(1)
+    rank = settings.lora.total_rank
+    weights = {
+        name: [torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator)]
+        for name, (num_out, num_in) in SHAPES.items()
+    }
+    job = TrainJob("a", "", "", "", seed=3, epochs=num_steps, learning_rate=LR)
+    return Student(job, "", [Sample([1], [2])] * 4, weights, settings, CPU, torch.float32)
+
+
+def set_gradients(student: Student, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for factors in student.gradients.values():
+        for gradient in factors:
+            gradient.copy_(torch.randn(gradient.shape, generator=generator))
+
+
+def weights_of(student: Student) -> dict[str, list[torch.Tensor]]:
+    return {name: [factor.clone() for factor in factors] for name, factors in student.factors.items()}
+
+
+class TwoLayers(nn.Module):
+    """Linear modules of SHAPES, for PEFT to adapt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList(nn.Module() for _ in SHAPES)
+        for layer, (num_out, num_in) in zip(self.model.layers, SHAPES.values(), strict=True):
+            layer.q_proj = nn.Linear(num_in, num_out, bias=False)
+
+
+@pytest.mark.parametrize(
+    ("lora", "make_optimizer"),
+    [
+        (
+            {"lora_plus_ratio": 16},
+            lambda model: create_loraplus_optimizer(
+                model, torch.optim.AdamW, lr=LR, loraplus_lr_ratio=16, weight_decay=0.0, loraplus_weight_decay=0.0
+            ),
+        ),
+        (
+            {"gradient": "riemannian"},
+            lambda model: create_riemannian_optimizer(model, torch.optim.AdamW, lr=LR, weight_decay=0.0),
+        ),
+    ],
+)
+def test_lora_plus_and_riemannian_steps_are_those_of_peft(
+    lora: dict[str, Any], make_optimizer: Callable[[Any], torch.optim.Optimizer]
+) -> None:
+    student = make_student(config(**lora))
+    model = get_peft_model(TwoLayers(), LoraConfig(r=RANK, lora_alpha=6, target_modules=["q_proj"]))
+    parameters = dict(model.named_parameters())
+
+    def peft(name: str) -> list[nn.Parameter]:
+        return [parameters[f"base_model.model.{name}.lora_{part}.default.weight"] for part in "AB"]
+
+    for name, factors in weights_of(student).items():
+        for parameter, factor in zip(peft(name), factors, strict=True):
+            parameter.data.copy_(factor)
+    optimizer = make_optimizer(model)
+    base_rates = [group["lr"] for group in optimizer.param_groups]
+    for step in range(3):
+        set_gradients(student, step)
+        for name, gradients in student.gradients.items():
+            for parameter, gradient in zip(peft(name), gradients, strict=True):
+                parameter.grad = gradient.clone()
+        for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+            group["lr"] = rate * (1 - step / student.num_steps)
+        optimizer.step()
+        student.update(None)
+        for name, factors in student.factors.items():
+            for parameter, factor in zip(peft(name), factors, strict=True):
+                torch.testing.assert_close(factor, parameter.data, rtol=1e-4, atol=1e-5)
+
+
+@given(st.integers(0, 2**31), st.floats(0.1, 4))
+def test_lora_pro_comes_as_near_to_the_whole_gradient_as_the_factors_allow(seed: int, scaling: float) -> None:
+    """What is left of the gradient cannot be had by any change of A or B."""
+    generator = torch.Generator().manual_seed(seed)
+    lora_A, lora_B, whole = (torch.randn(*shape, generator=generator) for shape in ((3, 8), (12, 3), (12, 8)))
+    grad_A, grad_B = scaling * lora_B.T @ whole, scaling * whole @ lora_A.T
+    lora_pro(lora_A, lora_B, grad_A, grad_B, scaling)
+    left = whole - scaling * (lora_B @ grad_A + grad_B @ lora_A)
+    scale = lora_B.norm() * lora_A.norm() * whole.norm()
+    assert (lora_B.T @ left).norm() < 1e-3 * scale and (left @ lora_A.T).norm() < 1e-3 * scale
+
+
+def test_lora_pro_begins_where_b_is_zero() -> None:
+    lora_A, lora_B = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(12, 3)
+    whole = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
+    grad_A, grad_B = torch.zeros(3, 8), whole @ lora_A.T
+    lora_pro(lora_A, lora_B, grad_A, grad_B, 1.0)
+    assert grad_A.abs().max() == 0
+    projected = whole @ torch.linalg.pinv(lora_A) @ lora_A
+    torch.testing.assert_close(grad_B @ lora_A, projected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_random_half_of_the_weights_never_moves() -> None:
+    student = make_student(config(random_half=True))
+    before = weights_of(student)
+    for step in range(4):
+        set_gradients(student, step)
+        student.update(None)
+    moved = torch.cat(
+        [
+            (factor != old).flatten()
+            for name in before
+            for factor, old in zip(student.factors[name], before[name], strict=True)
+        ]
+    )
+    assert 0.35 < moved.float().mean() < 0.65
+    other = make_student(config(random_half=True))
+    set_gradients(other, 0)
+    other.update(None)
+    assert torch.equal(other.rates, student.rates), "the half is the seed's alone"
+
+
+@pytest.mark.parametrize("freeze_A", [False, True])
+@pytest.mark.parametrize("layer_fraction", [1.0, 0.5])
+def test_the_links_of_a_chain_are_trained_one_after_the_other(freeze_A: bool, layer_fraction: float) -> None:
+    chain = {"links": 2, "freeze_A": freeze_A, "layer_fraction": layer_fraction}
+    student = make_student(config(chain=chain), num_steps=6)
+    for link in range(2):
+        before = weights_of(student)
+        for step in range(3):
+            set_gradients(student, step)
+            student.update(None)
+        own, others = slice(link * RANK, (link + 1) * RANK), slice((1 - link) * RANK, (2 - link) * RANK)
+        changed = 0
+        for name, (lora_A, lora_B) in student.factors.items():
+            old_A, old_B = before[name]
+            assert torch.equal(lora_A[others], old_A[others]) and torch.equal(lora_B[:, others], old_B[:, others])
+            changed += bool((lora_B[:, own] != old_B[:, own]).all())
+            if freeze_A:
+                assert torch.equal(lora_A, old_A)
+        assert changed == 2 * layer_fraction
+    assert student.is_done
+
+
+def test_without_options_nothing_is_scaled() -> None:
+    student = make_student(config())
+    set_gradients(student, 0)
+    student.update(None)
+    assert student.rates is None
+
+
+def test_a_chain_is_exported_as_one_lora_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    path = make_base(tmp_path / "base", std=0.1)
+    rows = [{"input": f"Please send order {index}", "answer": f"order {index}"} for index in range(8)]
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    settings = config(chain={"links": 3}, gradient="riemannian", use_rslora=True)
+    outputs = []
+    for root in (tmp_path / "whole", tmp_path / "cut"):
+        job = TrainJob("a", str(tmp_path / "data.jsonl"), str(root / "out"), str(root), 7, 6, LR)
+        base = WholeBase(path, torch.float32, ("q_proj", "v_proj"))
+        checkpoint = root / "gang-0000.safetensors"
+        gang = Gang(base, [job], settings, 1, base_name="base", group=None)
+        if root.name == "cut":
+            gang.fill()
+            for _ in range(5):
+                for shards in gang.shards():
+                    run_pass(base, gang, shards)
+                gang.update()
+            write_checkpoint(checkpoint, gang)
+            base = WholeBase(path, torch.float32, ("q_proj", "v_proj"))
+            gang = Gang(base, [job], settings, 1, base_name="base", group=None)
+            read_checkpoints(root, checkpoint.name, gang)
+        train(base, gang, checkpoint, every_steps=100)
+        outputs.append(root / "out")
+    assert sha256_path(outputs[0]) == sha256_path(outputs[1])
+    lora = read_lora(outputs[0])
+    assert lora.max_rank == 3 * RANK
+    assert list(lora.scaling.values()) == pytest.approx([settings.lora.scaling] * len(lora.scaling))
+    losses = json.loads((outputs[0] / "losses.json").read_text())
+    assert losses[-1] < losses[0]

@@ -1,0 +1,113 @@
+"""Where a gang's students are put on the base: the slots of the adapter bank."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from translora.config import LoraSettings
+from translora.distill.data import Packed, Sample, pack
+from translora.engine.head import Head
+from translora.lora.bank import AdapterBank, Factors, initial_weights
+from translora.lora.peft_io import write_lora
+
+Shard = tuple[int, Sequence[Sample], float]
+"""Slot, samples of one pass, weight of an answer's token."""
+
+
+class ResidentBase(Protocol):
+    """What students are trained on: zero3.ShardedBase, or in tests a whole base."""
+
+    bank: AdapterBank
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    place: torch.device
+    dtype: torch.dtype
+    model: PreTrainedModel
+    attention: str
+    """The model's attention over batches that are not packed."""
+
+    def __call__(self, inputs: dict[str, object]) -> torch.Tensor:
+        """Last hidden states [T, D] of a packed batch."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Run the backward pass."""
+
+    def gathered_head(self) -> contextlib.AbstractContextManager[Head]:
+        """The head with its whole weight, for as long as the context lasts."""
+
+
+class Slots(Protocol):
+    """What a gang needs of the places that its students train in."""
+
+    dtype: torch.dtype
+    """Of the weights that a pass computes with."""
+
+    def new_weights(self, seed: int) -> dict[str, Factors]:
+        """A new student's weights by name, float32; they depend on the seed alone."""
+
+    def open(self, slot: int, weights: Mapping[str, Factors], gradients: Mapping[str, Factors]) -> None:
+        """Compute with these tensors for as long as the slot is open, and add to these gradients."""
+
+    def close(self, slot: int) -> None:
+        """Free a slot."""
+
+    def pack(self, shards: Sequence[Shard], top_k: int | None) -> Packed:
+        """The batch of one pass; `top_k` as in translora.distill.data.pack."""
+
+    def hidden(self, batch: Packed) -> torch.Tensor:
+        """Last hidden states [T, D] of a batch, each student's samples through its own slot."""
+
+    def write(self, directory: Path, weights: Mapping[str, Factors], base_model: str) -> None:
+        """Write a student's weights as a PEFT directory."""
+
+
+class LoraSlots:
+    """Slots of the adapter bank: any number of LoRAs in one pass.
+
+    Args:
+        base: resident.
+        num_slots: students at a time; the slot behind them is the ballast that keeps an idle rank in step.
+        lora: shape of the students.
+    """
+
+    def __init__(self, base: ResidentBase, num_slots: int, lora: LoraSettings) -> None:
+        self.base, self.bank, self.lora, self.dtype = base, base.bank, lora, base.dtype
+        zeros: Any = {"dtype": base.dtype, "device": base.place}
+        ballast = {
+            name: (torch.zeros(1, num_in, **zeros), torch.zeros(num_out, 1, **zeros))
+            for name, (num_out, num_in) in self.bank.shapes.items()
+        }
+        self.bank.open_slot(num_slots, ballast, 1.0)
+
+    def new_weights(self, seed: int) -> dict[str, Factors]:
+        """A [r, in] and B [out, r] by module."""
+        return initial_weights(self.bank.shapes, self.lora.total_rank, seed)
+
+    def open(self, slot: int, weights: Mapping[str, Factors], gradients: Mapping[str, Factors]) -> None:
+        """Put the factors into the bank."""
+        self.bank.open_slot(slot, weights, self.lora.scaling, gradients)
+
+    def close(self, slot: int) -> None:
+        """Take them out."""
+        self.bank.close_slot(slot)
+
+    def pack(self, shards: Sequence[Shard], top_k: int | None) -> Packed:
+        """Without padding, adapter-major."""
+        return pack(shards, self.base.place, top_k=top_k)
+
+    def hidden(self, batch: Packed) -> torch.Tensor:
+        """One pass over the packed batch."""
+        self.bank.route_segments(batch.segments)
+        return self.base(batch.inputs)
+
+    def write(self, directory: Path, weights: Mapping[str, Factors], base_model: str) -> None:
+        """As PEFT's LoRA."""
+        lora, rank = self.lora, self.lora.total_rank
+        alpha = lora.scaling * (rank**0.5 if lora.use_rslora else rank)
+        write_lora(directory, weights, alpha=alpha, base_model=base_model, use_rslora=lora.use_rslora)

@@ -1,0 +1,216 @@
+"""Adapters that the bank does not have (DoRA, prompt tuning, IA3, ...): PEFT itself puts them on a base, one at a time.
+
+A method is named by PEFT's own settings: `peft_type` and what its config class takes. Methods that put tokens or keys
+and values before the input are virtual tokens here, all others are layers in the base.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import set_peft_model_state_dict
+from transformers import DynamicCache, PreTrainedModel
+
+from translora.bundle.base import BaseInfo, meta_model
+from translora.bundle.reading import read_json_object
+from translora.lora.peft_io import MAX_RANK, check_init, check_pattern, read_tensors, refuse_options
+
+VIRTUAL_TOKENS = frozenset({"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"})
+METHODS = VIRTUAL_TOKENS | {"LORA", "IA3", "LOHA", "LOKR", "VERA", "OFT", "HRA", "MISS", "FOURIERFT", "RANDLORA", "C3A"}
+"""Those that were tried (tests/unit/test_methods.py) and leave the base's own weights alone."""
+MAX_CONFIG_BYTES = 1_000_000
+MAX_SIZE = 1 << 16
+"""Of a number in a config, which may become a tensor's size."""
+LIMITS = {"num_virtual_tokens": 4096, "r": MAX_RANK, "rank_pattern": MAX_RANK}
+PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
+"""Settings that are regular expressions where they are strings."""
+OF_THE_PLACE = (
+    "tokenizer_name_or_path",
+    "tokenizer_kwargs",
+    "base_model_name_or_path",
+    "revision",
+    "auto_mapping",
+    "megatron_core",
+    "runtime_config",
+)
+"""Settings that name something outside the adapter; they are never followed."""
+
+
+def parse_method(settings: Mapping[str, Any], where: str, base_path: Path | str = "") -> PeftConfig:
+    """PEFT's config for settings that a user wrote.
+
+    Args:
+        settings: `peft_type`, and what the method's config class of PEFT takes.
+        where: what they are called in an error.
+        base_path: directory of the base, whose tokenizer reads the text that prompt tuning begins with.
+
+    Raises:
+        ValueError: no such method or setting, or one that cannot be used here; names it and the remedy.
+    """
+    kind = str(settings.get("peft_type", "")).upper()
+    if kind not in METHODS:
+        raise ValueError(f"{where}.peft_type: {kind or 'missing'}; choose from {', '.join(sorted(METHODS))}")
+    known = inspect.signature(PEFT_TYPE_TO_CONFIG_MAPPING[kind].__init__).parameters
+    if strange := sorted(settings.keys() - known.keys()):
+        raise ValueError(f"{where}.{strange[0]}: PEFT's {kind} has no such setting; see its config in PEFT's reference")
+    if outside := sorted(settings.keys() & set(OF_THE_PLACE)):
+        raise ValueError(f"{where}.{outside[0]}: is set by translora; leave it out")
+    for name, value in settings.items():
+        if name.endswith("dropout") and value:
+            raise ValueError(f"{where}.{name}: {value}; students are trained without dropout, leave it out")
+    check_settings({**settings, "peft_type": kind}, where)
+    own = {"tokenizer_name_or_path": str(base_path)} if "tokenizer_name_or_path" in known else {}
+    try:
+        return get_peft_config({**settings, **own, "peft_type": kind, "task_type": "CAUSAL_LM"})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: PEFT refuses it ({error})") from error
+
+
+def check_settings(settings: Mapping[str, Any], where: str | Path) -> None:
+    """Refuse what changes the base's own weights, runs or fetches something, or takes time or memory without bound.
+
+    Raises:
+        ValueError: names the setting and the remedy.
+    """
+    kind = settings.get("peft_type")
+    if kind not in METHODS:
+        raise ValueError(f"{where}: peft_type is {kind!r}; supported are {', '.join(sorted(METHODS))}")
+    refuse_options(settings, where, through_peft=True)
+    if kind == "LORA":
+        check_init(settings.get("init_lora_weights"), where)
+    for name, value in settings.items():
+        if name in OF_THE_PLACE:
+            continue
+        if isinstance(value, dict) and not name.endswith("_pattern") and value:
+            # Some name files that PEFT unpickles, or modules that it imports (megatron_core).
+            raise ValueError(f"{where}: {name} is set, which is not supported; train the adapter without it")
+        limit = LIMITS.get(name, MAX_SIZE)
+        numbers = value.values() if isinstance(value, dict) else [value]
+        is_size = not name.endswith(("seed", "key"))
+        if is_size and any(isinstance(number, (int, float)) and number > limit for number in numbers):
+            raise ValueError(f"{where}: {name} is {value}, the limit is {limit}; use a smaller one")
+        patterns = value if isinstance(value, dict) else [value] if name in PATTERNS and isinstance(value, str) else []
+        for pattern in patterns:
+            check_pattern(str(pattern), name, where)
+
+
+def read_config(directory: str | Path) -> PeftConfig:
+    """PEFT's config of an adapter on disk, for inference.
+
+    Raises:
+        ValueError: it cannot be read, or not be used here; names the file and the remedy.
+    """
+    path = Path(directory) / "adapter_config.json"
+    settings = read_json_object(path, "save the adapter with PEFT's save_pretrained", MAX_CONFIG_BYTES)
+    check_settings(settings, path)
+    known = inspect.signature(PEFT_TYPE_TO_CONFIG_MAPPING[settings["peft_type"]].__init__).parameters
+    kept = {name: value for name, value in settings.items() if name in known and name not in OF_THE_PLACE}
+    # Where the training began; the weights are read.
+    kept |= {"prompt_tuning_init": "RANDOM"} if "prompt_tuning_init" in kept else {}
+    kept |= {"init_lora_weights": True} if "init_lora_weights" in kept else {}
+    try:
+        return get_peft_config({**kept, "peft_type": settings["peft_type"], "inference_mode": True})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: PEFT refuses it ({error}); save the adapter with PEFT's save_pretrained") from error
+
+
+def read_method(directory: str | Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """The config, and the tensors on the CPU by the names in the file.
+
+    Raises:
+        ValueError: one of them cannot be read, or not be used here; names the file and the remedy.
+    """
+    return read_config(directory), read_tensors(Path(directory) / "adapter_model.safetensors")
+
+
+def put_on(model: PreTrainedModel, config: PeftConfig, *, empty: bool = False) -> PeftModel:
+    """Put a new adapter on a model, which is changed in place; `take_off` undoes it.
+
+    Args:
+        empty: do not make its first weights, which others will replace.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's remarks on names that were left out on purpose
+        return get_peft_model(model, config, low_cpu_mem_usage=empty and not config.is_prompt_learning)
+
+
+def take_off(peft_model: PeftModel) -> None:
+    """Give the model its own modules back."""
+    if not peft_model.active_peft_config.is_prompt_learning:
+        peft_model.unload()
+
+
+@dataclasses.dataclass(frozen=True)
+class VirtualTokens:
+    """What an adapter puts before every input."""
+
+    peft_model: PeftModel
+
+    @property
+    def count(self) -> int:
+        """Tokens."""
+        return int(self.peft_model.active_peft_config.num_virtual_tokens)
+
+    def cache(self) -> DynamicCache:
+        """Their keys and values, one row; a new cache at every call."""
+        prompt = self.peft_model.get_prompt(1)
+        if isinstance(prompt, DynamicCache):
+            return prompt
+        base = self.peft_model.get_base_model()
+        cache = DynamicCache(config=base.config)
+        embedded = prompt.to(dtype=base.dtype, device=base.device)
+        base.base_model(inputs_embeds=embedded, past_key_values=cache, use_cache=True)
+        return cache
+
+
+@contextlib.contextmanager
+def applied(model: PreTrainedModel, directory: str | Path) -> Iterator[VirtualTokens | None]:
+    """Have an adapter on a model for as long as the context lasts; gives its virtual tokens, if it has any.
+
+    Raises:
+        ValueError: the adapter cannot be read.
+    """
+    config, tensors = read_method(directory)
+    peft_model = put_on(model, config, empty=True)
+    try:
+        tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+        set_peft_model_state_dict(peft_model, tensors, low_cpu_mem_usage=not config.is_prompt_learning)
+        peft_model.eval()
+        with torch.no_grad():
+            yield VirtualTokens(peft_model) if config.is_prompt_learning else None
+    finally:
+        take_off(peft_model)
+
+
+def saved_tensors(peft_model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's tensors by the names that PEFT saves them by."""
+    found: dict[str, torch.Tensor] = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    return found
+
+
+def expected_shapes(base: BaseInfo, config: PeftConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that an adapter of this method has on a base; nothing is allocated.
+
+    Sizes of the base that a config repeats are taken from the base.
+
+    Raises:
+        ValueError: the method cannot be put on the base.
+    """
+    model = meta_model(base.path, base.trust_remote_code)
+    if config.is_prompt_learning:
+        sizes = {"token_dim": None, "num_layers": None, "num_attention_heads": None}
+        config = dataclasses.replace(config, inference_mode=True, **sizes)
+    try:
+        with torch.device("meta"):
+            return {name: tuple(tensor.shape) for name, tensor in saved_tensors(put_on(model, config)).items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"PEFT cannot put it on {base.name!r} ({error})") from error
