@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from translora.config_file import NAME_PATTERN, Attention, ConfigFile, DType, Strict
 from translora.config_file import load_config as load_config
+from translora.lora.kinds import check_kind
 from translora.merge.config import MergeEntry
 
 Screen = Literal["auto", "discriminator", "excess", "none"]
@@ -190,6 +191,13 @@ class TrainConfig(Strict):
     """Recompute activations in the backward pass."""
     max_failures: int = Field(default=2, ge=0)
     """Times that Ray Train restarts the worker group after a worker died."""
+
+    @field_validator("peft")
+    @classmethod
+    def _names_a_method(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            check_kind(value.get("peft_type"), "")
+        return value
 
     @property
     def method(self) -> str:

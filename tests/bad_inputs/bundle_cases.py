@@ -165,10 +165,14 @@ CASES = [
         {"base_model.model.lm_head.weight": torch.zeros(2, 2)})), "unexpected tensor"),
     Case("integer weights", tensors(lambda t: t.update(
         {name: tensor.to(torch.int8) for name, tensor in t.items()})), "floating-point dtype"),
-    Case("DoRA", config(use_dora=True), "DoRA is not supported"),
+    Case("a DoRA without its magnitudes", config(use_dora=True), "lora_magnitude_vector, going by its config"),
+    Case("a module that PEFT would import", config(
+        use_dora=True, megatron_config={"x": 1}, megatron_core="os"), "megatron_config is set"),
+    Case("target modules that never end", config(use_dora=True, target_modules="(a+)+b"), "use plain module names"),
     Case("PiSSA, not converted", config(init_lora_weights="pissa"), "path_initial_model_for_weight_conversion"),
     Case("LoftQ", config(init_lora_weights="loftq"), "train the adapter again with init_lora_weights: true"),
-    Case("prompt tuning", config(peft_type="PROMPT_TUNING"), "only LORA adapters"),
+    Case("a LoRA that calls itself prompt tuning", config(peft_type="PROMPT_TUNING"), "num_virtual_tokens is None"),
+    Case("a method that loads other adapters", config(peft_type="XLORA"), "peft_type is 'XLORA'; supported are"),
     Case("trained biases", config(bias="lora_only"), "only bias='none'"),
     Case("adapter_config.json not JSON", made_wrong(lambda b: cut(b / CONFIG, 30)), "adapter_config.json: not JSON"),
     Case("a promised discriminator that is not there", manifest(

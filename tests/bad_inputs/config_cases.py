@@ -137,6 +137,11 @@ CASES = [
         prepare(PREPARE + "train: {loss: kl}\n"),
         "train.loss: kl wants a teacher, and training on real data has none; use sft",
     ),
+    Case(
+        "an unknown PEFT method",
+        fleet(FLEET + "distill: {peft: {peft_type: PREFIX}}\n"),
+        "distill.peft: peft_type is 'PREFIX'; supported are C3A",
+    ),
     Case("an unknown loss", fleet(FLEET + "distill: {loss: mse}\n"), "distill.loss: Input should be 'sft' or 'kl'"),
     Case("a task name twice", prepare(PREPARE + "  - {name: orders, data: b.jsonl}\n"), "task names appear twice"),
     Case("a task name with a slash", prepare(PREPARE.replace("name: orders", "name: a/b")), "tasks.0.name: String"),

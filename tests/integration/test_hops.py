@@ -13,8 +13,9 @@ from translora.bundle import inspect_base, read_bundle, verify_bundle
 from translora.run.state import load_states
 
 pytestmark = pytest.mark.timeout(900)
+PROMPTS = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 6}
 HOPS: list[tuple[str, str, dict[str, Any] | None]] = [
-    ("source", "target", {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 6}),
+    ("source", "target", PROMPTS),
     ("target", "third", {"peft_type": "LORA", "use_dora": True, "r": 4, "lora_alpha": 8, "target_modules": ["v_proj"]}),
     ("third", "source", None),
 ]
@@ -30,7 +31,7 @@ def test_an_adapter_goes_round_three_bases_and_changes_its_method_at_each(tmp_pa
         fleet = world.fleet_config(f"hop-{number}")
         fleet["source"], fleet["target"] = {"model": f"./{source}"}, {"model": f"./{target}"}
         fleet["adapters"] = [{"bundle": bundle, "num_samples": 12, "eval_data": "colour.test.jsonl"}]
-        fleet["distill"] |= {"peft": method}
+        fleet["distill"] |= {"peft": method} | ({"learning_rate": 5e-2, "epochs": 16} if method is PROMPTS else {})
         world.run("migrate", world.write(f"hop-{number}.yaml", fleet))
         (state,) = load_states(tmp_path / fleet["run_dir"])
         assert state.status == "migrated" and state.gate is not None and state.accuracy is not None

@@ -24,7 +24,7 @@ from translora.distill.train import train
 from translora.engine.decode import Request
 from translora.engine.prompts import prompt_format
 from translora.engine.transformers import TransformersEngine
-from translora.lora.methods import METHODS as KINDS
+from translora.lora.kinds import METHODS as KINDS
 from translora.lora.methods import parse_method
 from translora.run.files import write_jsonl
 from translora.run.verify import check_section
@@ -127,8 +127,8 @@ def test_training_gives_the_losses_of_a_plain_training_with_peft(base: Path, tmp
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "peft_type: missing; choose from"),
-        ({"peft_type": "XLORA"}, "peft_type: XLORA; choose from"),
+        ({}, "distill.peft.peft_type is None; supported are"),
+        ({"peft_type": "XLORA"}, "peft_type is 'XLORA'; supported are"),
         ({"peft_type": "IA3", "rank": 3}, "distill.peft.rank: PEFT's IA3 has no such setting"),
         ({"peft_type": "LORA", "use_dora": True, "lora_dropout": 0.1}, "lora_dropout: 0.1; students are trained"),
         ({"peft_type": "LORA", "bias": "all"}, "only bias='none' is supported"),

@@ -16,6 +16,7 @@ from transformers import dynamic_module_utils
 
 from tests.bad_inputs.base_cases import give_code
 from tests.bad_inputs.workshop import CONFIG, change_json, rehash
+from tests.methods import METHODS
 from tests.tiny import make_base, make_bundle
 from translora.bundle import BaseInfo, Bundle, BundleError, inspect_base, read_bundle, verify_bundle
 from translora.bundle import base as base_module
@@ -98,18 +99,21 @@ VALUES = st.recursive(
 )
 OPTIONS = sorted(
     {*_UNSUPPORTED, "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "init_lora_weights"}
-    | {"peft_type", "target_modules", "base_model_name_or_path"}
+    | {"peft_type", "target_modules", "base_model_name_or_path", "use_dora", "lora_bias", "megatron_config"}
+    | {"num_virtual_tokens", "token_dim", "num_layers", "layers_pattern", "layers_to_transform", "exclude_modules"}
 )
 
 
-@settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(option=st.sampled_from(OPTIONS), value=VALUES)
+@settings(max_examples=250, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    option=st.sampled_from(OPTIONS), value=VALUES, method=st.sampled_from([{}, {"use_dora": True}, *METHODS.values()])
+)
 def test_any_value_in_an_adapters_config_is_sound_or_a_bundle_error(
-    bundle: Bundle, base: BaseInfo, option: str, value: Any
+    bundle: Bundle, base: BaseInfo, option: str, value: Any, method: dict[str, Any]
 ) -> None:
     before = (bundle.path / CONFIG).read_bytes()
     try:
-        change_json(bundle.path / CONFIG, **{option: value})
+        change_json(bundle.path / CONFIG, **method | {option: value})
         rehash(bundle.path)
         verify_bundle(read_bundle(bundle.path), base)
     except BundleError as error:

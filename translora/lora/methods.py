@@ -22,11 +22,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from translora.bundle.base import BaseInfo, meta_model
 from translora.bundle.reading import read_json_object
+from translora.lora.kinds import VIRTUAL_TOKENS, check_kind
 from translora.lora.peft_io import MAX_RANK, check_init, check_pattern, read_tensors, refuse_options
+from translora.run.redact import first_line
 
-VIRTUAL_TOKENS = frozenset({"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"})
-METHODS = VIRTUAL_TOKENS | {"LORA", "IA3", "LOHA", "LOKR", "VERA", "OFT", "HRA", "MISS", "FOURIERFT", "RANDLORA", "C3A"}
-"""Those that were tried (tests/unit/test_methods.py) and leave the base's own weights alone."""
 MAX_CONFIG_BYTES = 1_000_000
 MAX_SIZE = 1 << 16
 """Of a number in a config, which may become a tensor's size."""
@@ -56,9 +55,7 @@ def parse_method(settings: Mapping[str, Any], where: str, base_path: Path | str 
     Raises:
         ValueError: no such method or setting, or one that cannot be used here; names it and the remedy.
     """
-    kind = str(settings.get("peft_type", "")).upper()
-    if kind not in METHODS:
-        raise ValueError(f"{where}.peft_type: {kind or 'missing'}; choose from {', '.join(sorted(METHODS))}")
+    kind = check_kind(settings.get("peft_type"), f"{where}.")
     known = inspect.signature(PEFT_TYPE_TO_CONFIG_MAPPING[kind].__init__).parameters
     if strange := sorted(settings.keys() - known.keys()):
         raise ValueError(f"{where}.{strange[0]}: PEFT's {kind} has no such setting; see its config in PEFT's reference")
@@ -75,18 +72,22 @@ def parse_method(settings: Mapping[str, Any], where: str, base_path: Path | str 
         raise ValueError(f"{where}: PEFT refuses it ({error})") from error
 
 
-def check_settings(settings: Mapping[str, Any], where: str | Path) -> None:
+def check_settings(settings: Mapping[str, Any], where: str | Path) -> str:
     """Refuse what changes the base's own weights, runs or fetches something, or takes time or memory without bound.
+
+    Returns:
+        The method's `peft_type`.
 
     Raises:
         ValueError: names the setting and the remedy.
     """
-    kind = settings.get("peft_type")
-    if kind not in METHODS:
-        raise ValueError(f"{where}: peft_type is {kind!r}; supported are {', '.join(sorted(METHODS))}")
+    kind = check_kind(settings.get("peft_type"), f"{where}: ")
     refuse_options(settings, where, through_peft=True)
     if kind == "LORA":
         check_init(settings.get("init_lora_weights"), where)
+    count = settings.get("num_virtual_tokens")
+    if kind in VIRTUAL_TOKENS and (not isinstance(count, int) or count < 1):
+        raise ValueError(f"{where}: num_virtual_tokens is {count!r}, expected a positive number")
     for name, value in settings.items():
         if name in OF_THE_PLACE:
             continue
@@ -101,26 +102,31 @@ def check_settings(settings: Mapping[str, Any], where: str | Path) -> None:
         patterns = value if isinstance(value, dict) else [value] if name in PATTERNS and isinstance(value, str) else []
         for pattern in patterns:
             check_pattern(str(pattern), name, where)
+    return kind
 
 
 def read_config(directory: str | Path) -> PeftConfig:
     """PEFT's config of an adapter on disk, for inference.
+
+    A fault boundary, as `expected_shapes`: what PEFT raises for an odd config is its own affair.
 
     Raises:
         ValueError: it cannot be read, or not be used here; names the file and the remedy.
     """
     path = Path(directory) / "adapter_config.json"
     settings = read_json_object(path, "save the adapter with PEFT's save_pretrained", MAX_CONFIG_BYTES)
-    check_settings(settings, path)
-    known = inspect.signature(PEFT_TYPE_TO_CONFIG_MAPPING[settings["peft_type"]].__init__).parameters
+    kind = check_settings(settings, path)
+    known = inspect.signature(PEFT_TYPE_TO_CONFIG_MAPPING[kind].__init__).parameters
     kept = {name: value for name, value in settings.items() if name in known and name not in OF_THE_PLACE}
     # Where the training began; the weights are read.
     kept |= {"prompt_tuning_init": "RANDOM"} if "prompt_tuning_init" in kept else {}
     kept |= {"init_lora_weights": True} if "init_lora_weights" in kept else {}
     try:
-        return get_peft_config({**kept, "peft_type": settings["peft_type"], "inference_mode": True})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: PEFT refuses it ({error}); save the adapter with PEFT's save_pretrained") from error
+        return get_peft_config({**kept, "peft_type": kind, "inference_mode": True})
+    except Exception as error:
+        raise ValueError(
+            f"{path}: PEFT refuses it ({first_line(error)}); save the adapter with PEFT's save_pretrained"
+        ) from error
 
 
 def read_method(directory: str | Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
@@ -212,5 +218,5 @@ def expected_shapes(base: BaseInfo, config: PeftConfig) -> dict[str, tuple[int, 
     try:
         with torch.device("meta"):
             return {name: tuple(tensor.shape) for name, tensor in saved_tensors(put_on(model, config)).items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"PEFT cannot put it on {base.name!r} ({error})") from error
+    except Exception as error:
+        raise ValueError(f"PEFT cannot put it on {base.name!r} ({first_line(error)})") from error

@@ -1,0 +1,17 @@
+"""The PEFT methods that are supported, by their `peft_type`. Importing this module loads neither torch nor ray."""
+
+VIRTUAL_TOKENS = frozenset({"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"})
+METHODS = VIRTUAL_TOKENS | {"LORA", "IA3", "LOHA", "LOKR", "VERA", "OFT", "HRA", "MISS", "FOURIERFT", "RANDLORA", "C3A"}
+"""Those that were tried (tests/unit/test_methods.py) and leave the base's own weights alone."""
+
+
+def check_kind(kind: object, where: str) -> str:
+    """The method's name as PEFT writes it.
+
+    Raises:
+        ValueError: it is none of METHODS.
+    """
+    name = kind.upper() if isinstance(kind, str) else ""
+    if name not in METHODS:
+        raise ValueError(f"{where}peft_type is {kind!r}; supported are {', '.join(sorted(METHODS))}")
+    return name
