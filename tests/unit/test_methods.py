@@ -136,7 +136,7 @@ def test_training_gives_the_losses_of_a_plain_training_with_peft(base: Path, tmp
         ({"peft_type": "LORA", "use_dora": True, "init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 99999}, "num_virtual_tokens is 99999, the limit is 4096"),
         ({"peft_type": "PROMPT_TUNING", "tokenizer_name_or_path": "x"}, "is set by translora; leave it out"),
-        ({"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "TEXT"}, "distill.peft: PEFT refuses it"),
+        ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4, "prompt_tuning_init": "TEXT"}, "PEFT refuses it"),
         ({"peft_type": "IA3", "target_modules": "(a*)*b"}, "target_modules has the key"),
         ({"peft_type": "LORA", "use_dora": True, "rank_pattern": {"(a*)*b": 2}}, "rank_pattern has the key"),
         (
