@@ -126,14 +126,23 @@ def test_lora_plus_and_riemannian_steps_are_those_of_peft(
 
 @given(st.integers(0, 2**31), st.floats(0.1, 4))
 def test_lora_pro_comes_as_near_to_the_whole_gradient_as_the_factors_allow(seed: int, scaling: float) -> None:
-    """What is left of the gradient cannot be had by any change of A or B."""
+    """What is left of the gradient no change of A or B can give; of all that do as well the nearest is taken."""
     generator = torch.Generator().manual_seed(seed)
     lora_A, lora_B, whole = (torch.randn(*shape, generator=generator) for shape in ((3, 8), (12, 3), (12, 8)))
     grad_A, grad_B = scaling * lora_B.T @ whole, scaling * whole @ lora_A.T
+    plain_A, plain_B = grad_A.clone(), grad_B.clone()
     lora_pro(lora_A, lora_B, grad_A, grad_B, scaling)
     left = whole - scaling * (lora_B @ grad_A + grad_B @ lora_A)
     scale = lora_B.norm() * lora_A.norm() * whole.norm()
     assert (lora_B.T @ left).norm() < 1e-3 * scale and (left @ lora_A.T).norm() < 1e-3 * scale
+
+    def distance(X: torch.Tensor) -> torch.Tensor:
+        """To the plain gradients, of a change that does the same: B X A - B X A = 0."""
+        return (grad_A + X @ lora_A - plain_A).norm() ** 2 + (grad_B - lora_B @ X - plain_B).norm() ** 2
+
+    for _ in range(5):
+        step = 0.1 * torch.randn(3, 3, generator=generator)
+        assert distance(step) > distance(torch.zeros(3, 3)) * (1 - 1e-4)
 
 
 def test_lora_pro_begins_where_b_is_zero() -> None:
