@@ -37,6 +37,10 @@ class WholeBase:
         """Plain backward."""
         loss.backward()
 
+    def readable(self) -> contextlib.AbstractContextManager[None]:
+        """All weights are here."""
+        return contextlib.nullcontext()
+
     @contextlib.contextmanager
     def gathered_head(self) -> Iterator[Head]:
         """The head, which is whole already."""

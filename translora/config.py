@@ -17,6 +17,8 @@ from translora.config_file import load_config as load_config
 from translora.lora.kinds import check_kind
 from translora.merge.config import MergeEntry
 
+MAX_RANK = 1024
+"""Of a LoRA that is made, as of one that is read."""
 Screen = Literal["auto", "discriminator", "excess", "none"]
 
 
@@ -109,7 +111,7 @@ class ChainSettings(Strict):
 class LoraSettings(Strict):
     """The new adapter's shape, and ways to train it (translora/distill/options.py has the papers)."""
 
-    rank: int = Field(default=8, ge=1, le=1024)
+    rank: int = Field(default=8, ge=1, le=MAX_RANK)
     """Rank r of A [r, in] and B [out, r]."""
     alpha: float = Field(default=16.0, gt=0)
     """The update is scaled by alpha / rank."""
@@ -126,6 +128,12 @@ class LoraSettings(Strict):
     """Train a random half of the weights (LoRA-SP)."""
     chain: ChainSettings | None = None
     """A chain of LoRAs instead of one (COLA)."""
+
+    @model_validator(mode="after")
+    def _is_readable(self) -> Self:
+        if self.total_rank > MAX_RANK:
+            raise ValueError(f"rank {self.rank} times chain.links is {self.total_rank}, the limit is {MAX_RANK}")
+        return self
 
     @property
     def has_options(self) -> bool:
@@ -291,6 +299,12 @@ class FleetConfig(ConfigFile):
     """Metrics."""
     resources: ResourceConfig = ResourceConfig()
     """Actors."""
+
+    @model_validator(mode="after")
+    def _merges_what_it_trains(self) -> Self:
+        if self.distill.peft is not None and any(merge.when == "after" for merge in self.merges):
+            raise ValueError("merges: LoRAs alone can be merged after a migration; leave distill.peft or the merge out")
+        return self
 
     @property
     def generator(self) -> BaseModelConfig:

@@ -26,6 +26,7 @@ from translora.run.files import derive_seed, digest, read_jsonl, sha256_file, sh
 from translora.run.progress import Progress
 from translora.run.rundir import EXECUTION_ONLY, open_run
 from translora.run.tracker import Tracker
+from translora.run.verify import check_section
 from translora.synthesis.actors import Hosts, cut_blocks, run_blocks
 from translora.synthesis.calls import Row
 from translora.synthesis.discriminator import discriminator_rows
@@ -56,6 +57,7 @@ def prepare(config: PrepareConfig) -> list[Bundle]:
     """
     tasks = [read_task(config, entry) for entry in config.tasks]
     base = inspect_base(config.source.model, config.source.trust_remote_code)
+    check_section(config.train, base, "train")
     template = prompt_format(load_tokenizer(config.source), config.prompt_template).template
     for task in tasks:
         if task.entry.adapter is not None:

@@ -25,6 +25,7 @@ from translora.engine.decode import Request
 from translora.engine.prompts import prompt_format
 from translora.engine.transformers import TransformersEngine
 from translora.lora.kinds import METHODS as KINDS
+from translora.lora.kinds import SOURCES_ONLY
 from translora.lora.methods import parse_method
 from translora.run.files import write_jsonl
 from translora.run.verify import check_section
@@ -62,7 +63,11 @@ def test_an_engine_answers_as_peft_does_beside_adapters_of_the_bank(base: Path, 
     info = inspect_base(str(base))
     check_adapter(adapter, info)
     settings = TrainConfig.model_validate({"peft": METHODS[name]})
-    check_section(settings, info, "distill")
+    if METHODS[name]["peft_type"] in SOURCES_ONLY:
+        with pytest.raises(ValueError, match="cannot be trained on a partitioned base"):
+            check_section(settings, info, "distill")
+    else:
+        check_section(settings, info, "distill")
     lora = make_adapter(tmp_path / "lora", base, seed=3)
     engine = TransformersEngine(BaseModelConfig(model=str(base), dtype="float32"), {"other": adapter, "lora": lora}, 1)
     names: list[str | None] = ["other", "lora", "other", None]
@@ -136,6 +141,19 @@ def test_training_gives_the_losses_of_a_plain_training_with_peft(base: Path, tmp
         ({"peft_type": "LORA", "use_dora": True, "init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 99999}, "num_virtual_tokens is 99999, the limit is 4096"),
         ({"peft_type": "PROMPT_TUNING", "tokenizer_name_or_path": "x"}, "is set by translora; leave it out"),
+        (
+            {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4, "num_transformer_submodules": 2},
+            "num_transformer_submodules is for encoder-decoders",
+        ),
+        (
+            {"peft_type": "LORA", "use_dora": True, "layers_to_transform": [0], "layers_pattern": ["([a-z]+)+!"]},
+            "layers_pattern has the key",
+        ),
+        (
+            {"peft_type": "LORA", "use_dora": True, "rank_pattern": {f"q{i}": 1 for i in range(3000)}},
+            "rank_pattern: 3000 entries, the limit is 2000",
+        ),
+        ({"peft_type": "LORA", "use_dora": True, "lora_alpha": float("nan")}, "lora_alpha is nan"),
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4, "prompt_tuning_init": "TEXT"}, "PEFT refuses it"),
         ({"peft_type": "IA3", "target_modules": "(a*)*b"}, "target_modules has the key"),
         ({"peft_type": "LORA", "use_dora": True, "rank_pattern": {"(a*)*b": 2}}, "rank_pattern has the key"),
@@ -160,6 +178,9 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
         adapter = make_method(tmp_path / name, base, METHODS[name])
         with pytest.raises(ValueError, match="belongs to another base"):
             check_adapter(adapter, wide)
+    head = make_method(tmp_path / "head", base, {**METHODS["dora"], "target_modules": ["q_proj", "lm_head"]})
+    with pytest.raises(ValueError, match="adapts lm_head, the output head of 'base'"):
+        check_adapter(head, inspect_base(str(base)))
     config = json.loads((tmp_path / "prompt" / "adapter_config.json").read_text())
     (tmp_path / "prompt" / "adapter_config.json").write_text(json.dumps(config | {"num_virtual_tokens": 4}))
     with pytest.raises(ValueError, match="on 'base' it is"):

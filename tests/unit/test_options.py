@@ -197,6 +197,23 @@ def test_the_links_of_a_chain_are_trained_one_after_the_other(freeze_A: bool, la
     assert student.is_done
 
 
+def test_adamw_begins_anew_with_each_link() -> None:
+    """With a constant gradient AdamW's step is the learning rate, whatever came before."""
+    student = make_student(config(chain={"links": 2}), num_steps=40)
+    for step in range(40):
+        before = weights_of(student)
+        for factors in student.gradients.values():
+            for gradient in factors:
+                gradient.fill_(0.5)
+        student.update(None)
+        moved = max(
+            float((factor - old).abs().max())
+            for name in before
+            for factor, old in zip(student.factors[name], before[name], strict=True)
+        )
+        assert moved == pytest.approx(LR * (1 - step / 40), rel=1e-3)
+
+
 def test_without_options_nothing_is_scaled() -> None:
     student = make_student(config())
     set_gradients(student, 0)

@@ -182,15 +182,16 @@ def _check_method(directory: Path, base: BaseInfo) -> None:
 def copy_adapter(source: Path, target: Path, base: BaseInfo) -> None:
     """Copy weights and config; the config then names the base by `base.name`, not by a path of this machine.
 
-    PEFT writes the set target_modules in an order that differs by process: it is sorted, so that hashes repeat.
+    PEFT writes sets of names (target_modules) in an order that differs by process: sorted, so that hashes repeat.
     """
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
-    modules = config.get("target_modules")
-    if isinstance(modules, list):
-        config["target_modules"] = sorted(modules, key=str)
-    write_json(target / CONFIG, config | {"base_model_name_or_path": base.name})
+    for name in ("target_modules", "exclude_modules", "feedforward_modules"):
+        if isinstance(config.get(name), list):
+            config[name] = sorted(config[name], key=str)
+    places = ("base_model_name_or_path", *(["tokenizer_name_or_path"] if config.get("tokenizer_name_or_path") else []))
+    write_json(target / CONFIG, config | dict.fromkeys(places, base.name))
 
 
 def copy_readme(source: Path, target: Path, base: BaseInfo) -> None:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
 
 from translora.distill.data import Packed, pack
 from translora.distill.slots import ResidentBase, Shard
@@ -24,12 +25,9 @@ from translora.lora.bank import Factors
 from translora.lora.methods import PATTERNS, parse_method, put_on, saved_tensors, take_off
 from translora.run.files import write_json
 
-TREE = "base_model.model."
-"""Before the names of the layers in PEFT's files."""
-
 
 class PeftSlot:
-    """The one slot of a student that PEFT puts on the trunk of a base.
+    """The one slot of a student that PEFT puts on a base.
 
     Args:
         base: resident; its bank must be aside.
@@ -42,18 +40,15 @@ class PeftSlot:
         self.base, self.settings = base, settings
         self.peft_model: PeftModel | None = None
 
-    def _config(self) -> PeftConfig:
-        config = parse_method(self.settings, "distill.peft", self.base.model.name_or_path)
-        config.task_type = "FEATURE_EXTRACTION"  # of the trunk: the head is gathered once a pass, by the caller
-        return config
-
     def new_weights(self, seed: int) -> dict[str, Factors]:
         """What PEFT begins with, by parameter. Collective: some methods begin from the base's weights."""
         self.close(0)
+        model = self.base.model
+        config, training = parse_method(self.settings, "distill.peft", model.name_or_path), model.training
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.peft_model = put_on(self.base.model.base_model, self._config())
-        self.peft_model.eval()
+            self.peft_model = put_on(model, config)
+        self.peft_model.train(training)  # recomputation needs it; there is no dropout
         return {name: [parameter.detach().float()] for name, parameter in self._trained().items()}
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
@@ -78,27 +73,24 @@ class PeftSlot:
     def hidden(self, batch: Packed) -> torch.Tensor:
         """Last hidden states of the rows, one behind the other, without those of virtual tokens."""
         assert self.peft_model is not None
-        ids_BT = batch.inputs["input_ids"]
-        assert isinstance(ids_BT, torch.Tensor)
-        with virtual_embeddings(self.peft_model, ids_BT, batch.inputs["attention_mask"]) as (compute, inputs):
-            hidden_BTD = compute(**inputs, use_cache=False).last_hidden_state
+        ids_BT, mask_BT = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+        assert isinstance(ids_BT, torch.Tensor) and isinstance(mask_BT, torch.Tensor)
+        with self.base.readable(), virtual_tokens(self.peft_model, ids_BT, mask_BT) as inputs:
+            hidden_BTD = self.base.model.base_model(**inputs, use_cache=False).last_hidden_state
         return hidden_BTD[:, -ids_BT.shape[1] :].flatten(0, 1)
 
     def write(self, directory: Path, weights: Mapping[str, Factors], base_model: str) -> None:
-        """As PEFT saves it, for the whole causal LM; `weights` are those of the student in the slot."""
+        """As PEFT saves it; `weights` are those of the student in the slot."""
         assert self.peft_model is not None
-        trunk = f"{TREE}{self.base.model.base_model_prefix}."
         tensors = {
-            f"{trunk}{name.removeprefix(TREE)}" if name.startswith(TREE) else name: tensor.detach()
-            .cpu()
-            .clone(memory_format=torch.contiguous_format)
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in saved_tensors(self.peft_model).items()
         }
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
         self.peft_model.active_peft_config.save_pretrained(directory)
         path = directory / "adapter_config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
-        own: dict[str, Any] = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True}
+        own: dict[str, Any] = {"base_model_name_or_path": base_model, "inference_mode": True}
         if config.get("tokenizer_name_or_path"):
             own["tokenizer_name_or_path"] = base_model
         own |= {name: sorted(config[name]) for name in PATTERNS if isinstance(config.get(name), list)}  # were sets
@@ -106,35 +98,31 @@ class PeftSlot:
 
 
 @contextlib.contextmanager
-def virtual_embeddings(
-    peft_model: PeftModel, ids_BT: torch.Tensor, mask_BT: Any
-) -> Iterator[tuple[Callable[..., Any], dict[str, torch.Tensor]]]:
-    """What to call, and with what, so that a method's virtual tokens come before each row.
+def virtual_tokens(
+    peft_model: PeftModel, ids_BT: torch.Tensor, mask_BT: torch.Tensor
+) -> Iterator[dict[str, torch.Tensor | DynamicCache]]:
+    """The trunk's arguments for rows with a method's virtual tokens before each; without, for the rows alone.
 
     PEFT calls the embedding before it calls the trunk. Under ZeRO-3 (DeepSpeed 0.19) a module's weights can only be
     gathered inside the trunk's own pass, so virtual embeddings take the places of tokens behind the embedding there.
     """
     config = peft_model.active_peft_config
-    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
-    if not config.is_prompt_learning or config.peft_type == "PREFIX_TUNING":
-        yield peft_model, inputs
+    if not config.is_prompt_learning:
+        yield {"input_ids": ids_BT, "attention_mask": mask_BT}
         return
-    trunk, count = peft_model.get_base_model(), config.num_virtual_tokens
-    prompts_BPD = peft_model.get_prompt(len(ids_BT))
+    count, prompts = config.num_virtual_tokens, peft_model.get_prompt(len(ids_BT))
+    before = mask_BT.new_ones(len(ids_BT), count)
+    mask_BS = torch.cat([before, mask_BT], dim=1)
+    if isinstance(prompts, DynamicCache):
+        yield {"input_ids": ids_BT, "attention_mask": mask_BS, "past_key_values": prompts}
+        return
 
-    def insert(_: object, __: object, embedded_BTD: torch.Tensor) -> torch.Tensor:
-        return torch.cat([prompts_BPD.to(embedded_BTD.dtype), embedded_BTD[:, count:]], dim=1)
+    def insert(_: object, __: object, embedded_BSD: torch.Tensor) -> torch.Tensor:
+        return torch.cat([prompts.to(embedded_BSD.dtype), embedded_BSD[:, count:]], dim=1)
 
-    handle = trunk.get_input_embeddings().register_forward_hook(insert)
+    handle = peft_model.get_base_model().get_input_embeddings().register_forward_hook(insert)
     try:
-        before = ids_BT.new_zeros(len(ids_BT), count)
-        yield (
-            trunk,
-            {
-                "input_ids": torch.cat([before, ids_BT], dim=1),
-                "attention_mask": torch.cat([torch.ones_like(before), mask_BT], dim=1),
-            },
-        )
+        yield {"input_ids": torch.cat([torch.zeros_like(before), ids_BT], dim=1), "attention_mask": mask_BS}
     finally:
         handle.remove()
 

@@ -38,6 +38,9 @@ class ResidentBase(Protocol):
     def backward(self, loss: torch.Tensor) -> None:
         """Run the backward pass."""
 
+    def readable(self) -> contextlib.AbstractContextManager[None]:
+        """A forward pass whose modules may read each other's weights."""
+
     def gathered_head(self) -> contextlib.AbstractContextManager[Head]:
         """The head with its whole weight, for as long as the context lasts."""
 

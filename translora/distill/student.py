@@ -123,6 +123,8 @@ class Student:
         link = 0 if lora.chain is None else self.step * lora.chain.links // self.num_steps
         if link != self.link:  # the first step, a resumed one, or the next link of a chain
             self.link = link
+            if self.link_steps == 0:
+                self.optimizer.state.clear()
             rates = update_rates(self.config, self._views(self.flat), self.job.seed, link)
             if rates is not None:
                 self.rates = torch.cat([factor.flatten() for factors in rates.values() for factor in factors])
@@ -132,9 +134,18 @@ class Student:
             assert self.flat.grad is not None
             self.flat.grad.mul_(self.rates != 0)
 
+    @property
+    def link_steps(self) -> int:
+        """Steps done since AdamW began: the present link of a chain has one of its own."""
+        chain = self.config.lora.chain
+        if chain is None or self.job.peft is not None:
+            return self.step
+        link = self.step * chain.links // self.num_steps
+        return self.step - math.ceil(link * self.num_steps / chain.links)
+
     def state(self) -> dict[str, torch.Tensor]:
         """Flat weights, and AdamW's moments after the first step, to go on from later."""
-        moments = {key: self.optimizer.state[self.flat][key] for key in MOMENTS} if self.step else {}
+        moments = {key: self.optimizer.state[self.flat][key] for key in MOMENTS} if self.link_steps else {}
         return {"weights": self.flat.detach(), **moments}
 
     def restore(self, state: Mapping[str, torch.Tensor], losses: list[float]) -> None:
@@ -142,10 +153,10 @@ class Student:
         self.losses = list(losses)
         self.flat.data.copy_(state["weights"])
         self._refresh()
-        if self.step:
+        if self.link_steps:
             moments = {key: state[key].to(self.flat.device) for key in MOMENTS}
             self.optimizer.state[self.flat] = {
-                "step": torch.tensor(float(self.step), device=self.flat.device),
+                "step": torch.tensor(float(self.link_steps), device=self.flat.device),
                 **moments,
             }
 

@@ -16,6 +16,7 @@ import deepspeed
 import psutil
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.parameter_offload import ZeROOrderedDict
 from safetensors import safe_open
 from torch import nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -85,6 +86,23 @@ class ShardedBase:
         """The backward pass, and the release of weights whose module had no gradient to pass on."""
         loss.backward()
         self.engine.optimizer.release_backward_leftovers()
+
+    @contextlib.contextmanager
+    def readable(self) -> Iterator[None]:
+        """A forward pass in which PEFT's layers may read the weights of the layers below them (DoRA, LoHa, HRA, ...).
+
+        DeepSpeed gathers a weight when it is read outside its own module's pass, and from then on with the module that
+        is computed around it, forward and backward; its own engine's forward switches this on, which is not used here.
+        """
+        own = [module._parameters for module in self.engine.module.modules()]
+        partitioned = [one for one in own if isinstance(one, ZeROOrderedDict)]
+        for parameters in partitioned:
+            parameters._in_forward = True
+        try:
+            yield
+        finally:
+            for parameters in partitioned:
+                parameters._in_forward = False
 
     @contextlib.contextmanager
     def gathered_head(self) -> Iterator[Head]:

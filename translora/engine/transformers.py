@@ -23,7 +23,7 @@ from translora.engine.loading import device, load_model, load_tokenizer, num_gpu
 from translora.engine.prefix import begin, window
 from translora.engine.prompts import prompt_format
 from translora.lora.bank import load_bank
-from translora.lora.methods import VirtualTokens, applied, read_method
+from translora.lora.methods import Method, VirtualTokens, applied, read_method
 from translora.lora.peft_io import read_lora
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class TransformersEngine:
         self.model = load_model(base, resolve_dtype(base.dtype), self.device, spread=num_gpus() > 1)
         check_cache(self.model)
         self.bank, self._adapters = load_bank(self.model, {}), dict[str, str]()
-        self._alone: dict[str, str] = {}
+        self._alone: dict[str, Method] = {}
         """Of the adapters, those that PEFT puts on the base when their rows come."""
         self._virtual: VirtualTokens | None = None
         self.use_adapters(adapters)
@@ -70,9 +70,7 @@ class TransformersEngine:
         if wanted != self._adapters:
             banked = {name: path for name, path in wanted.items() if is_in_bank(Path(path))}
             weights = {name: read_lora(path) for name, path in banked.items()}
-            alone = {name: path for name, path in wanted.items() if name not in banked}
-            for path in alone.values():
-                read_method(path)
+            alone = {name: read_method(path) for name, path in wanted.items() if name not in banked}
             self.bank.detach(self.model)
             self._adapters = {}
             self.bank = load_bank(self.model, weights)

@@ -117,12 +117,17 @@ def _count(number: int, word: str) -> str:
 
 
 def _training(settings: dict[str, object]) -> str:
-    lora = settings["lora"]
-    assert isinstance(lora, dict)
-    targets = lora["target_modules"]
-    names = targets if isinstance(targets, str) else ", ".join(targets)
+    if settings.get("peft"):
+        peft = settings["peft"]
+        assert isinstance(peft, dict)
+        student = ", ".join(f"{key} {value}" for key, value in peft.items())
+    else:
+        lora = settings["lora"]
+        assert isinstance(lora, dict)
+        targets = lora["target_modules"]
+        student = f"rank {lora['rank']} on {targets if isinstance(targets, str) else ', '.join(targets)}"
     return (
-        f"rank {lora['rank']} on {names}, {settings['epochs']:g} epochs, "
+        f"{student}, {settings['epochs']:g} epochs, "
         f"learning rate {settings['learning_rate']:g}, batch {settings['batch_size']}"
     )
 

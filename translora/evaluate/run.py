@@ -16,6 +16,7 @@ from typing import Any
 
 from translora.bundle import BaseInfo, inspect_base
 from translora.bundle.base import name_of_path
+from translora.config import TrainConfig
 from translora.distill.job import make_job, refuse_failures
 from translora.distill.launch import train_adapters
 from translora.evaluate.answers import Repetition, answer, migrations, task_items, write_items
@@ -64,14 +65,19 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
         seeds=config.seeds,
         num_samples=config.num_samples,
         arms=without_places(config.arms),
-        train=config.train.model_dump(include={"lora", "epochs", "learning_rate", "batch_size"}),
-        distill=config.distill.model_dump(include={"lora", "epochs", "learning_rate", "batch_size"}),
+        train=settings_of(config.train),
+        distill=settings_of(config.distill),
         gate=config.gate.model_dump(),
         num_replicates=NUM_REPLICATES,
         versions=versions(),
     )
     items = [task_items(config, task.name, repetitions) for task in config.tasks]
     return summarise(setup, items, [one for repetition in repetitions for one in migrations(config, repetition)])
+
+
+def settings_of(train: TrainConfig) -> dict[str, Any]:
+    """What a reader has to know of a training."""
+    return train.model_dump(include={"peft" if train.peft else "lora", "epochs", "learning_rate", "batch_size"})
 
 
 def check_output(output: Path) -> None:

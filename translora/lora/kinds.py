@@ -3,6 +3,8 @@
 VIRTUAL_TOKENS = frozenset({"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"})
 METHODS = VIRTUAL_TOKENS | {"LORA", "IA3", "LOHA", "LOKR", "VERA", "OFT", "HRA", "MISS", "FOURIERFT", "RANDLORA", "C3A"}
 """Those that were tried (tests/unit/test_methods.py) and leave the base's own weights alone."""
+SOURCES_ONLY = frozenset({"LOHA", "LOKR"})
+"""PEFT (0.21) makes their tensors from the shape of the base's weights, which a partitioned base does not have."""
 
 
 def check_kind(kind: object, where: str) -> str:

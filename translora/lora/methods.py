@@ -20,15 +20,18 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import set_peft_model_state_dict
 from transformers import DynamicCache, PreTrainedModel
 
-from translora.bundle.base import BaseInfo, meta_model
+from translora.bundle.base import BaseInfo, meta_model, output_head
 from translora.bundle.reading import read_json_object
 from translora.lora.kinds import VIRTUAL_TOKENS, check_kind
-from translora.lora.peft_io import MAX_RANK, check_init, check_pattern, read_tensors, refuse_options
+from translora.lora.peft_io import MAX_PATTERNS, MAX_RANK, check_init, check_pattern, read_tensors, refuse_options
 from translora.run.redact import first_line
 
 MAX_CONFIG_BYTES = 1_000_000
+MAX_NAMES = 2000
+"""Module names with a rank of their own, say: PEFT compares each with every module."""
 MAX_SIZE = 1 << 16
 """Of a number in a config, which may become a tensor's size."""
+SIZES_OF_THE_BASE = ("token_dim", "num_layers", "num_attention_heads")
 LIMITS = {"num_virtual_tokens": 4096, "r": MAX_RANK, "rank_pattern": MAX_RANK}
 PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
 """Settings that are regular expressions where they are strings."""
@@ -88,6 +91,9 @@ def check_settings(settings: Mapping[str, Any], where: str | Path) -> str:
     count = settings.get("num_virtual_tokens")
     if kind in VIRTUAL_TOKENS and (not isinstance(count, int) or count < 1):
         raise ValueError(f"{where}: num_virtual_tokens is {count!r}, expected a positive number")
+    if settings.get("num_transformer_submodules") not in (None, 1):
+        raise ValueError(f"{where}: num_transformer_submodules is for encoder-decoders; leave it out")
+    num_patterns = 0
     for name, value in settings.items():
         if name in OF_THE_PLACE:
             continue
@@ -97,12 +103,28 @@ def check_settings(settings: Mapping[str, Any], where: str | Path) -> str:
         limit = LIMITS.get(name, MAX_SIZE)
         numbers = value.values() if isinstance(value, dict) else [value]
         is_size = not name.endswith(("seed", "key"))
-        if is_size and any(isinstance(number, (int, float)) and number > limit for number in numbers):
+        if is_size and any(isinstance(number, (int, float)) and not number <= limit for number in numbers):
             raise ValueError(f"{where}: {name} is {value}, the limit is {limit}; use a smaller one")
-        patterns = value if isinstance(value, dict) else [value] if name in PATTERNS and isinstance(value, str) else []
-        for pattern in patterns:
-            check_pattern(str(pattern), name, where)
+        num_patterns += sum(check_pattern(str(pattern), name, where) for pattern in patterns_of(name, value))
+    if num_patterns > MAX_PATTERNS:
+        raise ValueError(f"{where}: {num_patterns} patterns, the limit is {MAX_PATTERNS}; use plain module names")
     return kind
+
+
+def patterns_of(name: str, value: Any) -> list[str]:
+    """What PEFT takes for regular expressions in a setting.
+
+    Raises:
+        ValueError: there are too many.
+    """
+    found = []
+    if isinstance(value, dict) or (name == "layers_pattern" and isinstance(value, list)):
+        found = list(value)
+    elif name in PATTERNS and isinstance(value, str):
+        found = [value]
+    if len(found) > MAX_NAMES:
+        raise ValueError(f"{name}: {len(found)} entries, the limit is {MAX_NAMES}; use a pattern")
+    return found
 
 
 def read_config(directory: str | Path) -> PeftConfig:
@@ -121,6 +143,8 @@ def read_config(directory: str | Path) -> PeftConfig:
     # Where the training began; the weights are read.
     kept |= {"prompt_tuning_init": "RANDOM"} if "prompt_tuning_init" in kept else {}
     kept |= {"init_lora_weights": True} if "init_lora_weights" in kept else {}
+    # PEFT takes them from the base, whatever the file says.
+    kept |= {name: None for name in SIZES_OF_THE_BASE if name in kept}
     try:
         return get_peft_config({**kept, "peft_type": kind, "inference_mode": True})
     except Exception as error:
@@ -129,8 +153,12 @@ def read_config(directory: str | Path) -> PeftConfig:
         ) from error
 
 
-def read_method(directory: str | Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
-    """The config, and the tensors on the CPU by the names in the file.
+Method = tuple[PeftConfig, dict[str, torch.Tensor]]
+"""An adapter in memory: its config, and the tensors on the CPU by the names in its file."""
+
+
+def read_method(directory: str | Path) -> Method:
+    """Read an adapter.
 
     Raises:
         ValueError: one of them cannot be read, or not be used here; names the file and the remedy.
@@ -179,13 +207,9 @@ class VirtualTokens:
 
 
 @contextlib.contextmanager
-def applied(model: PreTrainedModel, directory: str | Path) -> Iterator[VirtualTokens | None]:
-    """Have an adapter on a model for as long as the context lasts; gives its virtual tokens, if it has any.
-
-    Raises:
-        ValueError: the adapter cannot be read.
-    """
-    config, tensors = read_method(directory)
+def applied(model: PreTrainedModel, method: Method) -> Iterator[VirtualTokens | None]:
+    """Have an adapter on a model for as long as the context lasts; gives its virtual tokens, if it has any."""
+    config, tensors = method
     peft_model = put_on(model, config, empty=True)
     try:
         tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
@@ -206,17 +230,18 @@ def saved_tensors(peft_model: PeftModel) -> dict[str, torch.Tensor]:
 def expected_shapes(base: BaseInfo, config: PeftConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that an adapter of this method has on a base; nothing is allocated.
 
-    Sizes of the base that a config repeats are taken from the base.
-
     Raises:
-        ValueError: the method cannot be put on the base.
+        ValueError: the method cannot be put on the base, or would adapt its output head.
     """
     model = meta_model(base.path, base.trust_remote_code)
     if config.is_prompt_learning:
-        sizes = {"token_dim": None, "num_layers": None, "num_attention_heads": None}
-        config = dataclasses.replace(config, inference_mode=True, **sizes)
+        config = dataclasses.replace(config, inference_mode=True)
     try:
         with torch.device("meta"):
-            return {name: tuple(tensor.shape) for name, tensor in saved_tensors(put_on(model, config)).items()}
+            shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(put_on(model, config)).items()}
     except Exception as error:
         raise ValueError(f"PEFT cannot put it on {base.name!r} ({first_line(error)})") from error
+    head = output_head(base)
+    if head is not None and any(f".{head}." in name for name in shapes):
+        raise ValueError(f"it adapts {head}, the output head of {base.name!r}, which is not supported; leave it out")
+    return shapes

@@ -13,6 +13,7 @@ from translora.distill.ds_config import read_ds_config
 from translora.distill.teacher import check_vocabularies
 from translora.engine.loading import attention_of, load_tokenizer, resolve_dtype
 from translora.engine.prompts import prompt_format
+from translora.lora.kinds import SOURCES_ONLY
 from translora.lora.targets import resolve_targets
 from translora.run.files import read_jsonl
 from translora.run.member import MAX_NAME, Member, Run, attempt_size, cohort_names, heldout_size, is_name
@@ -67,6 +68,8 @@ def check_method(settings: TrainConfig, base: BaseInfo, section: str) -> None:
 
     assert settings.peft is not None
     config = parse_method(settings.peft, section, base.path)
+    if config.peft_type in SOURCES_ONLY:
+        raise ValueError(f"{section}: {config.peft_type} cannot be trained on a partitioned base; take another method")
     if settings.gradient_checkpointing and config.peft_type == "PREFIX_TUNING":
         raise ValueError(f"{section}: PREFIX_TUNING has no recomputation; set gradient_checkpointing to false")
     try:
