@@ -57,7 +57,6 @@ def prepare(config: PrepareConfig) -> list[Bundle]:
     """
     tasks = [read_task(config, entry) for entry in config.tasks]
     base = inspect_base(config.source.model, config.source.trust_remote_code)
-    check_section(config.train, base, "train")
     template = prompt_format(load_tokenizer(config.source), config.prompt_template).template
     for task in tasks:
         if task.entry.adapter is not None:
@@ -69,6 +68,7 @@ def prepare(config: PrepareConfig) -> list[Bundle]:
     ):
         todo = [task for task in tasks if not is_made(config, task, base)]
         if todo:
+            check_section(config.train, base, "train")
             warn_of_shipped_rows(todo)
             negatives = invent_negatives(config, tasks, base)  # all tasks: a rerun finds the same batches again
             train(config, todo, negatives, base, template, tracker)

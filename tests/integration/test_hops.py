@@ -1,15 +1,14 @@
 """A -> B -> C -> A, each hop with another PEFT method: every migrated bundle is the source of the next hop."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.integration.launching import NAMES, fleet
-from tests.integration.world import World, make_trained_base
+from tests.integration.world import make_trained_base, make_world
 from translora.bundle import inspect_base, read_bundle, verify_bundle
 from translora.run.state import load_states
 
@@ -22,16 +21,18 @@ HOPS: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
-def test_adapters_go_round_three_bases_and_change_their_method_at_each(fleet_world: World) -> None:
-    root = fleet_world.root
-    make_trained_base(root / "third", "llama", 3, 200)
-    bundles, before = "bundles", ""
+def test_an_adapter_goes_round_three_bases_and_changes_its_method_at_each(tmp_path: Path) -> None:
+    world, root = make_world(tmp_path), tmp_path
+    make_trained_base(root / "third", "llama", 3)
+    prepare = world.prepare_config()
+    world.run("prepare", world.write("prepare.yaml", prepare | {"tasks": prepare["tasks"][:1]}))
+    bundles, before = "source-bundles", ""
     for number, (source, target, distill) in enumerate(HOPS):
-        bases = {"source": {"model": f"./{source}"}, "target": {"model": f"./{target}"}}
-        path = fleet(fleet_world, f"hop-{number}", **bases, distill=distill)
-        config = yaml.safe_load(path.read_text())
-        config["adapters"] = [f"{bundles}/{name}" for name in NAMES]
-        fleet_world.run("migrate", fleet_world.write(path.name, config))
+        config = world.fleet_config(f"hop-{number}")
+        config |= {"source": {"model": f"./{source}"}, "target": {"model": f"./{target}"}}
+        config["adapters"] = [{"bundle": f"{bundles}/colour", "num_samples": 24}]
+        config["distill"] |= {"epochs": 16} | distill
+        world.run("migrate", world.write(f"hop-{number}.yaml", config))
         for state in load_states(root / config["run_dir"]):
             assert state.status == "migrated" and state.gate is not None
             assert sum(state.losses[-3:]) < sum(state.losses[:3])
