@@ -19,17 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.gang import ratio_cell
+from tests.ranks import NUM_RANKS, run_ranks
 from tests.tiny import make_base
 from translora.config import TrainConfig
 from translora.run.files import write_jsonl
 
-NUM_WORKERS = 2
 NUM_STEPS = 6
 ROWS = [{"input": f"Please send order {index} to the new address.", "answer": "billing"} for index in range(8)]
 
@@ -74,11 +73,8 @@ def worker(
     rank: int, base: str, directory: str, gangs: list[tuple[int, bool]], rows: int, answers: mp.SimpleQueue
 ) -> None:
     """Train one gang of each (size, shared) on one resident base; rank 0 answers with the traffic of each."""
-    os.environ |= {"MASTER_ADDR": "localhost", "RANK": str(rank), "WORLD_SIZE": str(NUM_WORKERS)}
-    os.environ |= {"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "localhost", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     import deepspeed.comm as ds_comm
-    import torch.distributed as dist
 
     from translora.config import BaseModelConfig
     from translora.distill import zero3
@@ -86,16 +82,14 @@ def worker(
     from translora.distill.plan import Layout
     from translora.distill.train import train_on
 
-    store = dist.FileStore(f"{directory}/store", NUM_WORKERS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_WORKERS)
     root = Path(directory)
     settings = {"batch_size": rows, "micro_batch_size": rows, "dtype": "bfloat16"}
     config = TrainConfig.model_validate({**settings, "ds_config": f"{directory}/zero3.json"})
     resident = zero3.ShardedBase(BaseModelConfig(model=base), config)
     # The first gang is not counted: ZeRO-3 learns the order of the modules.
     for number, (size, shared) in enumerate([(1, True), *gangs]):
-        own = config.model_copy(update={"gang_size": size if shared else max(1, size // NUM_WORKERS)})
-        layout = Layout(NUM_WORKERS, (tuple(range(size)),)) if shared else None
+        own = config.model_copy(update={"gang_size": size if shared else max(1, size // NUM_RANKS)})
+        layout = Layout(NUM_RANKS, (tuple(range(size)),)) if shared else None
         here = root / str(number)
         jobs = [
             TrainJob(
@@ -120,7 +114,6 @@ def worker(
             num_parameters = sum(8 * (out + inner) for out, inner in resident.bank.shapes.values())
             reduced = 4 * num_parameters * size * NUM_STEPS if shared else 0
             answers.put((size, sum(count for _, count in counts), total, reduced, seconds))
-    dist.barrier()
 
 
 def measure(
@@ -133,7 +126,7 @@ def measure(
         write_jsonl(directory / "rows.jsonl", ROWS[:num_rows])
         ds_config(directory)
         answers = mp.get_context("spawn").SimpleQueue()
-        mp.spawn(worker, args=(str(base), str(directory), gangs, num_rows, answers), nprocs=NUM_WORKERS)
+        run_ranks(worker, directory, str(base), name, gangs, num_rows, answers)
         return [Traffic(*answers.get()) for _ in gangs]
 
 

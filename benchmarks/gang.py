@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.whole import WholeBase
 from tests.tiny import make_tokenizer
-from translora.config import TrainConfig
+from translora.config import LoraSettings, TrainConfig
 from translora.distill.data import Sample, pack
 from translora.distill.gang import Gang
 from translora.distill.job import TrainJob
@@ -39,7 +39,6 @@ from translora.distill.student import Student
 from translora.distill.train import run_pass
 from translora.engine.attention import PACKED
 from translora.engine.head import Head, cross_entropy
-from translora.lora.bank import initial_weights
 
 SHAPES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "num_attention_heads": 4},
@@ -121,15 +120,16 @@ class GangArm:
     """K students of translora's gang, without queue and files."""
 
     def __init__(self, path: Path, shards: list[list[Sample]]) -> None:
-        config = TrainConfig(batch_size=2, micro_batch_size=2, max_length=1 << 20)
+        lora = LoraSettings(rank=RANK, alpha=2 * RANK, target_modules=list(TARGETS))
+        config = TrainConfig(lora=lora, batch_size=2, micro_batch_size=2, max_length=1 << 20)
         self.base = WholeBase(path, torch.bfloat16, TARGETS)
         self.gang = Gang(self.base, [], config, len(shards), base_name="base", group=None)
         for slot, samples in enumerate(shards):
             job = TrainJob(str(slot), "", "", "", seed=slot, epochs=1e6, learning_rate=1e-4)
-            weights = initial_weights(self.base.bank.shapes, RANK, slot)
+            weights = self.gang.slots.new_weights(slot)
             student = Student(job, "", samples, weights, config, self.base.place, self.base.dtype)
             self.gang.students[slot] = student
-            self.base.bank.open_slot(slot, student.factors, 2.0, student.gradients)
+            self.gang.slots.open(slot, student.factors, student.gradients)
 
     def step(self) -> None:
         """One step of every student, without its files."""

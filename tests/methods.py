@@ -72,11 +72,15 @@ def answer_logits(model: Any, prompt_ids: Sequence[int], answer_ids: Sequence[in
 def plain_losses(
     base: Path, samples: Sequence[Sample], settings: dict[str, Any], config: TrainConfig, seed: int, epochs: float
 ) -> list[float]:
-    """Losses of a training with PEFT and torch's AdamW, one sample at a time, without padding."""
+    """Losses of one of PEFT's methods, begun as PEFT begins it and trained by `train_plainly`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = get_peft_model(load(base), parse_method(settings, "peft", base))
-    model.eval()
+    return train_plainly(model.eval(), samples, config, seed, epochs)
+
+
+def train_plainly(model: Any, samples: Sequence[Sample], config: TrainConfig, seed: int, epochs: float) -> list[float]:
+    """Train what PEFT left trainable with torch's AdamW, one sample at a time, no padding; returns the losses [S]."""
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0)
     total = num_steps(len(samples), epochs, config.batch_size)

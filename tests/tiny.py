@@ -42,6 +42,10 @@ SEEDS = (
     "I was charged twice this month.",
     "Can I return the shoes?",
 )
+ROWS = [
+    {"input": f"Please send order {index} " + "now " * (index % 4), "answer": f"order {index}"} for index in range(9)
+]
+"""Training rows of unequal lengths."""
 
 
 def make_tokenizer(

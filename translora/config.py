@@ -14,11 +14,9 @@ from pydantic import Field, field_validator, model_validator
 
 from translora.config_file import NAME_PATTERN, Attention, ConfigFile, DType, Strict
 from translora.config_file import load_config as load_config
-from translora.lora.kinds import check_kind
+from translora.lora.kinds import MAX_RANK, check_kind
 from translora.merge.config import MergeEntry
 
-MAX_RANK = 1024
-"""Of a LoRA that is made, as of one that is read."""
 Screen = Literal["auto", "discriminator", "excess", "none"]
 
 
@@ -212,8 +210,10 @@ class TrainConfig(Strict):
         """What the new adapter is, for readers."""
         if self.peft is None:
             return "rsLoRA" if self.lora.use_rslora else "LoRA"
-        kind = str(self.peft.get("peft_type", "")).upper()
-        return "DoRA" if kind == "LORA" and self.peft.get("use_dora") else "LoRA" if kind == "LORA" else kind
+        kind = str(self.peft["peft_type"]).upper()
+        if kind == "LORA":
+            return "DoRA" if self.peft.get("use_dora") else "LoRA"
+        return kind
 
 
 class DiscriminatorConfig(Strict):

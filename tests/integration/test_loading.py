@@ -1,7 +1,6 @@
 """A base that is read part by part: on two real ranks under ZeRO-3."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.memory import status_bytes
+from tests.ranks import run_ranks
 from tests.tiny import make_base, make_tokenizer
 from translora.config import BaseModelConfig
 from translora.distill.ds_config import read_ds_config
@@ -51,9 +51,6 @@ def load_on_rank(rank: int, root: str, base: str, dtype: torch.dtype, ds_config:
 
     from translora.distill.loading import load_partitioned
 
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.distributed.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=2)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     resident = HfDeepSpeedConfig(ds_config)  # noqa: F841 (transformers holds it by weak reference)
     Path("/proc/self/clear_refs").write_text("5")
@@ -69,12 +66,11 @@ def load_on_rank(rank: int, root: str, base: str, dtype: torch.dtype, ds_config:
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     buffers = dict(model.named_buffers())
     torch.save({"taken": taken, "ends": whole, "tied": tied, "buffers": buffers}, f"{root}/rank-{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def load_on_both(root: Path, base: Path, dtype: torch.dtype) -> list[dict[str, Any]]:
     ds_config = read_ds_config("zero3.json", dtype)
-    torch.multiprocessing.spawn(load_on_rank, (str(root), str(base), dtype, ds_config), nprocs=2)
+    run_ranks(load_on_rank, root, str(root), str(base), dtype, ds_config)
     return [torch.load(root / f"rank-{rank}.pt") for rank in range(2)]
 
 

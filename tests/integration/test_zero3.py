@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from ray.train import TrainingFailedError
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.bytes import NUM_STEPS, measure
-from tests.methods import METHODS, plain_losses
+from tests.methods import METHODS, plain_losses, train_plainly
+from tests.ranks import run_ranks
 from tests.tiny import make_adapter, make_base
 from translora.bundle import inspect_base
 from translora.bundle.adapter import check_adapter
 from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
-from translora.distill.data import batch_indices, encode_samples, num_steps
+from translora.distill.data import encode_samples
 from translora.distill.ds_config import DS_CONFIGS, read_ds_config
 from translora.distill.job import FAILURE, TrainJob
 from translora.distill.launch import train_adapters
@@ -67,10 +67,20 @@ def train(base: Path, jobs: list[TrainJob], root: Path, config: TrainConfig = CO
     train_adapters(BaseModelConfig(model=str(base)), base.name, jobs, config, resources, root, label="train")
 
 
+def train_until_the_disk_fails(base: Path, jobs: list[TrainJob], root: Path, config: TrainConfig) -> None:
+    """The last job's adapter cannot be written the first time: the run ends there."""
+    obstacle = Path(jobs[-1].output)
+    obstacle.parent.mkdir(parents=True, exist_ok=True)
+    obstacle.write_text("a file where the adapter's directory should be")
+    with pytest.raises(TrainingFailedError, match="NotADirectoryError"):
+        train(base, jobs, root, config)
+    obstacle.unlink(missing_ok=True)
+
+
 def plain_training(
     base: Path, rows: list[dict[str, str]], seed: int, epochs: float
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """The same run as a reader would write it: PEFT, torch AdamW, whole batches, one sample at a time, no padding."""
+    """The same run as a reader would write it: PEFT, torch's AdamW, the bank's own first weights."""
     prompts = prompt_format(load_tokenizer(BaseModelConfig(model=str(base))))
     samples = encode_samples(rows, prompts, CONFIG.max_length, "plain")
     model = get_peft_model(
@@ -89,24 +99,7 @@ def plain_training(
         ).items():
             weights[f"base_model.model.{module}.lora_A.default.weight"].copy_(lora_A)
             weights[f"base_model.model.{module}.lora_B.default.weight"].copy_(lora_B)
-    optimizer = torch.optim.AdamW(weights.values(), lr=CONFIG.learning_rate, weight_decay=0.0)
-    total = num_steps(len(samples), epochs, CONFIG.batch_size)
-    losses = []
-    for step in range(total):
-        for group in optimizer.param_groups:
-            group["lr"] = CONFIG.learning_rate * (1 - step / total)
-        batch = [samples[index] for index in batch_indices(len(samples), CONFIG.batch_size, step, seed)]
-        loss = torch.zeros(())
-        for sample in batch:
-            logits = model(torch.tensor([sample.prompt_ids + sample.answer_ids])).logits[0]
-            answer_logits = logits[len(sample.prompt_ids) - 1 : -1]
-            loss = loss + F.cross_entropy(answer_logits, torch.tensor(sample.answer_ids), reduction="sum")
-        loss = loss / sum(len(sample.answer_ids) for sample in batch)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-        optimizer.step()
-        losses.append(float(loss))
+    losses = train_plainly(model, samples, CONFIG, seed, epochs)
     return {name: p.detach() for name, p in weights.items()}, losses
 
 
@@ -177,13 +170,8 @@ def test_a_gang_that_failed_goes_on_from_its_checkpoints_to_the_same_bytes(base:
     for root in (whole, cut):
         jobs = [job(root, "long", ROWS, seed=1), job(root, "short", ROWS[:4], seed=3, epochs=5)]
         if root == cut:
-            obstacle = Path(jobs[1].output)
-            obstacle.parent.mkdir(parents=True, exist_ok=True)
-            obstacle.write_text("a file where the adapter's directory should be")
-            with pytest.raises(TrainingFailedError, match="NotADirectoryError"):
-                train(base, jobs, root, once)
+            train_until_the_disk_fails(base, jobs, root, once)
             assert list(root.glob("gangs/*/gang-*.safetensors"))
-            obstacle.unlink(missing_ok=True)
         train(base, jobs, root, once)
         assert not list(root.glob("gangs/*")), "what only a resume needs is removed"
     for name in ("long", "short"):
@@ -221,13 +209,8 @@ def test_peft_trains_what_the_bank_does_not_have_on_the_same_partitioned_base(ba
         jobs = [job(root, "lora", ROWS, seed=1, epochs=1)]
         jobs += [replace(job(root, name, ROWS, seed=5, epochs=2), peft=METHODS[name]) for name in own]
         if root == cut:
-            obstacle = Path(jobs[-1].output)
-            obstacle.parent.mkdir(parents=True, exist_ok=True)
-            obstacle.write_text("a file where the adapter's directory should be")
-            with pytest.raises(TrainingFailedError, match="NotADirectoryError"):
-                train(base, jobs, root, once)
+            train_until_the_disk_fails(base, jobs, root, once)
             assert list(root.glob("gangs/*/peft-2-*.safetensors"))
-            obstacle.unlink(missing_ok=True)
         train(base, jobs, root, once)
     samples = encode_samples(ROWS, prompt_format(load_tokenizer(BaseModelConfig(model=str(base)))), 64, "plain")
     for name in names:
@@ -305,9 +288,6 @@ def merge_on_rank(rank: int, root: str, base: str, dirs: list[str]) -> None:
     import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.distributed.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=2)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     config = read_ds_config("zero3.json", torch.float32)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -320,12 +300,11 @@ def merge_on_rank(rank: int, root: str, base: str, dirs: list[str]) -> None:
     merged = run_iteris(model, [read_lora(path) for path in dirs], shares, IterisSettings(max_iter=2))
     assert all(weight.numel() == 0 for weight in layers), "no rank keeps the whole base"
     torch.save(merged, f"{root}/merged-{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_iteris_under_zero3_gives_the_adapter_of_one_process(base: Path, tmp_path: Path) -> None:
     dirs = [str(make_adapter(tmp_path / name, base, seed, 2 + seed)) for seed, name in enumerate("ab")]
-    torch.multiprocessing.spawn(merge_on_rank, (str(tmp_path), str(base), dirs), nprocs=2)
+    run_ranks(merge_on_rank, tmp_path, str(tmp_path), str(base), dirs)
     model = load_model(BaseModelConfig(model=str(base)), torch.float32, torch.device("cpu"))
     data = [random_batches(task) for task in range(2)]
     expected = run_iteris(model, [read_lora(path) for path in dirs], data, IterisSettings(max_iter=2))

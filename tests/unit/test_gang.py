@@ -3,19 +3,18 @@
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.whole import WholeBase
-from tests.tiny import make_base
+from tests.tiny import ROWS, make_base
 from translora.config import BaseModelConfig, TrainConfig
 from translora.distill.checkpoint import (
     ASKED,
@@ -43,22 +42,12 @@ TARGETS = ("q_proj", "v_proj", "down_proj")
 CONFIG = TrainConfig.model_validate(
     {"lora": {"rank": 4, "alpha": 8}, "batch_size": 5, "micro_batch_size": 2, "max_length": 64, "epochs": 3}
 )
-ROWS = [
-    {"input": f"Please send order {index} " + "now " * (index % 4), "answer": f"order {index}"} for index in range(9)
-]
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
 def base_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("gang") / "base", request.param, std=0.1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def make_job(root: Path, name: str, rows: Sequence[Mapping[str, object]] = ROWS, **changes: object) -> TrainJob:

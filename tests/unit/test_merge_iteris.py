@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
+from tests.ranks import run_ranks
 from tests.tiny import make_adapter, make_base
 from translora.lora.bank import load_bank
 from translora.lora.peft_io import LoraWeights, read_lora
@@ -261,18 +262,15 @@ def test_one_solve_with_equal_weights_is_regmean(llama) -> None:
 
 def merge_share(rank: int, root: str, base: str, dirs: list[str]) -> None:
     """One of two ranks: half of each task's batches."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=2)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).eval()
     data = [[*causal_batches(task), *causal_batches(task + 5)][rank : rank + 1] for task in range(2)]
     merged = run_iteris(model, [read_lora(path) for path in dirs], data, IterisSettings(max_iter=3))
     torch.save(merged, f"{root}/merged-{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_ranks_with_a_share_of_the_samples_each_get_the_same_adapter(llama_files, llama, tmp_path) -> None:
     base, dirs = llama_files
-    torch.multiprocessing.spawn(merge_share, (str(tmp_path), str(base), [str(path) for path in dirs]), nprocs=2)
+    run_ranks(merge_share, tmp_path, str(tmp_path), str(base), [str(path) for path in dirs])
     model, loras = llama
     data = [[*causal_batches(task), *causal_batches(task + 5)] for task in range(2)]
     whole = run_iteris(model, loras, data, IterisSettings(max_iter=3))

@@ -1,18 +1,16 @@
 """Adapters that the bank does not have, against PEFT itself: answers, training, and what is refused."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 
 from benchmarks.whole import WholeBase
 from tests.methods import METHODS, answer_logits, load, make_method, plain_losses
-from tests.tiny import make_adapter, make_base
+from tests.tiny import ROWS, make_adapter, make_base
 from translora.bundle import inspect_base
 from translora.bundle.adapter import check_adapter, is_in_bank
 from translora.config import BaseModelConfig, TrainConfig
@@ -34,22 +32,12 @@ PROMPTS = ["Route the message:", "The parcel is late. I was charged twice", "Whe
 CONFIG = TrainConfig.model_validate(
     {"batch_size": 5, "micro_batch_size": 2, "max_length": 64, "learning_rate": 1e-2, "gang_size": 1}
 )
-ROWS = [
-    {"input": f"Please send order {index} " + "now " * (index % 4), "answer": f"order {index}"} for index in range(9)
-]
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("methods") / "base", request.param, std=0.1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_every_method_that_is_offered_is_tried_here() -> None:

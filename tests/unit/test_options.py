@@ -1,13 +1,12 @@
 """Other ways to train a LoRA: each option's defining property, on a student's own tensors."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -30,14 +29,7 @@ from translora.run.files import sha256_path, write_jsonl
 CPU = torch.device("cpu")
 SHAPES = {"model.layers.0.q_proj": (12, 8), "model.layers.1.q_proj": (6, 8)}
 RANK, LR = 3, 1e-2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def config(**lora: Any) -> TrainConfig:

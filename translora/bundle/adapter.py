@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from translora.bundle.base import BaseInfo, linear_modules, name_of_path, output_head
 from translora.bundle.reading import FLOATS, MAX_ADAPTER_HEADER_BYTES, read_header, read_json_object
+from translora.lora.kinds import MAX_RANK
 from translora.run.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,8 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 README = "README.md"
 MAX_CONFIG_BYTES = 1_000_000
-_SAVE_AGAIN = "save the adapter with PEFT's save_pretrained"
+SETS_OF_NAMES = ("target_modules", "exclude_modules", "feedforward_modules")
+"""Settings that PEFT writes in an order that differs by process."""
 _ELSEWHERE = "the adapter belongs to another base, use it with that one"
 
 
@@ -28,14 +30,29 @@ def same_name(one: str, other: str) -> bool:
     return name_of_path(one) == name_of_path(other)
 
 
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    """adapter_config.json as it is.
+
+    Raises:
+        ValueError: it is missing, too long or not JSON.
+    """
+    return read_json_object(directory / CONFIG, "save the adapter with PEFT's save_pretrained", MAX_CONFIG_BYTES)
+
+
+def portable_config(config: Mapping[str, Any], base_name: str) -> dict[str, Any]:
+    """The config with the base's name where a path of this machine was, and sets sorted, so that hashes repeat."""
+    places = [key for key in ("base_model_name_or_path", "tokenizer_name_or_path") if config.get(key)]
+    names = {key: sorted(config[key], key=str) for key in SETS_OF_NAMES if isinstance(config.get(key), list)}
+    return {**config, **names, **dict.fromkeys(["base_model_name_or_path", *places], base_name)}
+
+
 def recorded_base(directory: Path) -> str | None:
     """The base that adapter_config.json names, or None.
 
     Raises:
         ValueError: adapter_config.json is missing or not JSON.
     """
-    config = read_json_object(directory / CONFIG, _SAVE_AGAIN, MAX_CONFIG_BYTES)
-    name = config.get("base_model_name_or_path")
+    name = read_adapter_config(directory).get("base_model_name_or_path")
     return name if isinstance(name, str) and name else None
 
 
@@ -47,7 +64,7 @@ def is_in_bank(directory: Path) -> bool:
     """
     from translora.lora.peft_io import is_banked
 
-    return is_banked(read_json_object(directory / CONFIG, _SAVE_AGAIN, MAX_CONFIG_BYTES))
+    return is_banked(read_adapter_config(directory))
 
 
 def check_recorded_base(directory: Path, expected: str, remedy: str, *, editable: bool = True) -> None:
@@ -84,7 +101,7 @@ def _check_pairs(path: Path, base: BaseInfo) -> None:
 
     The names are compared with the base here, before the config's patterns are matched against them.
     """
-    from translora.lora.peft_io import MAX_RANK, check_name
+    from translora.lora.peft_io import check_name
 
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in _read_shapes(path).items():
@@ -180,18 +197,11 @@ def _check_method(directory: Path, base: BaseInfo) -> None:
 
 
 def copy_adapter(source: Path, target: Path, base: BaseInfo) -> None:
-    """Copy weights and config; the config then names the base by `base.name`, not by a path of this machine.
-
-    PEFT writes sets of names (target_modules) in an order that differs by process: sorted, so that hashes repeat.
-    """
+    """Copy weights and config, the latter as `portable_config` has it."""
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
-    for name in ("target_modules", "exclude_modules", "feedforward_modules"):
-        if isinstance(config.get(name), list):
-            config[name] = sorted(config[name], key=str)
-    places = ("base_model_name_or_path", *(["tokenizer_name_or_path"] if config.get("tokenizer_name_or_path") else []))
-    write_json(target / CONFIG, config | dict.fromkeys(places, base.name))
+    write_json(target / CONFIG, portable_config(config, base.name))
 
 
 def copy_readme(source: Path, target: Path, base: BaseInfo) -> None:

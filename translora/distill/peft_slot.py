@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
+from translora.bundle.adapter import CONFIG, WEIGHTS, portable_config
 from translora.distill.data import Packed, pack
 from translora.distill.slots import ResidentBase, Shard
 from translora.lora.bank import Factors
-from translora.lora.methods import PATTERNS, parse_method, put_on, saved_tensors, take_off
+from translora.lora.methods import parse_method, put_on, saved_tensors, take_off
 from translora.run.files import write_json
 
 
@@ -86,15 +87,10 @@ class PeftSlot:
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in saved_tensors(self.peft_model).items()
         }
-        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
         self.peft_model.active_peft_config.save_pretrained(directory)
-        path = directory / "adapter_config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        own: dict[str, Any] = {"base_model_name_or_path": base_model, "inference_mode": True}
-        if config.get("tokenizer_name_or_path"):
-            own["tokenizer_name_or_path"] = base_model
-        own |= {name: sorted(config[name]) for name in PATTERNS if isinstance(config.get(name), list)}  # were sets
-        write_json(path, config | own)
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        write_json(directory / CONFIG, portable_config(config, base_model) | {"inference_mode": True})
 
 
 @contextlib.contextmanager

@@ -50,9 +50,12 @@ class Student:
         self.working = self.flat.detach().to(dtype)
         self.factors, self.gradients = self._views(self.working), self._views(self.flat.grad)
         self.optimizer = torch.optim.AdamW([self.flat], lr=job.learning_rate, weight_decay=0.0, fused=True)
+        chain = None if job.peft is not None else config.lora.chain
+        self.num_links = 1 if chain is None else chain.links
         self.rates: torch.Tensor | None = None
         """What each weight's update is multiplied with, where an option asks for it (see translora.distill.options)."""
-        self.link = -1
+        self.rated_link = -1
+        """The link that `rates` are of."""
         self.losses: list[float] = []
         self.loss = torch.zeros((), device=place)
         self.start = time.monotonic()
@@ -106,9 +109,11 @@ class Student:
             )
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = self.job.learning_rate * (1 - self.step / self.num_steps)
-        before = self.flat.detach().clone() if self.rates is not None else None
-        self.optimizer.step()
-        if self.rates is not None and before is not None:
+        if self.rates is None:
+            self.optimizer.step()
+        else:
+            before = self.flat.detach().clone()
+            self.optimizer.step()
             self.flat.data.sub_(before).mul_(self.rates).add_(before)
         self.optimizer.zero_grad(set_to_none=False)
         self._refresh()
@@ -117,31 +122,30 @@ class Student:
 
     def _apply_options(self) -> None:
         """What the LoRA's options do to the gradients of this step; nothing by default, or where PEFT trains."""
-        lora = self.config.lora
         if self.job.peft is not None:
             return
-        link = 0 if lora.chain is None else self.step * lora.chain.links // self.num_steps
-        if link != self.link:  # the first step, a resumed one, or the next link of a chain
-            self.link = link
+        if self.link != self.rated_link:  # the first step, a resumed one, or the next link of a chain
+            self.rated_link = self.link
             if self.link_steps == 0:
                 self.optimizer.state.clear()
-            rates = update_rates(self.config, self._views(self.flat), self.job.seed, link)
+            rates = update_rates(self.config, self._views(self.flat), self.job.seed, self.link)
             if rates is not None:
                 self.rates = torch.cat([factor.flatten() for factors in rates.values() for factor in factors])
-        if lora.gradient != "plain":
-            change_gradients(self.config, self._views(self.flat), self.gradients, link)
+        if self.config.lora.gradient != "plain":
+            change_gradients(self.config, self._views(self.flat), self.gradients, self.link)
         if self.rates is not None:
             assert self.flat.grad is not None
             self.flat.grad.mul_(self.rates != 0)
 
     @property
+    def link(self) -> int:
+        """Which LoRA of its chain is trained in the next step; 0 where it is no chain."""
+        return min(self.step * self.num_links // self.num_steps, self.num_links - 1)
+
+    @property
     def link_steps(self) -> int:
-        """Steps done since AdamW began: the present link of a chain has one of its own."""
-        chain = self.config.lora.chain
-        if chain is None or self.job.peft is not None:
-            return self.step
-        link = self.step * chain.links // self.num_steps
-        return self.step - math.ceil(link * self.num_steps / chain.links)
+        """Steps done since AdamW began: each link has one of its own."""
+        return self.step - math.ceil(self.link * self.num_steps / self.num_links)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Flat weights, and AdamW's moments after the first step, to go on from later."""

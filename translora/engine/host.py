@@ -14,14 +14,13 @@ from typing import Any
 import psutil
 import torch
 
-from translora.bundle.adapter import WEIGHTS, is_in_bank
+from translora.bundle.adapter import WEIGHTS
 from translora.bundle.base import inspect_base
 from translora.config import BaseModelConfig
 from translora.engine.loading import device, hide_gpus, num_gpus, resolve_dtype
 from translora.engine.memory import is_out_of_memory, release_memory
 from translora.engine.transformers import TransformersEngine
-from translora.lora.methods import read_method
-from translora.lora.peft_io import read_lora
+from translora.lora.methods import read_adapter
 from translora.run.redact import first_line
 from translora.run.watchdog import Watchdog
 from translora.synthesis.calls import FAULT, Computed, Row
@@ -104,7 +103,7 @@ class EngineHost:
         except (ValueError, OSError):
             for path in usable.values():
                 try:
-                    (read_lora if is_in_bank(Path(path)) else read_method)(path)
+                    read_adapter(path)
                 except (ValueError, OSError) as error:
                     self.damaged[path] = f"damaged since it was verified: {error}"
             engine.use_adapters({slot: path for slot, path in usable.items() if path not in self.damaged})

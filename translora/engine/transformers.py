@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from translora.bundle.adapter import is_in_bank
 from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request, Row, check_cache, decode
 from translora.engine.head import Head, log_probabilities, top_log_probabilities
@@ -23,8 +22,8 @@ from translora.engine.loading import device, load_model, load_tokenizer, num_gpu
 from translora.engine.prefix import begin, window
 from translora.engine.prompts import prompt_format
 from translora.lora.bank import load_bank
-from translora.lora.methods import Method, VirtualTokens, applied, read_method
-from translora.lora.peft_io import read_lora
+from translora.lora.methods import Method, VirtualTokens, applied, read_adapter
+from translora.lora.peft_io import LoraWeights
 
 T = TypeVar("T")
 
@@ -68,12 +67,12 @@ class TransformersEngine:
         """Have exactly these adapters: PEFT directory by slot name; nothing to do where they are there."""
         wanted = {name: str(path) for name, path in adapters.items()}
         if wanted != self._adapters:
-            banked = {name: path for name, path in wanted.items() if is_in_bank(Path(path))}
-            weights = {name: read_lora(path) for name, path in banked.items()}
-            alone = {name: read_method(path) for name, path in wanted.items() if name not in banked}
+            read = {name: read_adapter(path) for name, path in wanted.items()}
+            banked = {name: adapter for name, adapter in read.items() if isinstance(adapter, LoraWeights)}
+            alone = {name: adapter for name, adapter in read.items() if not isinstance(adapter, LoraWeights)}
             self.bank.detach(self.model)
             self._adapters = {}
-            self.bank = load_bank(self.model, weights)
+            self.bank = load_bank(self.model, banked)
             self._adapters, self._alone = wanted, alone
 
     @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """The PEFT methods that are supported, by their `peft_type`. Importing this module loads neither torch nor ray."""
 
+MAX_RANK = 1024
+"""Of a LoRA that is read, and of one that is made."""
 VIRTUAL_TOKENS = frozenset({"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"})
 METHODS = VIRTUAL_TOKENS | {"LORA", "IA3", "LOHA", "LOKR", "VERA", "OFT", "HRA", "MISS", "FOURIERFT", "RANDLORA", "C3A"}
 """Those that were tried (tests/unit/test_methods.py) and leave the base's own weights alone."""

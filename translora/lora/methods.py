@@ -20,13 +20,20 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import set_peft_model_state_dict
 from transformers import DynamicCache, PreTrainedModel
 
+from translora.bundle.adapter import CONFIG, WEIGHTS, is_in_bank, read_adapter_config
 from translora.bundle.base import BaseInfo, meta_model, output_head
-from translora.bundle.reading import read_json_object
-from translora.lora.kinds import VIRTUAL_TOKENS, check_kind
-from translora.lora.peft_io import MAX_PATTERNS, MAX_RANK, check_init, check_pattern, read_tensors, refuse_options
+from translora.lora.kinds import MAX_RANK, VIRTUAL_TOKENS, check_kind
+from translora.lora.peft_io import (
+    MAX_PATTERNS,
+    LoraWeights,
+    check_init,
+    check_pattern,
+    read_lora,
+    read_tensors,
+    refuse_options,
+)
 from translora.run.redact import first_line
 
-MAX_CONFIG_BYTES = 1_000_000
 MAX_NAMES = 2000
 """Module names with a rank of their own, say: PEFT compares each with every module."""
 MAX_SIZE = 1 << 16
@@ -135,8 +142,7 @@ def read_config(directory: str | Path) -> PeftConfig:
     Raises:
         ValueError: it cannot be read, or not be used here; names the file and the remedy.
     """
-    path = Path(directory) / "adapter_config.json"
-    settings = read_json_object(path, "save the adapter with PEFT's save_pretrained", MAX_CONFIG_BYTES)
+    path, settings = Path(directory) / CONFIG, read_adapter_config(Path(directory))
     kind = check_settings(settings, path)
     known = inspect.signature(PEFT_TYPE_TO_CONFIG_MAPPING[kind].__init__).parameters
     kept = {name: value for name, value in settings.items() if name in known and name not in OF_THE_PLACE}
@@ -163,7 +169,16 @@ def read_method(directory: str | Path) -> Method:
     Raises:
         ValueError: one of them cannot be read, or not be used here; names the file and the remedy.
     """
-    return read_config(directory), read_tensors(Path(directory) / "adapter_model.safetensors")
+    return read_config(directory), read_tensors(Path(directory) / WEIGHTS)
+
+
+def read_adapter(directory: str | Path) -> LoraWeights | Method:
+    """Read an adapter for the bank, or one that PEFT puts on the base.
+
+    Raises:
+        ValueError: as read_lora and read_method.
+    """
+    return read_lora(directory) if is_in_bank(Path(directory)) else read_method(directory)
 
 
 def put_on(model: PreTrainedModel, config: PeftConfig, *, empty: bool = False) -> PeftModel:

@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-MAX_RANK = 1024
+from translora.lora.kinds import MAX_RANK
+
 PREFIX = "base_model.model."
 LORA_TENSOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(A|B)\.weight")
 MAX_PATTERNS = 16

@@ -20,7 +20,8 @@ from translora.bundle.base import BaseInfo, linear_modules
 from translora.config import BaseModelConfig
 from translora.engine.loading import device, load_model, load_tokenizer, resolve_dtype
 from translora.engine.prompts import prompt_format
-from translora.lora.peft_io import MAX_RANK, LoraWeights, read_lora, write_lora
+from translora.lora.kinds import MAX_RANK
+from translora.lora.peft_io import LoraWeights, read_lora, write_lora
 from translora.merge import aggregate, cat
 from translora.merge.config import COMBINATIONS, Combination, MergeConfig
 from translora.merge.data import batches, read_samples
