@@ -94,7 +94,10 @@ def test_retention_by_task_and_its_mean(results: Results) -> None:
     kept, lost = skill.retention["plain"], skill.retention["other"]
     assert kept is not None and kept.value == pytest.approx(28 / 35) and kept.low < kept.value < kept.high
     assert lost is not None and lost.value == pytest.approx(14 / 35)
-    assert no_gain.retention == {"plain": None, "other": None} and no_gain.gain.low <= 0
+    assert no_gain.retention == {"source_adapter": None, "plain": None, "other": None} and no_gain.gain.low <= 0
+    copy = skill.retention["source_adapter"]
+    assert copy is not None and copy.value == pytest.approx(30 / 35), "of a student that answers as its teacher does"
+    assert results.copy_retention is not None and results.copy_retention.value == pytest.approx(30 / 35)
     plain = results.arms["plain"]
     assert plain.retention is not None and plain.retention.value == pytest.approx(28 / 35)
     assert plain.num_defined == 1
@@ -156,10 +159,10 @@ def test_the_page_says_what_was_measured(results: Results) -> None:
     counted, apart = text.split("## Task by task")[1].split("## Tasks listed apart")
     assert "| skill | 25.0 | 50.0 | 20.0 [" in counted and "| trivial |" not in counted
     assert "| trivial | 25.0 | 70.0 |" in apart.split("## The arms")[0] and "| skill |" not in apart
-    assert "| no-gain | +0.0 [+0.0, +0.0] | undefined | undefined |" in counted
+    assert "| no-gain | +0.0 [+0.0, +0.0] | undefined | undefined | undefined |" in counted
     assert "2 did not" in text and "| configured | 0.60 | 100 % |" in text
     widths = [line.count(" | ") for line in counted.splitlines() if line.startswith("| skill")]
-    assert widths == [8, 3], "chance, majority, four references, two arms; gain, two arms"
+    assert widths == [8, 4], "chance, majority, four references, two arms; gain, source adapter, two arms"
 
 
 def test_without_a_task_that_counts_there_is_no_headline() -> None:

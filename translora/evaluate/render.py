@@ -95,8 +95,9 @@ def _setup(setup: Setup, tasks: Sequence[TaskResult], json_name: str) -> list[st
         f"brackets are 95 % bootstrap intervals ({setup.num_replicates} replicates): of accuracies over the test "
         "items, of retention and differences over seeds and the items within, the same items for all arms. Retention "
         "ρ = (migrated − target base) / (real-data LoRA on the target − target base): 0 is nothing kept, 1 is as "
-        "good as training on the real data. An arm that answers all items alike right or wrong has an interval of "
-        "width zero, which is the bootstrap's limit, not certainty.",
+        "good as training on the real data, and the source adapter's own ρ is that of a perfect copy: what is missing "
+        "from 1 there is the teacher's, not the migration's. An arm that answers all items alike right or wrong has an "
+        "interval of width zero, which is the bootstrap's limit, not certainty.",
         "",
         f"Source adapter and real-data LoRA: {_training(setup.train)}. Students: {_training(setup.distill)}. "
         f"Written by `translora evaluate` from [`{json_name}`]({json_name}); "
@@ -138,8 +139,12 @@ def _headline(results: Results, num_counted: int) -> list[str]:
         return [f"{of_tasks}: no source adapter beats the majority class beyond its interval."]
     rows = []
     for arm in REFERENCE_ARMS:
-        fixed = {TARGET_BASE: "0, by definition", REAL: "1, by definition"}.get(arm, MISSING)
-        rows.append([ARM_WORDS[arm], _points(results.references[arm]), fixed, MISSING, MISSING])
+        fixed = {
+            SOURCE_ADAPTER: _ratio(results.copy_retention),
+            TARGET_BASE: "0, by definition",
+            REAL: "1, by definition",
+        }
+        rows.append([ARM_WORDS[arm], _points(results.references[arm]), fixed.get(arm, MISSING), MISSING, MISSING])
     for arm, found in results.arms.items():
         rows.append(
             [
@@ -179,11 +184,12 @@ def _accuracies(setup: Setup, tasks: Sequence[TaskResult]) -> list[str]:
 
 
 def _retentions(setup: Setup, tasks: Sequence[TaskResult]) -> list[str]:
-    headers = ["retention ρ", "gain of the real-data LoRA", *setup.arms]
+    arms = [SOURCE_ADAPTER, *setup.arms]
+    headers = ["retention ρ", "gain of the real-data LoRA", ARM_WORDS[SOURCE_ADAPTER], *setup.arms]
     rows = []
     for task in tasks:
         undefined = "undefined" if task.gain.low <= 0 else MISSING
-        kept = [task.retention.get(arm) for arm in setup.arms]
+        kept = [task.retention.get(arm) for arm in arms]
         rows.append([task.name, _points(task.gain, signed=True), *(_ratio(one, undefined) for one in kept)])
     lines = _table(headers, rows)
     return [*lines, "", UNDEFINED] if any(task.gain.low <= 0 for task in tasks) else lines

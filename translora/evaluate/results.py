@@ -96,7 +96,7 @@ class TaskResult(Record):
     gain: Estimate
     """Real-data LoRA minus target base; the interval draws seeds, then items."""
     retention: dict[str, Estimate | None]
-    """By arm; None where the gain is not positive beyond its interval."""
+    """By arm, and of the source adapter itself; None where the gain is not positive beyond its interval."""
 
 
 class ArmResult(Record):
@@ -137,6 +137,8 @@ class Results(Record):
     tasks: list[TaskResult]
     references: dict[str, Estimate | None]
     """Mean accuracy over the tasks that count, by reference arm."""
+    copy_retention: Estimate | None = None
+    """Mean retention of the source adapter itself: of a student that answers exactly as its teacher does."""
     arms: dict[str, ArmResult]
     calibration: Calibration
     migrations: list[Migration]
@@ -186,7 +188,7 @@ class TaskItems:
             if seeds:
                 accuracy[arm] = self.resample(seeds, over_seeds=False).estimate(values_SN)
         (base_SN, real_SN), seeds = self.arrays(TARGET_BASE, REAL)
-        found = {arm: self.retention(arm) for arm in arms}
+        found = {arm: self.retention(arm) for arm in (SOURCE_ADAPTER, *arms)}
         return TaskResult(
             name=self.name,
             num_train=self.num_train,
@@ -253,6 +255,7 @@ def summarise(setup: Setup, tasks: Sequence[TaskItems], migrations: Sequence[Mig
         setup=setup,
         tasks=lines,
         references={arm: mean_over(counted, arm) for arm in REFERENCE_ARMS},
+        copy_retention=mean_retention([one for task in counted if (one := task.retention(SOURCE_ADAPTER)) is not None]),
         arms={arm: arm_result(arm, arms[0], counted) for arm in arms},
         calibration=calibrate(migrations, setup.gate["min_agreement"]),
         migrations=list(migrations),
