@@ -76,7 +76,7 @@ class SynthesisConfig(Strict):
     screen: Screen = "auto"
     """Which inputs are kept: those that the owner's `discriminator` takes for real (the paper), those on which the
     adapter has most to say beyond its base (`excess`, for bundles without a discriminator), or all (`none`); `auto` is
-    the discriminator where the bundle has one, and excess elsewhere."""
+    the discriminator where the bundle has one that tells real inputs from invented ones, and excess elsewhere."""
     excess_surplus: float = Field(default=1.5, ge=1)
     """Excess screen: collect |D_syn| times this, and keep those with the greatest excess."""
     seed_similarity: float = Field(default=0.9, gt=0, le=1)
@@ -219,9 +219,9 @@ class TrainConfig(Strict):
 class DiscriminatorConfig(Strict):
     """Training of the discriminator (yes/no over task inputs)."""
 
-    epochs: float = Field(default=2, gt=0)
+    epochs: float = Field(default=6, gt=0)
     """Passes over positives and negatives."""
-    learning_rate: float = Field(default=5e-4, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     max_samples: int = Field(default=400, ge=4)
     """Most training samples, half of them positives."""

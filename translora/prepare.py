@@ -1,6 +1,7 @@
 """`translora prepare`: the owner's side, run once while the data is at hand (arXiv 2405.17258, section 3).
 
-seeds -> negatives (invented by the source base) -> adapter where there is none, discriminator -> bundle.
+seeds -> negatives (invented by the source base) -> adapter where there is none, discriminator -> what it can tell
+apart -> bundle.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from translora.bundle import Bundle, BundleError, inspect_base, read_bundle, ver
 from translora.bundle.adapter import check_adapter, check_recorded_base
 from translora.bundle.base import BaseInfo
 from translora.bundle.bundle import MIN_SEEDS, is_foreign
-from translora.bundle.manifest import MANIFEST, SEEDS
+from translora.bundle.manifest import MANIFEST, SEEDS, DiscriminatorQuality
 from translora.config import DiscriminatorConfig, PrepareConfig, PrepareEntry, TrainConfig
 from translora.distill.job import TrainJob, make_job, refuse_failures
 from translora.distill.launch import train_adapters
@@ -29,7 +30,7 @@ from translora.run.tracker import Tracker
 from translora.run.verify import check_section
 from translora.synthesis.actors import Hosts, cut_blocks, run_blocks
 from translora.synthesis.calls import Row
-from translora.synthesis.discriminator import discriminator_rows
+from translora.synthesis.discriminator import UNSEEN_SHARE, Inputs, Judge, discriminator_rows, hold_out, measure
 from translora.synthesis.prompts import generation_order, generation_row, normalise
 from translora.synthesis.stages import generate_block
 
@@ -72,8 +73,9 @@ def prepare(config: PrepareConfig) -> list[Bundle]:
             warn_of_shipped_rows(todo)
             negatives = invent_negatives(config, tasks, base)  # all tasks: a rerun finds the same batches again
             train(config, todo, negatives, base, template, tracker)
+            found = measure_discriminators(config, todo, negatives, base, template)
             for task in todo:
-                make_bundle(config, task, base, template)
+                make_bundle(config, task, base, template, found.get(task.entry.name))
     return [read_bundle(task.output) for task in tasks]
 
 
@@ -190,7 +192,8 @@ def invent_negatives(config: PrepareConfig, tasks: list[Task], base: BaseInfo) -
     """Inputs invented by the source base from the seeds: the discriminator's negatives."""
     rows: list[Row] = []
     for task in tasks:
-        count = min(len(task.rows), config.discriminator.max_samples // 2)
+        most = config.discriminator.max_samples // 2 * UNSEEN_SHARE // (UNSEEN_SHARE - 1)
+        count = min(len(task.rows), most)
         for sample_id in range(count):
             orderings = config.synthesis.num_orderings
             rows.append(generation_row(task.entry.name, task.seeds, sample_id, config.seed, sample_id % orderings))
@@ -226,8 +229,8 @@ def train_jobs(config: PrepareConfig, task: Task, negatives: list[str], template
     """
     name = task.entry.name
     seed = derive_seed(config.seed, name, "discriminator")
-    inputs = [row["input"] for row in task.rows]
-    questions = discriminator_rows(inputs, negatives, name, config.discriminator.max_samples, seed)
+    known, _ = hold_out(Inputs([row["input"] for row in task.rows], negatives), seed)
+    questions = discriminator_rows(known.real, known.invented, name, config.discriminator.max_samples, seed)
     if all(row["answer"] == "yes" for row in questions):
         raise ValueError(
             f"{name}: no negatives for its discriminator, which would accept every input: the base invented none, and "
@@ -281,7 +284,40 @@ def train(
     refuse_failures(jobs)
 
 
-def make_bundle(config: PrepareConfig, task: Task, base: BaseInfo, template: str) -> None:
+def measure_discriminators(
+    config: PrepareConfig, tasks: list[Task], negatives: dict[str, list[str]], base: BaseInfo, template: str
+) -> dict[str, DiscriminatorQuality]:
+    """Whether the discriminators tell inputs apart that they were not trained on, by task; says what was found."""
+    judges = {}
+    for task in tasks:
+        name = task.entry.name
+        seed = derive_seed(config.seed, name, "discriminator")
+        _, unseen = hold_out(Inputs([row["input"] for row in task.rows], negatives[name]), seed)
+        if unseen is not None:
+            judges[name] = Judge(config.run_dir / "adapters" / name / "discriminator", name, template, unseen)
+    with Hosts(config.resources) as hosts:
+        found = measure(
+            judges,
+            base=config.source,
+            batch_size=config.synthesis.batch_size,
+            hosts=hosts,
+            run_dir=config.run_dir,
+            digests={name: sha256_path(judge.directory) for name, judge in judges.items()} | {"base": base.fingerprint},
+        )
+    for name, one in found.items():
+        logger.info("%s: discriminator: %s", name, one)
+        if not one.tells_apart:
+            logger.warning(
+                "%s: its discriminator does not tell real inputs from invented ones, and a migration will screen "
+                "without it; raise discriminator.epochs or learning_rate, or give more data",
+                name,
+            )
+    return found
+
+
+def make_bundle(
+    config: PrepareConfig, task: Task, base: BaseInfo, template: str, found: DiscriminatorQuality | None
+) -> None:
     """Write one bundle."""
     trained = config.run_dir / "adapters" / task.entry.name
     write_bundle(
@@ -294,5 +330,6 @@ def make_bundle(config: PrepareConfig, task: Task, base: BaseInfo, template: str
         num_samples=len(task.rows),
         prompt_template=template,
         provenance={**provenance(config, task), "seed": config.seed},
+        discriminator_quality=found,
     )
     logger.info("%s: bundle written to %s", task.entry.name, task.output)

@@ -13,9 +13,12 @@ import ray.exceptions
 
 from tests.tiny import make_adapter, make_base
 from translora.config import BaseModelConfig, ResourceConfig
+from translora.engine.transformers import TransformersEngine
 from translora.run.files import write_parquet
 from translora.synthesis import actors
 from translora.synthesis.actors import Hosts, run_blocks
+from translora.synthesis.discriminator import Inputs, Judge, measure, quality
+from translora.synthesis.stages import judge_block
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
 Row = dict[str, Any]
@@ -147,3 +150,22 @@ def test_a_shard_that_cannot_be_read_back_costs_its_own_adapters_after_some_trie
 def test_what_a_block_raises_reaches_the_driver(bases: list[BaseModelConfig], tmp_path: Path) -> None:
     with Hosts(ResourceConfig()) as hosts, pytest.raises(ray.exceptions.RayError, match="row 7 is blue"):
         run(refuse, bases[0], hosts, tmp_path / "blocks")
+
+
+def test_discriminators_are_measured_by_their_own_scores(bases: list[BaseModelConfig], tmp_path: Path) -> None:
+    """Two of them in mixed batches, as an engine with each of them alone scores."""
+    texts = [f"send order {index} " + "now " * (index % 5) for index in range(24)]
+    judges = {
+        name: Judge(make_adapter(tmp_path / name, bases[0].model, seed), name, "auto", Inputs(texts[:14], texts[14:]))
+        for seed, name in enumerate(("one", "two"))
+    }
+    base = bases[0].model_copy(update={"dtype": "float32"})
+    settings: dict[str, Any] = {"base": base, "batch_size": 7, "run_dir": tmp_path / "run", "digests": {}}
+    with Hosts(ResourceConfig()) as hosts:
+        found = measure(judges, hosts=hosts, **settings)
+    for name, judge in judges.items():
+        engine = TransformersEngine(base, {"discriminator/": judge.directory}, 1)
+        row = {"discriminator": "discriminator/", "task_name": name, "template": "auto"}
+        scores = [row["score"] for row in judge_block(engine, [{**row, "input": text} for text in texts], {})]
+        assert found[name] == quality(scores[:14], scores[14:])
+    assert found["one"] != found["two"]

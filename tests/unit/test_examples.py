@@ -17,7 +17,7 @@ import pytest
 
 from examples import bases, tasks
 from translora.bundle import Bundle
-from translora.config import FleetConfig, PrepareConfig, load_config
+from translora.config import DiscriminatorConfig, FleetConfig, PrepareConfig, load_config
 from translora.evaluate.config import EvaluateConfig
 from translora.synthesis.pool import Pool
 
@@ -156,7 +156,7 @@ def test_the_example_evaluation_is_of_the_same_bases_and_settings(monkeypatch: p
     fleet = load_config(ROOT / "examples" / "fleet.yaml", FleetConfig)
     prepare = load_config(ROOT / "examples" / "prepare.yaml", PrepareConfig)
     assert (evaluate.source, evaluate.target) == (fleet.source, fleet.target)
-    assert evaluate.discriminator == prepare.discriminator
+    assert evaluate.discriminator == DiscriminatorConfig(max_samples=prepare.discriminator.max_samples)
     longer = {"max_length": 256}  # than the demo's inputs
     assert evaluate.train == prepare.train.model_copy(update=longer)
     assert evaluate.distill == fleet.distill.model_copy(update=longer)

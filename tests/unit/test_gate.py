@@ -9,6 +9,7 @@ from translora.config import BaseModelConfig, GateConfig, ResourceConfig
 from translora.gate import agreement
 from translora.gate.agreement import GateMember, _judge_member, judge, run_gate, share_equal
 from translora.run.state import Accuracy, GateResult
+from translora.synthesis.actors import Hosts
 
 COLOURS = ["red", "blue", "green", "black"]
 RIGHT = {"source_base": 0, "source_adapter": 4, "target_base": 1, "migrated": 3}
@@ -114,7 +115,7 @@ def test_each_arm_is_answered_by_its_own_model(monkeypatch: pytest.MonkeyPatch, 
         config=GateConfig(),
         batch_size=3,
         max_answer_tokens=8,
-        resources=ResourceConfig(),
+        hosts=Hosts(ResourceConfig()),
         run_dir=tmp_path,
         digests={},
     )

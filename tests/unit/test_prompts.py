@@ -2,7 +2,6 @@ import pytest
 
 from tests.tiny import make_tokenizer
 from translora.engine.prompts import PLAIN_TEMPLATE, prompt_format, raw_prompt
-from translora.synthesis.discriminator import discriminator_rows
 from translora.synthesis.prompts import (
     discriminator_question,
     generation_prompt,
@@ -79,30 +78,6 @@ def test_generation_stops_at_the_line_end_or_at_the_next_number() -> None:
 
 def test_discriminator_question_is_the_papers() -> None:
     assert discriminator_question("2 + {name}", "sums") == "2 + {name}\n Is the above question from sums dataset?"
-
-
-def test_discriminator_rows_are_balanced_and_topped_up_by_shuffled_words() -> None:
-    positives = [f"send the {word} box to me" for word in "abcdefghij"]
-    rows = discriminator_rows(positives, ["bad one", "bad two"], "boxes", max_samples=12, seed=0)
-    answers = [row["answer"] for row in rows]
-    assert answers.count("yes") == answers.count("no") == 6
-    questions = {row["input"] for row in rows if row["answer"] == "no"}
-    assert {discriminator_question(text, "boxes") for text in ("bad one", "bad two")} <= questions
-    assert not questions & {discriminator_question(text, "boxes") for text in positives}
-    assert rows == discriminator_rows(positives, ["bad one", "bad two"], "boxes", max_samples=12, seed=0)
-
-
-def test_few_negatives_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    words = ["red", "blue", "green", "black"]
-    rows = discriminator_rows(words, [], "colours", max_samples=12, seed=0)
-    assert [row["answer"] for row in rows] == ["yes"] * 4
-    assert "colours: 4 inputs, but only 0 negatives for its discriminator, which then accepts every" in caplog.text
-    caplog.clear()
-    discriminator_rows(words, ["cup"], "colours", max_samples=12, seed=0)
-    assert "only 1 negatives" in caplog.text and "nearly every" in caplog.text
-    caplog.clear()
-    discriminator_rows(words, ["cup", "box"], "colours", max_samples=12, seed=0)
-    assert not caplog.records
 
 
 def test_normalise_ignores_case_and_white_space() -> None:

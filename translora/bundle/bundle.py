@@ -37,6 +37,7 @@ from translora.bundle.manifest import (
     RESTORE,
     SEEDS,
     BundleError,
+    DiscriminatorQuality,
     Manifest,
     check_listing,
     faults,
@@ -196,6 +197,7 @@ def write_bundle(
     prompt_template: str,
     provenance: dict[str, str | int | float],
     model_card: str | None = None,
+    discriminator_quality: DiscriminatorQuality | None = None,
 ) -> Bundle:
     """Write a bundle: `path` is complete and verified, or unchanged.
 
@@ -205,6 +207,7 @@ def write_bundle(
     Args:
         model_card: README.md, which the manifest does not cover, so that readers may change it; the adapter's own
             where left out.
+        discriminator_quality: as `measure` found it.
 
     Raises:
         BundleError: adapter, discriminator, seeds or a value would not pass read_bundle and verify_bundle, or
@@ -240,11 +243,12 @@ def write_bundle(
                 num_samples=num_samples,
                 prompt_template=prompt_template,
                 discriminator=discriminator_dir is not None,
+                discriminator_quality=discriminator_quality,
                 provenance=provenance,
                 files={name: sha256_file(temporary / name) for name in sorted(list_files(temporary) - {README})},
             )
         except ValidationError as error:
             raise BundleError(f"{path}: {faults(error)}") from error
-        write_json(temporary / MANIFEST, manifest.model_dump())
+        write_json(temporary / MANIFEST, manifest.model_dump(exclude_none=True))
         read_bundle(temporary)
     return read_bundle(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -34,6 +35,37 @@ class BundleError(ValueError):
         super().__init__(printable(message))
 
 
+class DiscriminatorQuality(BaseModel):
+    """How well a discriminator tells real inputs from invented ones, none of which it was trained on."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    num_real: int = Field(ge=1, le=10_000)
+    """Real inputs of the task."""
+    num_invented: int = Field(ge=1, le=10_000)
+    """Inputs that a base invented from the seeds."""
+    auc: float = Field(ge=0, le=1)
+    """How often a real input has a greater score than an invented one, ties counting half; 0.5 is chance."""
+    accepts_real: float = Field(ge=0, le=1)
+    """Share of the real inputs with log-odds above zero."""
+    accepts_invented: float = Field(ge=0, le=1)
+    """Share of the invented ones."""
+
+    @property
+    def tells_apart(self) -> bool:
+        """Whether the AUC is above chance at the 5 % level (Mann and Whitney 1947, normal approximation)."""
+        spread = math.sqrt((self.num_real + self.num_invented + 1) / (12 * self.num_real * self.num_invented))
+        return self.auc - 0.5 > 1.645 * spread
+
+    def __str__(self) -> str:
+        return (
+            f"AUC {self.auc:.2f} on {self.num_real} real and {self.num_invented} invented inputs that it was not "
+            f"trained on; accepts {self.accepts_real:.0%} and {self.accepts_invented:.0%} of them"
+        )
+
+
 class Manifest(BaseModel):
     """Contents of translora/manifest.json."""
 
@@ -55,6 +87,8 @@ class Manifest(BaseModel):
     """`chat` (the tokenizer's chat template) or a string that contains {input} once."""
     discriminator: bool
     """Whether translora/discriminator/ is there."""
+    discriminator_quality: DiscriminatorQuality | None = None
+    """What it was measured to be; None where there was too little to measure it on."""
     provenance: dict[str, str | int | float] = {}
     """Free notes: how the bundle was made, and the hop it came by."""
     files: dict[str, Sha256]

@@ -13,9 +13,17 @@ from translora.distill.teacher import Teacher, ask_teachers
 from translora.run.files import derive_seed
 from translora.run.member import Member, Run
 from translora.run.state import DISCRIMINATOR, STUDENT
-from translora.synthesis.discriminator import discriminator_rows
+from translora.synthesis.discriminator import Inputs, discriminator_rows, hold_out
 
 SAVE_EVERY_SECONDS = 2.0
+
+
+def discriminator_inputs(run: Run, member: Member) -> tuple[Inputs, Inputs | None]:
+    """What the next hop's discriminator is trained on, and what it is measured on: accepted and refused inputs."""
+    accepted = [row["input"] for split in ("train", "heldout") for row in member.samples(split)]
+    # What only found no room among the best of a surplus is an input of the task.
+    refused = [row["input"] for row in member.samples("refused") if row["score"] is not None and row["score"] <= 0]
+    return hold_out(Inputs(accepted, refused), derive_seed(run.config.seed, member.name, DISCRIMINATOR))
 
 
 def train_jobs(run: Run, member: Member, teacher: Sequence[Teacher] | None) -> list[TrainJob]:
@@ -25,13 +33,13 @@ def train_jobs(run: Run, member: Member, teacher: Sequence[Teacher] | None) -> l
         teacher: what it thinks of each training sample, where the loss needs it.
     """
     config, directory, entry = run.config, member.directory, member.entry
-    train, heldout, refused = (member.samples(split) for split in ("train", "heldout", "refused"))
+    known, _ = discriminator_inputs(run, member)
     seed = derive_seed(config.seed, member.name, DISCRIMINATOR)
-    positives = [row["input"] for row in train + heldout]
-    # What only found no room among the best of a surplus is an input of the task.
-    negatives = [row["input"] for row in refused if row["score"] is not None and row["score"] <= 0]
-    questions = discriminator_rows(positives, negatives, member.state.task_name, config.discriminator.max_samples, seed)
-    answers: list[dict[str, Any]] = [{"input": row["input"], "answer": row["answer"]} for row in train]
+    task_name, most = member.state.task_name, config.discriminator.max_samples
+    questions = discriminator_rows(known.real, known.invented, task_name, most, seed)
+    answers: list[dict[str, Any]] = [
+        {"input": row["input"], "answer": row["answer"]} for row in member.samples("train")
+    ]
     for row, thought in zip(answers, teacher or (), strict=teacher is not None):
         row["teacher"] = thought
     return [

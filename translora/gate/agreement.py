@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from translora.config import BaseModelConfig, GateConfig, ResourceConfig
+from translora.config import BaseModelConfig, GateConfig
 from translora.run.files import digest
 from translora.run.progress import Progress
 from translora.run.state import Accuracy, GateResult
@@ -175,7 +175,7 @@ def run_gate(
     config: GateConfig,
     batch_size: int,
     max_answer_tokens: int,
-    resources: ResourceConfig,
+    hosts: Hosts,
     run_dir: Path,
     digests: Mapping[str, str],
 ) -> tuple[dict[str, tuple[GateResult, Accuracy | None]], dict[str, str]]:
@@ -204,27 +204,26 @@ def run_gate(
     faults: dict[str, str] = {}
     students = {f"student/{member.name}": str(member.student_dir) for member in members}
     teachers = {f"teacher/{member.name}": str(member.teacher_dir) for member in members}
-    with Hosts(resources) as hosts:
-        for label, base, adapters, rows in (
-            ("gate: target base", target, students, target_rows),
-            ("gate: source base", source, teachers, source_rows),
-        ):
-            if not rows:
-                continue
-            found, means = run_answers(
-                label,
-                rows,
-                base=base,
-                adapters=adapters,
-                batch_size=batch_size,
-                max_answer_tokens=max_answer_tokens,
-                hosts=hosts,
-                directory=run_dir / "gate",
-                digests=digests,
-                faults=faults,
-            )
-            answers |= found
-            logliks |= means
+    for label, base, adapters, rows in (
+        ("gate: target base", target, students, target_rows),
+        ("gate: source base", source, teachers, source_rows),
+    ):
+        if not rows:
+            continue
+        found, means = run_answers(
+            label,
+            rows,
+            base=base,
+            adapters=adapters,
+            batch_size=batch_size,
+            max_answer_tokens=max_answer_tokens,
+            hosts=hosts,
+            directory=run_dir / "gate",
+            digests=digests,
+            faults=faults,
+        )
+        answers |= found
+        logliks |= means
     sound = [member for member in members if member.name not in faults]
     return {member.name: _judge_member(member, answers, logliks, config) for member in sound}, faults
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 
 from translora.bundle import BundleError, write_bundle
+from translora.bundle.manifest import DiscriminatorQuality
+from translora.distill.phase import discriminator_inputs
 from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
 from translora.gate.agreement import GateMember, run_gate
 from translora.report.card import model_card
 from translora.run.member import Member, Run, relative_to
 from translora.run.state import DISCRIMINATOR, STUDENT
+from translora.synthesis.actors import Hosts
+from translora.synthesis.discriminator import Judge, measure
 
 logger = logging.getLogger(__name__)
 
@@ -30,22 +34,28 @@ def gate_phase(run: Run, members: list[Member]) -> None:
         )
         for member in members
     ]
-    results, faults = run_gate(
-        gate_members,
-        source=config.source,
-        target=config.target,
-        config=config.gate,
-        batch_size=config.synthesis.batch_size,
-        max_answer_tokens=config.synthesis.max_answer_tokens,
-        resources=config.resources,
-        run_dir=config.run_dir,
-        digests={
-            member.name: member.state.artifacts[relative_to(config.run_dir, member.directory / STUDENT)]
-            for member in members
-        }
-        | {"source base": run.source.fingerprint, "target base": run.target.fingerprint},
-    )
     template = prompt_format(load_tokenizer(config.target)).template
+    bases = {"source base": run.source.fingerprint, "target base": run.target.fingerprint}
+    with Hosts(config.resources) as hosts:
+        qualities = measure(
+            judges(run, members, template),
+            base=config.target,
+            batch_size=config.synthesis.batch_size,
+            hosts=hosts,
+            run_dir=config.run_dir,
+            digests=artifacts(run, members, DISCRIMINATOR) | bases,
+        )
+        results, faults = run_gate(
+            gate_members,
+            source=config.source,
+            target=config.target,
+            config=config.gate,
+            batch_size=config.synthesis.batch_size,
+            max_answer_tokens=config.synthesis.max_answer_tokens,
+            hosts=hosts,
+            run_dir=config.run_dir,
+            digests=artifacts(run, members, STUDENT) | bases,
+        )
     failed: list[Member] = []
     for member in members:
         if not member.waits_for("gate"):
@@ -63,7 +73,7 @@ def gate_phase(run: Run, members: list[Member]) -> None:
             failed.append(member)
             continue
         try:
-            publish(run, member, template)
+            publish(run, member, template, qualities.get(member.name))
         except BundleError as error:
             run.quarantine(member.state, f"cannot be published: {error}")
     for member in failed:
@@ -77,7 +87,25 @@ def gate_phase(run: Run, members: list[Member]) -> None:
             run.advance(member, "done")
 
 
-def publish(run: Run, member: Member, template: str) -> None:
+def artifacts(run: Run, members: list[Member], kind: str) -> dict[str, str]:
+    """Hashes of the members' students or discriminators."""
+    return {
+        member.name: member.state.artifacts[relative_to(run.config.run_dir, member.directory / kind)]
+        for member in members
+    }
+
+
+def judges(run: Run, members: list[Member], template: str) -> dict[str, Judge]:
+    """The next hop's discriminators for which inputs were held out."""
+    found = {}
+    for member in members:
+        _, unseen = discriminator_inputs(run, member)
+        if unseen is not None:
+            found[member.name] = Judge(member.directory / DISCRIMINATOR, member.state.task_name, template, unseen)
+    return found
+
+
+def publish(run: Run, member: Member, template: str, quality: DiscriminatorQuality | None) -> None:
     """Write the migrated adapter as a bundle of the target base, ready for the next hop."""
     manifest, gate = member.bundle.manifest, member.state.gate
     assert gate is not None
@@ -91,6 +119,7 @@ def publish(run: Run, member: Member, template: str) -> None:
         base=run.target,
         num_samples=member.state.num_samples,
         prompt_template=template,
+        discriminator_quality=quality,
         provenance={
             "migrated_from": manifest.base_name,
             "source_bundle_sha256": member.bundle.digest,

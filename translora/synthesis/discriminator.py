@@ -1,14 +1,61 @@
-"""Training rows of a discriminator: yes for task inputs, no for what only resembles them (arXiv 2405.17258)."""
+"""A discriminator (arXiv 2405.17258): its training rows, and whether it tells inputs apart that it has not seen."""
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+
+from translora.bundle.manifest import DiscriminatorQuality
+from translora.config import BaseModelConfig
+from translora.run.files import digest
+from translora.run.progress import Progress
+from translora.synthesis.actors import Hosts, cut_blocks, run_blocks
+from translora.synthesis.calls import Row
 from translora.synthesis.prompts import discriminator_question, normalise
+from translora.synthesis.stages import judge_block
 
 logger = logging.getLogger(__name__)
+UNSEEN_SHARE = 5
+"""One input in so many is kept out of the training, to measure the discriminator on."""
+FEWEST_UNSEEN, MOST_UNSEEN = 8, 100
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a discriminator is to tell apart."""
+
+    real: Sequence[str]
+    invented: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A trained discriminator, and inputs that it has not seen."""
+
+    directory: Path
+    task_name: str
+    template: str
+    unseen: Inputs
+
+
+def hold_out(inputs: Inputs, seed: int) -> tuple[Inputs, Inputs | None]:
+    """Inputs to train on, and a fifth of either kind to measure on; None, and all to train on, where they are few."""
+    parts = [_hold_out(texts, seed) for texts in (inputs.real, inputs.invented)]
+    if min(len(unseen) for _, unseen in parts) < FEWEST_UNSEEN:
+        return inputs, None
+    (real, unseen_real), (invented, unseen_invented) = parts
+    return Inputs(real, invented), Inputs(unseen_real, unseen_invented)
+
+
+def _hold_out(texts: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
+    distinct = {normalise(text): text for text in texts}
+    chosen = random.Random(seed).sample(sorted(distinct), min(MOST_UNSEEN, len(distinct) // UNSEEN_SHARE))
+    return [text for text in texts if normalise(text) not in set(chosen)], [distinct[key] for key in chosen]
 
 
 def shuffled_words(text: str, rng: random.Random) -> str:
@@ -56,3 +103,73 @@ def discriminator_rows(
     rows = [(text, "yes") for text in yes] + [(text, "no") for text in no]
     rng.shuffle(rows)
     return [{"input": discriminator_question(text, task_name), "answer": answer} for text, answer in rows]
+
+
+def measure(
+    judges: Mapping[str, Judge],
+    *,
+    base: BaseModelConfig,
+    batch_size: int,
+    hosts: Hosts,
+    run_dir: Path,
+    digests: Mapping[str, str],
+) -> dict[str, DiscriminatorQuality]:
+    """Let discriminators score inputs that they have not seen, all of them in mixed batches.
+
+    Args:
+        judges: by adapter.
+        base: the one that they are adapters of.
+        digests: content hashes of the discriminators and of the base: scores of the same weights alone are used again.
+
+    Returns:
+        What was found, by adapter; one whose rows cannot be computed is missing.
+    """
+    rows: list[Row] = [
+        {
+            "adapter": name,
+            "real": is_real,
+            "input": text,
+            "discriminator": f"discriminator/{name}",
+            "task_name": judge.task_name,
+            "template": judge.template,
+        }
+        for name, judge in judges.items()
+        for is_real, texts in ((True, judge.unseen.real), (False, judge.unseen.invented))
+        for text in texts
+    ]
+    if not rows:
+        return {}
+    blocks = cut_blocks(rows, batch_size, lambda row: len(row["input"]))
+    faults: dict[str, str] = {}
+    with Progress("measure discriminators", len(rows), run_dir) as progress:
+        scored = run_blocks(
+            blocks,
+            judge_block,
+            base=base,
+            adapters={f"discriminator/{name}": str(judge.directory) for name, judge in judges.items()},
+            settings={},
+            hosts=hosts,
+            directory=run_dir / "judged" / digest(blocks, base.model_dump(), dict(digests)),
+            on_block=progress.fraction,
+            faults=faults,
+        )
+    found = {}
+    for name in judges.keys() - faults.keys():
+        real, invented = (
+            [row["score"] for row in scored if row["adapter"] == name and row["real"] == kind] for kind in (True, False)
+        )
+        found[name] = quality(real, invented)
+    return found
+
+
+def quality(real: Sequence[float], invented: Sequence[float]) -> DiscriminatorQuality:
+    """The area under the ROC curve and the shares that are accepted, of scores (log-odds)."""
+    real_R, invented_I = np.asarray(real, dtype=float), np.asarray(invented, dtype=float)
+    above = (real_R[:, None] > invented_I).mean() + (real_R[:, None] == invented_I).mean() / 2
+    return DiscriminatorQuality(
+        num_real=len(real),
+        num_invented=len(invented),
+        auc=round(float(above), 4),
+        accepts_real=round(float((real_R > 0).mean()), 4),
+        accepts_invented=round(float((invented_I > 0).mean()), 4),
+    )

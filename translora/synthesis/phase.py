@@ -29,6 +29,12 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
         needed = member.num_samples + member.num_heldout
         budget = math.ceil(config.synthesis.max_generated_factor * needed)
         screen = choose_screen(config.synthesis, member.bundle, member.entry.screen)
+        if screen == "excess" and (found := member.bundle.manifest.discriminator_quality) and not found.tells_apart:
+            logger.warning(
+                "%s: its discriminator does not tell real inputs from invented ones (%s): screened by excess",
+                member.name,
+                found,
+            )
         surplus = config.synthesis.excess_surplus if screen == "excess" else 1.0
         pools.append(Pool(member.name, member.bundle, needed, budget, screen, surplus))
         if member.state.attempt > 1:

@@ -90,12 +90,16 @@ class Pool:
 def choose_screen(config: SynthesisConfig, bundle: Bundle, own: Screen | None = None) -> ScreenName:
     """The screen of one adapter; `own` is its entry's.
 
+    `auto` passes over a discriminator that was measured and cannot tell real inputs from invented ones: what it lets
+    pass is chosen by something else, the answer for instance.
+
     Raises:
         ValueError: the discriminator is asked for, and the bundle has none.
     """
     screen = own or config.screen
     if screen == "auto":
-        return "discriminator" if bundle.discriminator_dir else "excess"
+        found = bundle.manifest.discriminator_quality
+        return "discriminator" if bundle.discriminator_dir and (found is None or found.tells_apart) else "excess"
     if screen == "discriminator" and not bundle.discriminator_dir:
         setting = "its screen" if own else "synthesis.screen"
         raise ValueError(f"{bundle.path}: has no discriminator; set {setting} to auto, excess or none")

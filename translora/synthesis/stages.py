@@ -109,6 +109,11 @@ def discriminator_scores(engine: TransformersEngine, rows: list[Row]) -> list[fl
     return engine.log_odds(questions, [row["discriminator"] for row in rows])
 
 
+def judge_block(engine: TransformersEngine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
+    """Score inputs by their discriminators; adds `score`. Rows: what `discriminator_scores` needs."""
+    return [{**row, "score": score} for row, score in zip(rows, discriminator_scores(engine, rows), strict=True)]
+
+
 def excess_scores(engine: TransformersEngine, rows: list[Row]) -> list[float]:
     """Contrastive excess: mean over the answer's tokens of log p(source base + adapter) - log p(source base).
 
