@@ -106,7 +106,7 @@ def _resolve_paths(raw: dict[str, Any], here: Path) -> None:
     for index, entry in enumerate(entries if isinstance(entries, list) else []):
         if isinstance(entry, str) and "adapters" in raw:
             entries[index] = entry = {"bundle": entry}
-        for key in ("bundle", "eval_data", "data", "adapter", "seeds"):
+        for key in ("bundle", "eval_data", "data", "include_path", "adapter", "seeds"):
             if isinstance(entry, dict) and isinstance(entry.get(key), str):
                 entry[key] = expand(entry[key], here, is_pattern=key == "bundle")
     for merge in raw["merges"] if isinstance(raw.get("merges"), list) else []:

@@ -177,6 +177,9 @@ CASES = [
     Case("adapter_config.json not JSON", made_wrong(lambda b: cut(b / CONFIG, 30)), "adapter_config.json: not JSON"),
     Case("a promised discriminator that is not there", manifest(
         files={CONFIG: "0" * 64, WEIGHTS: "0" * 64, SEEDS: "0" * 64}), "has no hash for translora/discriminator"),
+    Case("a discriminator better than perfect", manifest(discriminator_quality={
+        "num_real": 20, "num_invented": 20, "auc": 1.5, "accepts_real": 1.0, "accepts_invented": 0.0,
+    }), "discriminator_quality.auc: Input should be less than or equal to 1"),
     Case("a discriminator that the manifest denies", manifest(discriminator=False), "says that there is none"),
     Case("NaN in the discriminator", tensors(fill_nan, JUDGE), "discriminator/adapter_model.safetensors"),
 ]  # fmt: skip

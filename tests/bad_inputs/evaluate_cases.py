@@ -18,6 +18,7 @@ from translora.evaluate.run import evaluate
 
 ROWS = [{"input": f"order {number}", "target": "yes"} for number in range(8)]
 TASK = {"name": "orders", "data": "orders.jsonl", "num_train": 4, "num_test": 4}
+HARNESS = {"name": "orders", "lm_eval": "boolq"}
 EVALUATE: dict[str, Any] = {
     "run_dir": "run",
     "output": "results.md",
@@ -127,7 +128,14 @@ CASES = [
     Case("a seed that is text", loaded(seeds=["first"]), "seeds.0: Input should be a valid integer"),
     Case("a task twice", loaded(tasks=[TASK, TASK]), "task names appear twice: orders"),
     Case("a task whose name is a path", task(name="../orders"), "tasks.0.name: String should match pattern"),
-    Case("a task without data", task(data=None), "tasks.0.data: Input should be a valid string"),
+    Case("a task without data", task(data=None), "task orders: give either data or lm_eval"),
+    Case("a task with two sources", task(lm_eval="boolq"), "task orders: give either data or lm_eval"),
+    Case("a folder of task files and no task of it", task(
+        include_path="tasks"), "task orders: include_path holds task files of lm_eval, which is not set"),
+    Case("a task that the harness does not know", started(
+        tasks=[HARNESS | {"lm_eval": "no_such"}]), "tasks.orders: lm_eval task no_such: is not known; `lm_eval ls"),
+    Case("a folder of task files that is not there", started(
+        tasks=[HARNESS | {"include_path": "none"}]), "/none is no folder; correct it"),
     Case("one test item", task(num_test=1), "tasks.0.num_test: Input should be greater than or equal to 2"),
     Case("no output", loaded(output=None), "output: Field required"),
     Case("an output that is no Markdown file", loaded(output="results"), "output: results does not end in .md"),

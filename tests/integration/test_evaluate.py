@@ -22,21 +22,34 @@ NUM_TRAIN, NUM_TEST = 24, 14
 
 
 def evaluate_config(world: World) -> dict[str, Any]:
-    """Two tasks, one in each of the formats, from the rows that `prepare_config` writes."""
+    """Two tasks from the rows that `prepare_config` writes: a file, and a task of lm-evaluation-harness."""
     prepare = world.prepare_config()
-    rows = {
-        task: [row for part in ("train", "test") for row in read_jsonl(world.root / f"{task}.{part}.jsonl", ())]
-        for task in TASKS
-    }
-    (world.root / "colour.json").write_text(json.dumps({"canary": "none", "examples": rows["colour"]}))
-    (world.root / "thing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows["thing"]))
+    rows = [row for part in ("train", "test") for row in read_jsonl(world.root / f"colour.{part}.jsonl", ())]
+    (world.root / "colour.json").write_text(json.dumps({"canary": "none", "examples": rows}))
+    (world.root / "tasks").mkdir(exist_ok=True)
+    files = {part: str(world.root / f"thing.{part}.jsonl") for part in ("train", "test")}
+    world.write(
+        "tasks/thing.yaml",
+        {
+            "task": "of_the_thing",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": files},
+            "training_split": "train",
+            "test_split": "test",
+            "output_type": "generate_until",
+            "doc_to_text": "{{input}}",
+            "doc_to_target": "{{target}}",
+            "metric_list": [{"metric": "exact_match", "ignore_case": True}],
+        },
+    )
     sizes = {"num_train": NUM_TRAIN, "num_test": NUM_TEST}
+    harness = {"lm_eval": "of_the_thing", "include_path": "tasks"}
     return {
         "run_dir": "runs/evaluate",
         "output": "docs/results.md",
         "source": {"model": "./source"},
         "target": {"model": "./target"},
-        "tasks": [{"name": "colour", "data": "colour.json"} | sizes, {"name": "thing", "data": "thing.jsonl"} | sizes],
+        "tasks": [{"name": "colour", "data": "colour.json"} | sizes, {"name": "thing"} | harness | sizes],
         "seeds": list(SEEDS),
         "arms": {"long": {}, "short": {"distill": {"epochs": 2}}},
         "num_samples": 12,

@@ -10,7 +10,7 @@ import pytest
 
 from translora.config import FleetConfig, PrepareConfig, load_config
 from translora.evaluate.config import EvaluateConfig, EvaluateTask, without_gate
-from translora.evaluate.data import read_task_data, split
+from translora.evaluate.data import TaskData, read_task_data, split
 from translora.run.state import load_states
 from translora.synthesis.prompts import normalise
 
@@ -163,13 +163,13 @@ def test_missing_data_is_named(tmp_path: Path) -> None:
 def test_train_and_test_share_no_input_whatever_its_case_and_spaces() -> None:
     twice = ROWS + [{"input": f"  {row['input'].upper()} ", "target": "x"} for row in ROWS]
     task = EvaluateTask(name="orders", data="orders.jsonl", num_train=6, num_test=4)
-    parts = split(twice, task, seed=0)
+    parts = split(TaskData(task, twice), seed=0)
     train, test = ({normalise(row["input"]) for row in part} for part in (parts.train, parts.test))
     assert (len(train), len(test)) == (6, 4) and not train & test
     assert "x" not in {row["target"] for row in parts.train + parts.test}, "of equal inputs the first is used"
-    assert parts == split(twice, task, seed=0)
-    assert parts != split(twice, task, seed=1)
+    assert parts == split(TaskData(task, twice), seed=0)
+    assert parts != split(TaskData(task, twice), seed=1)
     with pytest.raises(
         ValueError, match=r"orders\.jsonl: 10 different inputs, but num_train \+ num_test of orders is 11"
     ):
-        split(twice, task.model_copy(update={"num_test": 5}), seed=0)
+        split(TaskData(task.model_copy(update={"num_test": 5}), twice), seed=0)

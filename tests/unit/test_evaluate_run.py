@@ -83,7 +83,8 @@ def answers(config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> agreemen
     monkeypatch.setattr(agreement, "run_blocks", run_blocks)
     adapters = {f"{arm}/paint": Path(arm) for arm in ("real", "plain", "hot")}
     source, target = inspect_base(config.source.model), inspect_base(config.target.model)
-    found = answer(config, 3, SPLITS, adapters, source, target)
+    found, logliks = answer(config, 3, SPLITS, adapters, source, target)
+    assert not logliks, "of tasks of choices alone"
     assert passes == [config.source.model, config.target.model], "one pass on each base"
     return found
 

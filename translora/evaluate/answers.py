@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from translora.bundle import BaseInfo, read_bundle
+from translora.config import BaseModelConfig
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, SOURCE_BASE, TARGET_BASE, EvaluateConfig
 from translora.evaluate.data import Split
 from translora.evaluate.results import Migration, TaskItems
-from translora.evaluate.statistics import chance_share, majority_share
-from translora.gate.agreement import Answers, answer_rows, is_equal, judge, run_answers
-from translora.run.files import sha256_path, write_parquet
+from translora.evaluate.statistics import majority_share
+from translora.gate.agreement import Answers, answer_rows, judge, run_answers
+from translora.run.files import digest, sha256_path, write_parquet
+from translora.run.progress import Progress
 from translora.run.state import AdapterState
-from translora.synthesis.actors import Hosts
+from translora.synthesis.actors import Hosts, cut_blocks, run_blocks
 from translora.synthesis.calls import Row
+from translora.synthesis.stages import choice_block
+
+Logliks = dict[tuple[str, str], list[list[float]]]
+"""By task and arm: of each test item's choices."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +37,20 @@ class Repetition:
     states: Mapping[str, Sequence[AdapterState]]
     """What became of the migrations, by arm."""
     answers: Answers
+    logliks: Logliks = field(default_factory=dict)
 
-    def correct(self, task: str, arm: str) -> list[bool] | None:
-        """Which test items the arm got right; None where it has no adapter."""
-        if (task, arm) not in self.answers:
-            return None
-        rows = self.splits[task].test
-        return [is_equal(answer, row["target"]) for answer, row in zip(self.answers[task, arm], rows, strict=True)]
+    def correct(self, task: str, arm: str) -> list[float] | None:
+        """What each of the arm's answers is worth, 1 is right; None where it has no adapter."""
+        found = self.logliks.get((task, arm)) or self.answers.get((task, arm))
+        return None if found is None else self.splits[task].score(found)
+
+    def text(self, task: str, arm: str) -> list[str | None]:
+        """The arm's answers; of choices, the likeliest."""
+        logliks, part = self.logliks.get((task, arm)), self.splits[task]
+        if logliks is None or part.harness is None:
+            return self.answers[task, arm]
+        choices = map(part.harness.choices, part.documents)
+        return [own[values.index(max(values))] for own, values in zip(choices, logliks, strict=True)]
 
 
 def answer(
@@ -46,8 +60,8 @@ def answer(
     adapters: Mapping[str, Path],
     source: BaseInfo,
     target: BaseInfo,
-) -> Answers:
-    """Let every arm answer the test items: one pass on the source base, one on the target base.
+) -> tuple[Answers, Logliks]:
+    """Let every arm answer the test items, or rate their choices: one pass on the source base, one on the target base.
 
     Args:
         adapters: PEFT directory on the target base by `arm/task`.
@@ -57,40 +71,84 @@ def answer(
     source_rows: list[Row] = []
     target_rows: list[Row] = []
     for task, part in splits.items():
-        samples = [(row["input"], row["target"]) for row in part.test]
         template = bundles[task].manifest.prompt_template
         for arm, slot in ((SOURCE_BASE, None), (SOURCE_ADAPTER, f"{SOURCE_ADAPTER}/{task}")):
-            source_rows += answer_rows(task, arm, samples, slot, template)
-        target_rows += answer_rows(task, TARGET_BASE, samples, None, "auto")
+            source_rows += item_rows(task, arm, part, slot, template)
+        target_rows += item_rows(task, TARGET_BASE, part, None, "auto")
         for arm in (REAL, *config.arms):
             if f"{arm}/{task}" in adapters:
-                target_rows += answer_rows(task, arm, samples, f"{arm}/{task}", "auto")
+                target_rows += item_rows(task, arm, part, f"{arm}/{task}", "auto")
     answers: Answers = {}
+    logliks: Logliks = {}
     with Hosts(config.resources) as hosts:
         for info, base, slots, rows in (
             (source, config.source, teachers, source_rows),
             (target, config.target, dict(adapters), target_rows),
         ):
-            found, _ = run_answers(
-                f"seed {seed}: test items on {info.name}",
-                rows,
-                base=base,
-                adapters={slot: str(path) for slot, path in slots.items()},
-                batch_size=config.synthesis.batch_size,
-                max_answer_tokens=config.synthesis.max_answer_tokens,
-                hosts=hosts,
-                directory=config.seed_dir(seed) / "answers",
-                digests={slot: sha256_path(path) for slot, path in slots.items()} | {"base": info.fingerprint},
-            )
-            answers |= found
-    return answers
+            where: dict[str, Any] = {
+                "base": base,
+                "adapters": {slot: str(path) for slot, path in slots.items()},
+                "batch_size": config.synthesis.batch_size,
+                "hosts": hosts,
+                "directory": config.seed_dir(seed) / "answers",
+                "digests": {slot: sha256_path(path) for slot, path in slots.items()} | {"base": info.fingerprint},
+            }
+            label = f"seed {seed}: test items on {info.name}"
+            if texts := [row for row in rows if "choices" not in row]:
+                most = config.synthesis.max_answer_tokens
+                answers |= run_answers(label, texts, max_answer_tokens=most, **where)[0]
+            if choices := [row for row in rows if "choices" in row]:
+                logliks |= run_choices(label, choices, **where)
+    return answers, logliks
+
+
+def item_rows(task: str, arm: str, part: Split, slot: str | None, template: str) -> list[Row]:
+    """One arm's rows of a task's test items: `gate_block`'s, or `choice_block`'s where a task offers choices."""
+    if part.harness is None or not part.harness.is_choice:
+        return answer_rows(task, arm, [(row["input"], row["target"]) for row in part.test], slot, template)
+    common = {"adapter": task, "arm": arm, "slot": slot, "template": template}
+    return [
+        {**common, "index": index, "input": row["input"], "choices": part.harness.choices(document)}
+        for index, (row, document) in enumerate(zip(part.test, part.documents, strict=True))
+    ]
+
+
+def run_choices(
+    label: str,
+    rows: Sequence[Row],
+    *,
+    base: BaseModelConfig,
+    adapters: Mapping[str, str],
+    batch_size: int,
+    hosts: Hosts,
+    directory: Path,
+    digests: Mapping[str, str],
+) -> Logliks:
+    """Rate every item's choices on one base, all arms in mixed batches; arguments as those of `run_answers`."""
+    blocks = cut_blocks(rows, batch_size, lambda row: len(row["input"]))
+    key = digest(blocks, base.model_dump(), dict(digests))
+    with Progress(f"{label}: choices", len(rows), directory.parent) as progress:
+        computed = run_blocks(
+            blocks,
+            choice_block,
+            base=base,
+            adapters=adapters,
+            settings={},
+            hosts=hosts,
+            directory=directory / key,
+            on_block=progress.fraction,
+        )
+    found: Logliks = {}
+    for row in sorted(computed, key=lambda row: (row["adapter"], row["arm"], row["index"])):
+        found.setdefault((row["adapter"], row["arm"]), []).append(list(row["logliks"]))
+    return found
 
 
 def write_items(path: Path, repetition: Repetition) -> None:
-    """Write every arm's answer to every test item: seed, task, arm, index, input, target, answer, correct."""
+    """Write every arm's answer to every test item: seed, task, arm, index, input, target, answer, correct (0 to 1)."""
     rows = []
-    for (task, arm), answers in sorted(repetition.answers.items()):
-        correct = repetition.correct(task, arm) or []
+    for task, arm in sorted({**repetition.answers, **repetition.logliks}):
+        answers, correct = repetition.text(task, arm), repetition.correct(task, arm) or []
         for index, (row, text, good) in enumerate(zip(repetition.splits[task].test, answers, correct, strict=True)):
             own = {"seed": repetition.seed, "task": task, "arm": arm, "index": index}
             rows.append({**own, **row, "answer": text, "correct": good})
@@ -100,19 +158,22 @@ def write_items(path: Path, repetition: Repetition) -> None:
 def task_items(config: EvaluateConfig, name: str, repetitions: Sequence[Repetition]) -> TaskItems:
     """One task's items over all seeds."""
     (task,) = [task for task in config.tasks if task.name == name]
-    correct: dict[str, dict[int, list[bool]]] = {}
+    correct: dict[str, dict[int, list[float]]] = {}
     for repetition in repetitions:
         for arm in (*REFERENCE_ARMS, *config.arms):
             if (good := repetition.correct(name, arm)) is not None:
                 correct.setdefault(arm, {})[repetition.seed] = good
-    targets = [[row["target"] for row in repetition.splits[name].test] for repetition in repetitions]
+    parts = [repetition.splits[name] for repetition in repetitions]
+    targets = [part.places() or [row["target"] for row in part.test] for part in parts]
+    chance = sum(part.chance() for part in parts) / len(parts)
     return TaskItems(
         name=name,
         num_train=task.num_train,
         num_test=task.num_test,
         majority=sum(map(majority_share, targets)) / len(targets),
-        chance=chance_share([target for part in targets for target in part]),
+        chance=chance,
         correct=correct,
+        metric=next((part.harness.metric for part in parts if part.harness), ""),
     )
 
 

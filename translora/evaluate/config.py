@@ -40,12 +40,25 @@ class EvaluateTask(Strict):
 
     name: str = Field(pattern=NAME_PATTERN)
     """Task name: the <NAME> of the discriminator's question, and the bundle's directory."""
-    data: str
+    data: str | None = None
     """JSONL with `input` and `target`, or a JSON file of BIG-Bench-Hard."""
+    lm_eval: str | None = None
+    """In the place of data: a task of lm-evaluation-harness by name. Rows to train on are of its training split, rows
+    to test on of its test split, or of validation where it has none; the harness scores the answers."""
+    include_path: str | None = None
+    """Folder with task files (YAML) of the harness, among which lm_eval may be."""
     num_train: int = Field(default=100, ge=2)
     """Rows that the source adapter, its discriminator and the real-data LoRA are trained on; another draw per seed."""
     num_test: int = Field(default=100, ge=2)
     """Rows, none of them a training row, that every arm answers."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.data is None) == (self.lm_eval is None):
+            raise ValueError(f"task {self.name}: give either data or lm_eval")
+        if self.include_path is not None and self.lm_eval is None:
+            raise ValueError(f"task {self.name}: include_path holds task files of lm_eval, which is not set")
+        return self
 
 
 class EvaluateConfig(ConfigFile):

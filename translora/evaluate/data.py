@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from translora.evaluate.config import EvaluateTask
+from translora.evaluate.harness import Document, HarnessTask, load_harness_task
+from translora.evaluate.statistics import chance_share
+from translora.gate.agreement import is_equal
 from translora.run.files import check_row, derive_seed, read_jsonl
 from translora.synthesis.prompts import normalise
 
@@ -21,6 +26,52 @@ class Split:
 
     train: Rows
     test: Rows
+    harness: HarnessTask | None = None
+    """What scores the answers; None is exact match, case and white space aside."""
+    documents: Sequence[Document] = ()
+    """The harness's, of each test row."""
+
+    def score(self, found: Sequence[Any]) -> list[float]:
+        """What an arm's answers are worth: 1 right, 0 wrong, and what the harness finds in between."""
+        if self.harness is not None:
+            return self.harness.score(self.documents, found)
+        return [float(is_equal(answer, row["target"])) for answer, row in zip(found, self.test, strict=True)]
+
+    def places(self) -> list[str]:
+        """Which of its choices is the right one of each test item; empty where there are no choices."""
+        if self.harness is None or not self.harness.is_choice:
+            return []
+        choices = map(self.harness.choices, self.documents)
+        return [str(own.index(row["target"])) for own, row in zip(choices, self.test, strict=True)]
+
+    def chance(self) -> float:
+        """What guessing evenly would reach: among an item's choices, or among the targets that occur."""
+        if self.harness is None or not self.harness.is_choice:
+            return chance_share([row["target"] for row in self.test])
+        return sum(1 / len(self.harness.choices(document)) for document in self.documents) / len(self.documents)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """All that is known of a task."""
+
+    entry: EvaluateTask
+    rows: Rows
+    harness: HarnessTask | None = None
+    documents: Sequence[Document] = ()
+    """Of the harness's test split; `rows` are then of its training split alone."""
+
+
+def load_task(entry: EvaluateTask) -> TaskData:
+    """A task's rows, from its file or from the harness.
+
+    Raises:
+        ValueError: names the file or the task and what is wrong with it.
+    """
+    if entry.data is not None:
+        return TaskData(entry, read_task_data(entry.data))
+    harness = load_harness_task(entry)
+    return TaskData(entry, [harness.row(one) for one in harness.train()], harness, harness.test())
 
 
 def read_task_data(path: str | Path) -> Rows:
@@ -43,21 +94,44 @@ def read_task_data(path: str | Path) -> Rows:
     return [{field: row[field] for field in FIELDS} for row in rows]
 
 
-def split(rows: Rows, task: EvaluateTask, seed: int) -> Split:
+def split(data: TaskData, seed: int) -> Split:
     """Training and test rows of one repetition, drawn by seed and task; of equal inputs the first alone is used.
 
     Raises:
         ValueError: there are fewer different inputs than the two parts need.
     """
+    task, rng = data.entry, random.Random(derive_seed(seed, data.entry.name, "evaluate"))
+    drawn = draw(data.rows, rng)
+    if data.harness is None:
+        wanted = task.num_train + task.num_test
+        if len(drawn) < wanted:
+            raise ValueError(
+                f"{task.data}: {len(drawn)} different inputs, but num_train + num_test of {task.name} is {wanted}; "
+                "lower one of them, or give more data"
+            )
+        return Split(drawn[: task.num_train], drawn[task.num_train : wanted])
+    train = drawn[: task.num_train]
+    known = {normalise(row["input"]) for row in train}
+    pairs: dict[str, tuple[dict[str, str], Document]] = {}
+    for document in data.documents:
+        row = data.harness.row(document)
+        if (key := normalise(row["input"])) not in known:
+            pairs.setdefault(key, (row, document))
+    for part, count, wanted in (("train", len(train), task.num_train), ("test", len(pairs), task.num_test)):
+        if count < wanted:
+            raise ValueError(
+                f"tasks.{task.name}: lm_eval task {task.lm_eval} has {count} different inputs to {part} on, but "
+                f"num_{part} is {wanted}; lower it"
+            )
+    chosen = rng.sample(list(pairs.values()), task.num_test)
+    return Split(train, [row for row, _ in chosen], data.harness, [document for _, document in chosen])
+
+
+def draw(rows: Rows, rng: random.Random) -> Rows:
+    """Rows of different inputs in random order."""
     distinct: dict[str, dict[str, str]] = {}
     for row in rows:
         distinct.setdefault(normalise(row["input"]), row)
-    wanted = task.num_train + task.num_test
-    if len(distinct) < wanted:
-        raise ValueError(
-            f"{task.data}: {len(distinct)} different inputs, but num_train + num_test of {task.name} is {wanted}; "
-            "lower one of them, or give more data"
-        )
     drawn = list(distinct.values())
-    random.Random(derive_seed(seed, task.name, "evaluate")).shuffle(drawn)
-    return Split(drawn[: task.num_train], drawn[task.num_train : wanted])
+    rng.shuffle(drawn)
+    return drawn

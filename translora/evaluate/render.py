@@ -91,7 +91,8 @@ def _setup(setup: Setup, tasks: Sequence[TaskResult], json_name: str) -> list[st
         f"{_count(len(setup.seeds), 'seed')} ({seeds}), \\|D_syn\\| = {setup.num_samples}.** "
         f"Per task and seed: {rows}, no input in both, and a source adapter, seed examples and migrations of its own.",
         "",
-        "Accuracy is exact match, case and white space aside, in percent; a bare base is cut at its first line. In "
+        f"Accuracy is exact match, case and white space aside, in percent{_harness(tasks)}; a bare base is cut at its "
+        "first line. In "
         f"brackets are 95 % bootstrap intervals ({setup.num_replicates} replicates): of accuracies over the test "
         "items, of retention and differences over seeds and the items within, the same items for all arms. Retention "
         "ρ = (migrated − target base) / (real-data LoRA on the target − target base): 0 is nothing kept, 1 is as "
@@ -104,6 +105,12 @@ def _setup(setup: Setup, tasks: Sequence[TaskResult], json_name: str) -> list[st
         + ", ".join(f"{name} {version}" for name, version in setup.versions.items() if name in SHOWN_VERSIONS)
         + ".",
     ]
+
+
+def _harness(tasks: Sequence[TaskResult]) -> str:
+    """Which tasks lm-evaluation-harness scored."""
+    scored = [f"{task.name} ({task.metric})" for task in tasks if task.metric]
+    return f", but for what lm-evaluation-harness scored: {', '.join(scored)}" if scored else ""
 
 
 SHOWN_VERSIONS = ("translora", "torch", "transformers", "peft", "deepspeed", "ray")

@@ -89,6 +89,8 @@ class TaskResult(Record):
     majority: float
     """The most that one answer to every test item can reach, mean over seeds."""
     chance: float
+    metric: str = ""
+    """Of lm-evaluation-harness; empty is exact match."""
     counted: bool
     """Whether the source adapter beats the majority class beyond its interval: the headline is of these tasks."""
     accuracy: dict[str, Estimate]
@@ -153,8 +155,9 @@ class TaskItems:
     num_test: int
     majority: float
     chance: float
-    correct: Mapping[str, Mapping[int, Sequence[bool]]]
-    """By arm and seed, in the order of the items."""
+    correct: Mapping[str, Mapping[int, Sequence[float]]]
+    """By arm and seed, in the order of the items: 1 is right, 0 wrong."""
+    metric: str = ""
 
     def arrays(self, *arms: str) -> tuple[list[Floats], list[int]]:
         """The arms' [S, N] over the seeds that all of them have, and these seeds."""
@@ -195,6 +198,7 @@ class TaskItems:
             num_test=self.num_test,
             majority=self.majority,
             chance=self.chance,
+            metric=self.metric,
             counted=accuracy[SOURCE_ADAPTER].low > self.majority,
             accuracy=accuracy,
             gain=self.resample(seeds, over_seeds=True).estimate(real_SN - base_SN),

@@ -21,7 +21,7 @@ from translora.distill.job import make_job, refuse_failures
 from translora.distill.launch import train_adapters
 from translora.evaluate.answers import Repetition, answer, migrations, task_items, write_items
 from translora.evaluate.config import REAL, EvaluateConfig, without_gate
-from translora.evaluate.data import Split, read_task_data, split
+from translora.evaluate.data import Split, load_task, split
 from translora.evaluate.results import BaseSize, Results, Setup, summarise
 from translora.evaluate.statistics import NUM_REPLICATES
 from translora.fleet import migrate
@@ -46,8 +46,8 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
     Raises:
         ValueError: the config, a base or the data of a task cannot be used.
     """
-    data = {task.name: read_task_data(task.data) for task in config.tasks}
-    splits = {seed: {task.name: split(data[task.name], task, seed) for task in config.tasks} for seed in config.seeds}
+    data = [load_task(task) for task in config.tasks]
+    splits = {seed: {one.entry.name: split(one, seed) for one in data} for seed in config.seeds}
     source, target = (inspect_base(base.model, base.trust_remote_code) for base in (config.source, config.target))
     if source.fingerprint == target.fingerprint:
         raise ValueError(f"source and target are the same base ({source.path}); set `target` to another base")
@@ -113,8 +113,7 @@ def repeat(
         # The students themselves: a teacher of one answer passes no gate, and is measured all the same.
         moved = [state.name for state in states[arm] if state.gate is not None]
         adapters |= {f"{arm}/{name}": fleet.run_dir / "adapters" / name / STUDENT for name in moved}
-    answers = answer(config, seed, splits, adapters, source, target)
-    repetition = Repetition(seed, splits, states, answers)
+    repetition = Repetition(seed, splits, states, *answer(config, seed, splits, adapters, source, target))
     write_items(config.seed_dir(seed) / ITEMS, repetition)
     return repetition
 

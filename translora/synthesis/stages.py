@@ -109,6 +109,21 @@ def discriminator_scores(engine: TransformersEngine, rows: list[Row]) -> list[fl
     return engine.log_odds(questions, [row["discriminator"] for row in rows])
 
 
+def choice_block(engine: TransformersEngine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
+    """Log-likelihood of each choice as the answer, its end not counted; adds `logliks`, in the order of the choices.
+
+    Rows: slot (adapter of the bank, or None for the bare base), input, template, choices.
+    """
+    samples, slots = [], []
+    for row in rows:
+        prompts = prompt_format(engine.tokenizer, row["template"])
+        prompt_ids = prompts.encode_prompt(row["input"])
+        samples += [(prompt_ids, prompts.encode_answer(choice, with_end=False)) for choice in row["choices"]]
+        slots += [row["slot"]] * len(row["choices"])
+    sums = iter([sum(own) for own in engine.log_likelihood(samples, slots)])
+    return [{**row, "logliks": [next(sums) for _ in row["choices"]]} for row in rows]
+
+
 def judge_block(engine: TransformersEngine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
     """Score inputs by their discriminators; adds `score`. Rows: what `discriminator_scores` needs."""
     return [{**row, "score": score} for row, score in zip(rows, discriminator_scores(engine, rows), strict=True)]

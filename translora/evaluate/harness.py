@@ -1,0 +1,143 @@
+"""Tasks of lm-evaluation-harness (EleutherAI, Zenodo 10.5281/zenodo.12608602): its documents, and its own scoring.
+
+The harness says what a document's prompt and answer are, and what an arm's answers are worth; prompts are put to the
+bases as every other input is, without examples before them. Importing this module does not load the harness.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from translora.evaluate.config import EvaluateTask
+
+logger = logging.getLogger(__name__)
+Document = dict[str, Any]
+OUTPUT_TYPES = ("generate_until", "multiple_choice")
+
+
+@dataclass(frozen=True)
+class HarnessTask:
+    """One task of the harness."""
+
+    name: str
+    task: Any
+    """lm_eval.api.task.ConfigurableTask."""
+    metric: str
+    """The first of the task's metrics that is a mean over the documents and of which more is better."""
+
+    @property
+    def is_choice(self) -> bool:
+        """Whether an arm's answer is the likeliest of some choices; else it is generated."""
+        return bool(self.task.OUTPUT_TYPE == "multiple_choice")
+
+    def train(self) -> list[Document]:
+        """The documents of the training split."""
+        return [dict(document) for document in self.task.training_docs()]
+
+    def test(self) -> list[Document]:
+        """The documents that the harness scores models on: the test split, or validation where there is none."""
+        return [dict(document) for document in self.task.eval_docs]
+
+    def row(self, document: Document) -> dict[str, str]:
+        """A document as `input` and `target`; of several right answers the first is trained on.
+
+        Raises:
+            ValueError: prompt or answer is no text.
+        """
+        text, target = self._prompt(document), self.task.doc_to_target(document)
+        if isinstance(target, list) and target:
+            target = target[0]
+        if isinstance(target, int) and self.task.config.doc_to_choice is not None:
+            target = self.choices(document)[target]
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"lm_eval task {self.name}: a document's prompt is not text; give another task")
+        if not str(target).strip():
+            raise ValueError(f"lm_eval task {self.name}: a document has no answer to train on; give another task")
+        return {"input": text.strip(), "target": str(target).strip()}
+
+    def choices(self, document: Document) -> list[str]:
+        """The answers that a document offers."""
+        return [str(choice).strip() for choice in self.task.doc_to_choice(document)]
+
+    def score(self, documents: Sequence[Document], found: Sequence[Any]) -> list[float]:
+        """What the harness gives for each document, 0 to 1.
+
+        Args:
+            documents: of the test split.
+            found: an answer's text for each, or None for one that did not end; of a task of choices the
+                log-likelihood of each choice.
+        """
+        instances = []
+        for index, (document, answer) in enumerate(zip(documents, found, strict=True)):
+            made = self.task.construct_requests(
+                doc=document, ctx=self._prompt(document), metadata=(self.name, index, 1)
+            )
+            own = made if isinstance(made, list) else [made]
+            answers = [(loglik, False) for loglik in answer] if self.is_choice else [self._cut(answer or "")]
+            for instance, response in zip(own, answers, strict=True):
+                instance.resps = [response]
+            instances.append(own)
+        self.task._instances = [instance for own in instances for instance in own]
+        self.task.apply_filters()
+        scores = []
+        for document, own in zip(documents, instances, strict=True):
+            key = next(iter(own[0].filtered_resps))
+            results = self.task.process_results(document, [instance.filtered_resps[key] for instance in own])
+            scores.append(float(results[self.metric]))
+        return scores
+
+    def _prompt(self, document: Document) -> Any:
+        return self.task.fewshot_context(document, num_fewshot=0)
+
+    def _cut(self, text: str) -> str:
+        """What stands before the first of the task's stops."""
+        until = (self.task.config.generation_kwargs or {}).get("until") or []
+        for stop in [until] if isinstance(until, str) else until:
+            text = text.split(stop)[0] if stop else text
+        return text
+
+
+def load_harness_task(entry: EvaluateTask) -> HarnessTask:
+    """A task by its name in the harness, or in the task files below `include_path`.
+
+    Raises:
+        ValueError: the harness is not installed, has no such task, cannot load its data, or scores it in a way that
+            has no score for each document.
+    """
+    try:
+        from lm_eval.api.metrics import mean
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError(
+            f"tasks.{entry.name}: lm_eval needs lm-evaluation-harness; pip install 'translora[lm-eval]'"
+        ) from error
+    where = f"tasks.{entry.name}: lm_eval task {entry.lm_eval}"
+    if entry.include_path is not None and not Path(entry.include_path).is_dir():
+        raise ValueError(f"{where}: include_path {entry.include_path} is no folder; correct it")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(include_path=entry.include_path)
+    if entry.lm_eval not in manager.all_subtasks:
+        known = "is a group; name one of its tasks" if entry.lm_eval in manager.all_tasks else "is not known"
+        raise ValueError(f"{where}: {known}; `lm_eval ls tasks` lists them, include_path adds task files of your own")
+    try:
+        task = manager.load([entry.lm_eval])["tasks"][entry.lm_eval]
+        has_train = task.has_training_docs()
+    except Exception as error:  # the hub, the data's own code, a damaged task file
+        fault = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{where}: cannot be loaded ({fault}); check its data files, or that the hub can be reached"
+        ) from error
+    if task.OUTPUT_TYPE not in OUTPUT_TYPES or task.multiple_input:
+        kind = "choices of prompts" if task.OUTPUT_TYPE in OUTPUT_TYPES else task.OUTPUT_TYPE
+        raise ValueError(f"{where}: is of {kind}, not {' or '.join(OUTPUT_TYPES)}; give a task of these")
+    if not has_train:
+        raise ValueError(f"{where}: has no training split, from which the source adapter could be trained")
+    means, better = task.aggregation(), task.higher_is_better()
+    metrics = [one for one in means if means[one] is mean and better.get(one, True) and one != "acc_mutual_info"]
+    if not metrics or "acc_mutual_info" in means:
+        raise ValueError(f"{where}: none of its metrics ({', '.join(means)}) is a mean over its documents' own scores")
+    return HarnessTask(entry.name, task, metrics[0])
