@@ -135,7 +135,7 @@ CASES = [
     Case("a task that the harness does not know", started(
         tasks=[HARNESS | {"lm_eval": "no_such"}]), "tasks.orders: lm_eval task no_such: is not known; `lm_eval ls"),
     Case("a folder of task files that is not there", started(
-        tasks=[HARNESS | {"include_path": "none"}]), "include_path none is no folder; correct it"),
+        tasks=[HARNESS | {"include_path": "none"}]), "none is no folder; correct it"),
     Case("one test item", task(num_test=1), "tasks.0.num_test: Input should be greater than or equal to 2"),
     Case("no output", loaded(output=None), "output: Field required"),
     Case("an output that is no Markdown file", loaded(output="results"), "output: results does not end in .md"),
