@@ -308,8 +308,8 @@ def measure_discriminators(
         logger.info("%s: discriminator: %s", name, one)
         if not one.tells_apart:
             logger.warning(
-                "%s: its discriminator does not tell real inputs from invented ones, and a migration will screen "
-                "without it; raise discriminator.epochs or learning_rate, or give more data",
+                "%s: its discriminator was not shown to tell real inputs from invented ones, and a migration will "
+                "screen without it; raise discriminator.epochs or learning_rate, or give more data",
                 name,
             )
     return found

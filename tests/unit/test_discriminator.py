@@ -80,6 +80,7 @@ def test_the_verdict_keeps_its_level_where_scores_say_nothing() -> None:
     assert 0.03 < np.mean(guessing) < 0.07
     good = [quality(rng.normal(1.5, size=20).tolist(), rng.normal(size=20).tolist()).tells_apart for _ in range(200)]
     assert np.mean(good) > 0.97
+    assert not quality([-1.0 + place / 100 for place in range(20)], [-2.0] * 20).tells_apart, "it accepts nothing"
 
 
 @pytest.mark.parametrize(("auc", "screen"), [(None, "discriminator"), (0.9, "discriminator"), (0.49, "excess")])
@@ -87,7 +88,7 @@ def test_auto_passes_over_a_discriminator_that_cannot_tell(tmp_path: Path, auc: 
     bundle = make_bundle(tmp_path / "orders", make_base(tmp_path / "base"))
     if auc is not None:
         path = bundle.path / MANIFEST
-        measured = DiscriminatorQuality(num_real=20, num_invented=20, auc=auc, accepts_real=0.2, accepts_invented=0.2)
+        measured = DiscriminatorQuality(num_real=20, num_invented=20, auc=auc, accepts_real=0.3, accepts_invented=0.2)
         path.write_text(json.dumps({**json.loads(path.read_text()), "discriminator_quality": measured.model_dump()}))
         bundle = read_bundle(bundle.path)
         assert bundle.manifest.discriminator_quality == measured

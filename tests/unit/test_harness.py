@@ -1,6 +1,7 @@
 """Tasks of lm-evaluation-harness: offline task files as rows, scored as the harness itself scores."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "metric_list": [{"metric": "word_perplexity"}],
         },
         "box_lost": common | written | {"dataset_kwargs": {"data_files": {"train": str(root / "none.jsonl")}}},
+        "box_exact": common | choice | {"metric_list": [{"metric": "exact_match"}]},
+        "box_twice": common | written | {"repeats": 2},
+        "box_unlabelled": common | choice | {"metric_list": accuracy, "doc_to_target": "{{answer - 9}}"},
         "box_mutual": common | choice | {"metric_list": [{"metric": "acc_mutual_info"}]},
     }
     for name, task in tasks.items():
@@ -106,25 +110,20 @@ def test_of_choices_the_likeliest_is_the_answer(folder: Path) -> None:
     ]
     assert found.harness is not None and found.harness.metric == "acc"
     assert found.score(logliks) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
-    assert found.chance() == 0.25 and found.places() == [str(answer) for answer in right]
+    assert found.chance() == 0.25
     whole = Repetition(0, {"boxes": found}, {}, {}, {("boxes", "real"): logliks})
     assert whole.correct("boxes", "real") == found.score(logliks) and whole.correct("boxes", "other") is None
     assert whole.text("boxes", "real")[0] == found.test[0]["target"] != whole.text("boxes", "real")[5]
 
 
-def test_texts_are_cut_filtered_and_compared_by_the_harness(folder: Path) -> None:
+def test_texts_are_filtered_and_compared_by_the_harness(folder: Path) -> None:
     for name, wordy in (("box_words", 0.0), ("box_filtered", 1.0)):
         found = part(folder, name)
         targets = [row["target"] for row in found.test]
-        answers = [
-            targets[0].upper(),
-            f"{targets[1]}. And more",
-            f"{targets[2]}\nQ: next",
-            f"{targets[3]} box",
-            None,
-            "no",
-        ]
-        assert found.score(answers) == [1.0, 1.0, 1.0, wordy, 0.0, 0.0]
+        answers = [targets[0].upper(), targets[1], f"{targets[2]} box", "", "no", "no"]
+        assert found.score(answers) == [1.0, 1.0, wordy, 0.0, 0.0, 0.0]
+        (row, *_), (bare, *_) = (item_rows("boxes", "arm", found, slot, "auto") for slot in ("it", None))
+        assert row["cut"] and row["stop"] == bare["stop"] and re.split(row["stop"], "red.\nQ: blue")[0] == "red"
 
 
 def test_a_bare_base_scores_what_the_harness_itself_gives_it(folder: Path, tmp_path: Path) -> None:
@@ -167,7 +166,10 @@ def test_a_bare_base_scores_what_the_harness_itself_gives_it(folder: Path, tmp_p
         ("box_untrained", "has no training split, from which the source adapter could be trained"),
         ("box_rolling", "is of loglikelihood_rolling, not generate_until or multiple_choice"),
         ("box_lost", r"cannot be loaded \(.*\); check its data files"),
-        ("box_mutual", r"none of its metrics \(acc_mutual_info\) is a mean"),
+        ("box_mutual", r"none of its metrics \(acc_mutual_info\) can be had"),
+        ("box_exact", r"none of its metrics \(exact_match\) can be had"),
+        ("box_twice", "asks for 2 answers to a document"),
+        ("box_unlabelled", r"its documents cannot be scored \(.*is none of a document's choices"),
     ],
 )
 def test_a_task_that_cannot_be_measured_is_refused(folder: Path, name: str, message: str) -> None:

@@ -36,16 +36,20 @@ class BundleError(ValueError):
 
 
 class DiscriminatorQuality(BaseModel):
-    """How well a discriminator tells real inputs from invented ones, none of which it was trained on."""
+    """How well a discriminator tells inputs apart that it was not trained on.
+
+    Of an owner's bundle: real inputs from invented ones. Of a migrated one, whose real inputs nobody has: those that
+    the screen accepted from those that it refused.
+    """
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
     num_real: int = Field(ge=1, le=10_000)
-    """Real inputs of the task."""
+    """Real inputs of the task, or accepted ones."""
     num_invented: int = Field(ge=1, le=10_000)
-    """Inputs that a base invented from the seeds."""
+    """Inputs that a base invented from the seeds, or refused ones."""
     auc: float = Field(ge=0, le=1)
     """How often a real input has a greater score than an invented one, ties counting half; 0.5 is chance."""
     accepts_real: float = Field(ge=0, le=1)
@@ -55,9 +59,12 @@ class DiscriminatorQuality(BaseModel):
 
     @property
     def tells_apart(self) -> bool:
-        """Whether the AUC is above chance at the 5 % level (Mann and Whitney 1947, normal approximation)."""
+        """Whether the AUC is above chance at the 5 % level, and more of the real inputs are accepted than of the others.
+
+        Mann and Whitney (1947), normal approximation.
+        """
         spread = math.sqrt((self.num_real + self.num_invented + 1) / (12 * self.num_real * self.num_invented))
-        return self.auc - 0.5 > 1.645 * spread
+        return self.auc - 0.5 > 1.645 * spread and self.accepts_real > self.accepts_invented
 
     def __str__(self) -> str:
         return (

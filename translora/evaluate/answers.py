@@ -105,7 +105,10 @@ def answer(
 def item_rows(task: str, arm: str, part: Split, slot: str | None, template: str) -> list[Row]:
     """One arm's rows of a task's test items: `gate_block`'s, or `choice_block`'s where a task offers choices."""
     if part.harness is None or not part.harness.is_choice:
-        return answer_rows(task, arm, [(row["input"], row["target"]) for row in part.test], slot, template)
+        rows = answer_rows(task, arm, [(row["input"], row["target"]) for row in part.test], slot, template)
+        # The harness ends every model's answer at the same texts, and scores what there is at the longest length.
+        own = {} if part.harness is None else {"stop": part.harness.stop, "cut": True}
+        return [row | own for row in rows]
     common = {"adapter": task, "arm": arm, "slot": slot, "template": template}
     return [
         {**common, "index": index, "input": row["input"], "choices": part.harness.choices(document)}
@@ -164,7 +167,7 @@ def task_items(config: EvaluateConfig, name: str, repetitions: Sequence[Repetiti
             if (good := repetition.correct(name, arm)) is not None:
                 correct.setdefault(arm, {})[repetition.seed] = good
     parts = [repetition.splits[name] for repetition in repetitions]
-    targets = [part.places() or [row["target"] for row in part.test] for part in parts]
+    targets = [[row["target"] for row in part.test] for part in parts]
     chance = sum(part.chance() for part in parts) / len(parts)
     return TaskItems(
         name=name,

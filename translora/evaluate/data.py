@@ -37,13 +37,6 @@ class Split:
             return self.harness.score(self.documents, found)
         return [float(is_equal(answer, row["target"])) for answer, row in zip(found, self.test, strict=True)]
 
-    def places(self) -> list[str]:
-        """Which of its choices is the right one of each test item; empty where there are no choices."""
-        if self.harness is None or not self.harness.is_choice:
-            return []
-        choices = map(self.harness.choices, self.documents)
-        return [str(own.index(row["target"])) for own, row in zip(choices, self.test, strict=True)]
-
     def chance(self) -> float:
         """What guessing evenly would reach: among an item's choices, or among the targets that occur."""
         if self.harness is None or not self.harness.is_choice:

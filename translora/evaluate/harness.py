@@ -7,6 +7,7 @@ bases as every other input is, without examples before them. Importing this modu
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,12 @@ from typing import Any
 
 from translora.evaluate.config import EvaluateTask
 
-logger = logging.getLogger(__name__)
 Document = dict[str, Any]
 OUTPUT_TYPES = ("generate_until", "multiple_choice")
+CHOICE_METRICS = ("acc", "acc_norm", "acc_bytes")
+"""Those that need the choices' log-likelihoods alone."""
+NUM_TRIED = 5
+"""Documents that are scored before anything is trained."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,12 @@ class HarnessTask:
     """lm_eval.api.task.ConfigurableTask."""
     metric: str
     """The first of the task's metrics that is a mean over the documents and of which more is better."""
+
+    @property
+    def stop(self) -> str | None:
+        """A regular expression for where a generated answer ends, whoever gives it; None where only its end does."""
+        until = (self.task.config.generation_kwargs or {}).get("until") or []
+        return "|".join(re.escape(text) for text in ([until] if isinstance(until, str) else until) if text) or None
 
     @property
     def is_choice(self) -> bool:
@@ -46,13 +56,17 @@ class HarnessTask:
         """A document as `input` and `target`; of several right answers the first is trained on.
 
         Raises:
-            ValueError: prompt or answer is no text.
+            ValueError: prompt or answer is no text, or the answer is none of the choices.
         """
         text, target = self._prompt(document), self.task.doc_to_target(document)
         if isinstance(target, list) and target:
             target = target[0]
-        if isinstance(target, int) and self.task.config.doc_to_choice is not None:
-            target = self.choices(document)[target]
+        if self.task.config.doc_to_choice is not None:
+            choices = self.choices(document)
+            if isinstance(target, int) and 0 <= target < len(choices):
+                target = choices[target]
+            if str(target).strip() not in choices or not all(choices):
+                raise ValueError(f"lm_eval task {self.name}: {target!r} is none of a document's choices {choices}")
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"lm_eval task {self.name}: a document's prompt is not text; give another task")
         if not str(target).strip():
@@ -68,8 +82,10 @@ class HarnessTask:
 
         Args:
             documents: of the test split.
-            found: an answer's text for each, or None for one that did not end; of a task of choices the
-                log-likelihood of each choice.
+            found: an answer's text for each; of a task of choices the log-likelihood of each choice.
+
+        Raises:
+            ValueError: a score is none, or not in 0 to 1.
         """
         instances = []
         for index, (document, answer) in enumerate(zip(documents, found, strict=True)):
@@ -77,7 +93,7 @@ class HarnessTask:
                 doc=document, ctx=self._prompt(document), metadata=(self.name, index, 1)
             )
             own = made if isinstance(made, list) else [made]
-            answers = [(loglik, False) for loglik in answer] if self.is_choice else [self._cut(answer or "")]
+            answers = [(loglik, False) for loglik in answer] if self.is_choice else [answer]
             for instance, response in zip(own, answers, strict=True):
                 instance.resps = [response]
             instances.append(own)
@@ -88,17 +104,25 @@ class HarnessTask:
             key = next(iter(own[0].filtered_resps))
             results = self.task.process_results(document, [instance.filtered_resps[key] for instance in own])
             scores.append(float(results[self.metric]))
+            if not 0 <= scores[-1] <= 1:
+                raise ValueError(f"lm_eval task {self.name}: its {self.metric} is {scores[-1]}, not between 0 and 1")
         return scores
 
-    def _prompt(self, document: Document) -> Any:
-        return self.task.fewshot_context(document, num_fewshot=0)
+    def try_out(self) -> None:
+        """Score a few documents with made-up answers: what cannot be scored is known before anything is trained.
 
-    def _cut(self, text: str) -> str:
-        """What stands before the first of the task's stops."""
-        until = (self.task.config.generation_kwargs or {}).get("until") or []
-        for stop in [until] if isinstance(until, str) else until:
-            text = text.split(stop)[0] if stop else text
-        return text
+        Raises:
+            Exception: whatever the task's own code raises.
+        """
+        tried = self.test()[:NUM_TRIED]
+        rows = [self.row(document) for document in tried]
+        logliks = [
+            [-float(place) for place, _ in enumerate(self.choices(one))] if self.is_choice else [] for one in tried
+        ]
+        self.score(tried, logliks if self.is_choice else [row["target"] for row in rows])
+
+    def _prompt(self, document: Document) -> Any:
+        return self.task.fewshot_context(document, num_fewshot=0, gen_prefix=self.task.doc_to_prefix(document))
 
 
 def load_harness_task(entry: EvaluateTask) -> HarnessTask:
@@ -134,10 +158,24 @@ def load_harness_task(entry: EvaluateTask) -> HarnessTask:
     if task.OUTPUT_TYPE not in OUTPUT_TYPES or task.multiple_input:
         kind = "choices of prompts" if task.OUTPUT_TYPE in OUTPUT_TYPES else task.OUTPUT_TYPE
         raise ValueError(f"{where}: is of {kind}, not {' or '.join(OUTPUT_TYPES)}; give a task of these")
+    if getattr(task, "UNSAFE_CODE", False):
+        raise ValueError(f"{where}: runs code that a model writes, which is never done here; give another task")
+    if (task.config.repeats or 1) > 1:
+        raise ValueError(
+            f"{where}: asks for {task.config.repeats} answers to a document; one greedy answer is measured"
+        )
     if not has_train:
         raise ValueError(f"{where}: has no training split, from which the source adapter could be trained")
     means, better = task.aggregation(), task.higher_is_better()
-    metrics = [one for one in means if means[one] is mean and better.get(one, True) and one != "acc_mutual_info"]
+    metrics = [one for one in means if means[one] is mean and better.get(one, True)]
+    if task.OUTPUT_TYPE == "multiple_choice":
+        metrics = [one for one in CHOICE_METRICS if one in metrics and not callable(task.config.process_results)]
     if not metrics or "acc_mutual_info" in means:
-        raise ValueError(f"{where}: none of its metrics ({', '.join(means)}) is a mean over its documents' own scores")
-    return HarnessTask(entry.name, task, metrics[0])
+        raise ValueError(f"{where}: none of its metrics ({', '.join(means)}) can be had from its documents one by one")
+    found = HarnessTask(entry.name, task, metrics[0])
+    try:
+        found.try_out()
+    except Exception as error:  # the task's own code
+        fault = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{where}: its documents cannot be scored ({fault}); give another task") from error
+    return found

@@ -199,7 +199,7 @@ class TaskItems:
             majority=self.majority,
             chance=self.chance,
             metric=self.metric,
-            counted=accuracy[SOURCE_ADAPTER].low > self.majority,
+            counted=accuracy[SOURCE_ADAPTER].low > max(self.majority, self.chance),
             accuracy=accuracy,
             gain=self.resample(seeds, over_seeds=True).estimate(real_SN - base_SN),
             retention={arm: one.estimate if one else None for arm, one in found.items()},

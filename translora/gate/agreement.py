@@ -135,6 +135,8 @@ def run_answers(
 ) -> tuple[Answers, dict[tuple[str, str], float]]:
     """Answer the rows of `answer_rows` on one base, all arms in mixed batches.
 
+    An answer that did not end is None, but for rows that say `cut`: theirs is what there is.
+
     Args:
         label: of the progress.
         directory: below the run directory; finished blocks go below it.
@@ -163,7 +165,9 @@ def run_answers(
         )
     found: Answers = {}
     for row in sorted(computed, key=lambda row: (row["adapter"], row["arm"], row["index"])):
-        found.setdefault((row["adapter"], row["arm"]), []).append(row["answer"] if row["finished"] else None)
+        found.setdefault((row["adapter"], row["arm"]), []).append(
+            row["answer"] if row["finished"] or row.get("cut") else None
+        )
     return found, _mean_logliks(computed)
 
 

@@ -153,6 +153,8 @@ def measure(
             on_block=progress.fraction,
             faults=faults,
         )
+    for name, reason in sorted(faults.items()):
+        logger.warning("%s: its discriminator could not be measured (%s)", name, reason)
     found = {}
     for name in judges.keys() - faults.keys():
         real, invented = (

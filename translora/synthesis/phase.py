@@ -31,7 +31,7 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
         screen = choose_screen(config.synthesis, member.bundle, member.entry.screen)
         if screen == "excess" and (found := member.bundle.manifest.discriminator_quality) and not found.tells_apart:
             logger.warning(
-                "%s: its discriminator does not tell real inputs from invented ones (%s): screened by excess",
+                "%s: its discriminator was not shown to tell real inputs from invented ones (%s): screened by excess",
                 member.name,
                 found,
             )
