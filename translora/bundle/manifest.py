@@ -59,7 +59,7 @@ class DiscriminatorQuality(BaseModel):
 
     @property
     def tells_apart(self) -> bool:
-        """Whether the AUC is above chance at the 5 % level, and more of the real inputs are accepted than of the others.
+        """Whether the AUC is above chance at the 5 % level, and more real inputs are accepted than others.
 
         Mann and Whitney (1947), normal approximation.
         """

@@ -116,10 +116,10 @@ class HarnessTask:
         """
         tried = self.test()[:NUM_TRIED]
         rows = [self.row(document) for document in tried]
-        logliks = [
-            [-float(place) for place, _ in enumerate(self.choices(one))] if self.is_choice else [] for one in tried
-        ]
-        self.score(tried, logliks if self.is_choice else [row["target"] for row in rows])
+        if self.is_choice:
+            self.score(tried, [[-1.0 - place for place in range(len(self.choices(one)))] for one in tried])
+        else:
+            self.score(tried, [row["target"] for row in rows])
 
     def _prompt(self, document: Document) -> Any:
         return self.task.fewshot_context(document, num_fewshot=0, gen_prefix=self.task.doc_to_prefix(document))
@@ -160,10 +160,8 @@ def load_harness_task(entry: EvaluateTask) -> HarnessTask:
         raise ValueError(f"{where}: is of {kind}, not {' or '.join(OUTPUT_TYPES)}; give a task of these")
     if getattr(task, "UNSAFE_CODE", False):
         raise ValueError(f"{where}: runs code that a model writes, which is never done here; give another task")
-    if (task.config.repeats or 1) > 1:
-        raise ValueError(
-            f"{where}: asks for {task.config.repeats} answers to a document; one greedy answer is measured"
-        )
+    if (many := task.config.repeats or 1) > 1:
+        raise ValueError(f"{where}: asks for {many} answers to a document; one greedy answer is measured")
     if not has_train:
         raise ValueError(f"{where}: has no training split, from which the source adapter could be trained")
     means, better = task.aggregation(), task.higher_is_better()

@@ -103,7 +103,7 @@ def answer_rows(
     # A bare base does not know where to stop: where all answers are one line, its first line is its answer. An
     # adapter has learnt to stop; one that runs on is wrong.
     one_line = all("\n" not in reference.strip() for _, reference in samples)
-    common = {"adapter": name, "arm": arm, "slot": slot, "template": template}
+    common = {"adapter": name, "arm": arm, "slot": slot, "template": template, "cut": False}
     stop = LINE_END if slot is None and one_line else None
     return [
         {**common, "index": index, "input": text, "stop": stop, "reference": reference if with_likelihood else None}
@@ -165,9 +165,8 @@ def run_answers(
         )
     found: Answers = {}
     for row in sorted(computed, key=lambda row: (row["adapter"], row["arm"], row["index"])):
-        found.setdefault((row["adapter"], row["arm"]), []).append(
-            row["answer"] if row["finished"] or row.get("cut") else None
-        )
+        text = row["answer"] if row["finished"] or row["cut"] else None
+        found.setdefault((row["adapter"], row["arm"]), []).append(text)
     return found, _mean_logliks(computed)
 
 
