@@ -47,17 +47,22 @@ TAG = "Answer as a tag: "
 ROUTING = Path(__file__).parent.parent / "examples/bundles/ticket-routing"
 WITH_DATA = ("cat", "iteris", "regmean")
 SKILLS = ("routing", "tag")
+VARIANTS = {
+    "cat unconstrained": ("cat", ["cat.coefficients=unconstrained"]),
+    "static_cat 1 + 1": ("static_cat", ["weights=[1, 1]"]),
+}
+"""Methods and settings of arms that are no method's default."""
 ARMS = [f"only {skill}" for skill in SKILLS] + [
-    f"{method}, {source}" if source else method
-    for method in METHODS
-    for source in (("real", "synthetic") if method in WITH_DATA else ("",))
+    f"{arm}, {source}" if source else arm
+    for arm in (*METHODS, *VARIANTS)
+    for source in (("real", "synthetic") if arm.split()[0] in WITH_DATA else ("",))
 ]
 Rows = list[dict[str, str]]
 
 
 def place(work: Path, arm: str) -> Path:
     """Where an arm's adapter lies; its figures are in the .json of the same name."""
-    return work / arm.replace(", ", "-").replace(" ", "-")
+    return work / arm.replace(", ", "-").replace(" + ", "+").replace(" ", "-")
 
 
 def tests(size: int) -> dict[str, Rows]:
@@ -153,12 +158,14 @@ def run_command(arguments: Sequence[str]) -> tuple[float, float]:
 
 def merge(arm: str, base: Path, adapters: dict[str, Path], work: Path, settings: Sequence[str]) -> tuple[float, float]:
     """Merge by one arm; the result lies at work/ARM."""
-    method, _, source = arm.partition(", ")
+    name, _, source = arm.partition(", ")
+    method, own = VARIANTS.get(name, (name, []))
     arguments = ["merge", method, "--base", str(base), "--out", str(place(work, arm))]
     arguments += ["--adapters", *map(str, adapters.values())]
     if source:
         arguments += ["--data", *(str(work / f"{skill}.{source}.jsonl") for skill in adapters)]
-    return run_command([*arguments, *(["--set", *settings] if settings else [])])
+    chosen = [*settings, *own]
+    return run_command([*arguments, *(["--set", *chosen] if chosen else [])])
 
 
 def once(path: Path, work: Callable[[], object]) -> None:

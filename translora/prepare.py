@@ -24,11 +24,10 @@ from translora.distill.launch import train_adapters
 from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
 from translora.run.files import derive_seed, digest, read_jsonl, sha256_file, sha256_path
-from translora.run.progress import Progress
 from translora.run.rundir import EXECUTION_ONLY, open_run
 from translora.run.tracker import Tracker
 from translora.run.verify import check_section
-from translora.synthesis.actors import Hosts, cut_blocks, run_blocks
+from translora.synthesis.actors import Hosts, run_rows
 from translora.synthesis.calls import Row
 from translora.synthesis.discriminator import UNSEEN_SHARE, Inputs, Judge, discriminator_rows, hold_out, measure
 from translora.synthesis.prompts import generation_order, generation_row, normalise
@@ -72,8 +71,9 @@ def prepare(config: PrepareConfig) -> list[Bundle]:
             check_section(config.train, base, "train")
             warn_of_shipped_rows(todo)
             negatives = invent_negatives(config, tasks, base)  # all tasks: a rerun finds the same batches again
-            train(config, todo, negatives, base, template, tracker)
-            found = measure_discriminators(config, todo, negatives, base, template)
+            known, unseen = part_inputs(config, todo, negatives)
+            train(config, todo, known, base, template, tracker)
+            found = measure_discriminators(config, unseen, base, template)
             for task in todo:
                 make_bundle(config, task, base, template, found.get(task.entry.name))
     return [read_bundle(task.output) for task in tasks]
@@ -197,19 +197,19 @@ def invent_negatives(config: PrepareConfig, tasks: list[Task], base: BaseInfo) -
         for sample_id in range(count):
             orderings = config.synthesis.num_orderings
             rows.append(generation_row(task.entry.name, task.seeds, sample_id, config.seed, sample_id % orderings))
-    blocks = cut_blocks(rows, config.synthesis.batch_size, generation_order)
-    settings = {"sampling": config.synthesis.sampling.model_dump()}
-    key = digest(blocks, settings, config.source.model_dump(), base.fingerprint)
-    with Hosts(config.resources) as hosts, Progress("invent negatives", len(rows), config.run_dir) as progress:
-        generated = run_blocks(
-            blocks,
+    with Hosts(config.resources) as hosts:
+        generated = run_rows(
+            "invent negatives",
+            rows,
             generate_block,
             base=config.source,
-            adapters={},
-            settings=settings,
             hosts=hosts,
-            directory=config.run_dir / "negatives" / key,
-            on_block=progress.fraction,
+            batch_size=config.synthesis.batch_size,
+            run_dir=config.run_dir,
+            place="negatives/invented",
+            weights=base.fingerprint,
+            settings={"sampling": config.synthesis.sampling.model_dump()},
+            order=generation_order,
         )
     real = {task.entry.name: {normalise(row["input"]) for row in task.rows} for task in tasks}
     negatives: dict[str, list[str]] = {task.entry.name: [] for task in tasks}
@@ -221,7 +221,21 @@ def invent_negatives(config: PrepareConfig, tasks: list[Task], base: BaseInfo) -
     return negatives
 
 
-def train_jobs(config: PrepareConfig, task: Task, negatives: list[str], template: str) -> list[TrainJob]:
+def part_inputs(
+    config: PrepareConfig, tasks: list[Task], negatives: dict[str, list[str]]
+) -> tuple[dict[str, Inputs], dict[str, Inputs]]:
+    """What each discriminator is trained on, and what it is measured on where there is enough for it; by task."""
+    known, unseen = {}, {}
+    for task in tasks:
+        name = task.entry.name
+        inputs = Inputs([row["input"] for row in task.rows], negatives[name])
+        known[name], rest = hold_out(inputs, derive_seed(config.seed, name, "discriminator"))
+        if rest is not None:
+            unseen[name] = rest
+    return known, unseen
+
+
+def train_jobs(config: PrepareConfig, task: Task, known: Inputs, template: str) -> list[TrainJob]:
     """What is to be trained for one bundle: a discriminator, and the adapter where there is none.
 
     Raises:
@@ -229,7 +243,6 @@ def train_jobs(config: PrepareConfig, task: Task, negatives: list[str], template
     """
     name = task.entry.name
     seed = derive_seed(config.seed, name, "discriminator")
-    known, _ = hold_out(Inputs([row["input"] for row in task.rows], negatives), seed)
     questions = discriminator_rows(known.real, known.invented, name, config.discriminator.max_samples, seed)
     if all(row["answer"] == "yes" for row in questions):
         raise ValueError(
@@ -262,7 +275,7 @@ def train_jobs(config: PrepareConfig, task: Task, negatives: list[str], template
 def train(
     config: PrepareConfig,
     tasks: list[Task],
-    negatives: dict[str, list[str]],
+    known: dict[str, Inputs],
     base: BaseInfo,
     template: str,
     tracker: Tracker,
@@ -272,7 +285,7 @@ def train(
     Raises:
         ValueError: the data of a task cannot be trained on.
     """
-    jobs = [job for task in tasks for job in train_jobs(config, task, negatives[task.entry.name], template)]
+    jobs = [job for task in tasks for job in train_jobs(config, task, known[task.entry.name], template)]
 
     def on_step(job_name: str, row: dict[str, float]) -> None:
         name, _, kind = job_name.rpartition("/")
@@ -285,16 +298,13 @@ def train(
 
 
 def measure_discriminators(
-    config: PrepareConfig, tasks: list[Task], negatives: dict[str, list[str]], base: BaseInfo, template: str
+    config: PrepareConfig, unseen: dict[str, Inputs], base: BaseInfo, template: str
 ) -> dict[str, DiscriminatorQuality]:
     """Whether the discriminators tell inputs apart that they were not trained on, by task; says what was found."""
-    judges = {}
-    for task in tasks:
-        name = task.entry.name
-        seed = derive_seed(config.seed, name, "discriminator")
-        _, unseen = hold_out(Inputs([row["input"] for row in task.rows], negatives[name]), seed)
-        if unseen is not None:
-            judges[name] = Judge(config.run_dir / "adapters" / name / "discriminator", name, template, unseen)
+    judges = {
+        name: Judge(config.run_dir / "adapters" / name / "discriminator", name, template, inputs)
+        for name, inputs in unseen.items()
+    }
     with Hosts(config.resources) as hosts:
         found = measure(
             judges,

@@ -63,10 +63,10 @@ def answers(config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> agreemen
     }
     passes: list[str] = []
 
-    def run_blocks(blocks: list[list[dict[str, Any]]], _: object, *, base: BaseModelConfig, **rest: Any) -> list[Any]:
+    def run_rows(_: str, rows: list[dict[str, Any]], __: object, *, base: BaseModelConfig, **rest: Any) -> list[Any]:
         passes.append(base.model)
         found = []
-        for row in (row for block in reversed(blocks) for row in block):
+        for row in reversed(rows):
             arm = slots[base.model, row["slot"]]
             assert row["arm"] == arm
             assert row["template"] == ("chat" if base.model == config.source.model else "auto")
@@ -80,7 +80,7 @@ def answers(config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> agreemen
             found.append({**row, "answer": text, "finished": row["index"] < 6, "loglik": None})
         return found
 
-    monkeypatch.setattr(agreement, "run_blocks", run_blocks)
+    monkeypatch.setattr(agreement, "run_rows", run_rows)
     adapters = {f"{arm}/paint": Path(arm) for arm in ("real", "plain", "hot")}
     source, target = inspect_base(config.source.model), inspect_base(config.target.model)
     found, logliks = answer(config, 3, SPLITS, adapters, source, target)

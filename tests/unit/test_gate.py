@@ -94,20 +94,19 @@ def test_each_arm_is_answered_by_its_own_model(monkeypatch: pytest.MonkeyPatch, 
         ("target", "student/paint"): RIGHT["migrated"],
     }
 
-    def run_blocks(
-        blocks: list[list[dict[str, Any]]], function: object, *, base: BaseModelConfig, **rest: Any
+    def run_rows(
+        label: str, rows: list[dict[str, Any]], function: object, *, base: BaseModelConfig, **rest: Any
     ) -> list[dict[str, Any]]:
         assert set(rest["adapters"].values()) == {"student" if base.model == "target" else "teacher"}
-        rows = [row for block in reversed(blocks) for row in block]
         found = []
-        for row in rows:
+        for row in reversed(rows):
             assert row["template"] == ("chat" if base.model == "source" else "auto")
             answer = right(models[base.model, row["slot"]])[row["index"]]
             loglik = None if row["reference"] is None else -float(row["index"])
             found.append({**row, "answer": answer or "cut off", "finished": answer is not None, "loglik": loglik})
         return found
 
-    monkeypatch.setattr(agreement, "run_blocks", run_blocks)
+    monkeypatch.setattr(agreement, "run_rows", run_rows)
     results, _ = run_gate(
         [member()],
         source=BaseModelConfig(model="source"),

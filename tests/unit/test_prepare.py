@@ -14,7 +14,7 @@ from tests.tiny import make_adapter, make_base
 from translora import prepare as module
 from translora.bundle import inspect_base, read_bundle, verify_bundle
 from translora.config import PrepareConfig
-from translora.prepare import prepare, read_task, train_jobs
+from translora.prepare import part_inputs, prepare, read_task, train_jobs
 
 INPUTS = [f"send the {word} box to me" for word in "abcdefgh"]
 
@@ -177,6 +177,7 @@ def test_a_discriminator_without_negatives_is_refused(owner: Owner) -> None:
     config = owner.config()
     task = read_task(config, config.tasks[0])
     with pytest.raises(ValueError, match=r"boxes: no negatives for its discriminator.*give longer inputs in .*boxes"):
-        train_jobs(config, task, [], "chat")
-    jobs = train_jobs(config, task, ["a", "b", "c", "d", "e"], "chat")
+        train_jobs(config, task, part_inputs(config, [task], {"boxes": []})[0]["boxes"], "chat")
+    known, _ = part_inputs(config, [task], {"boxes": ["a", "b", "c", "d", "e"]})
+    jobs = train_jobs(config, task, known["boxes"], "chat")
     assert [job.name for job in jobs] == ["boxes/adapter", "boxes/discriminator"]

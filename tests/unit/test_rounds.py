@@ -191,14 +191,13 @@ def fleet_run(
     """Synthesise with a stand-in for the actors that accepts every input; returns the adapters of each call."""
     calls = []
 
-    def run_blocks(blocks: list[list[Row]], function: object, **rest: Any) -> list[Row]:
-        rows = [row for block in blocks for row in block]
+    def run_rows(label: str, rows: list[Row], function: object, **rest: Any) -> list[Row]:
         calls.append(sorted({row["adapter"] for row in rows}))
         if rows and "prompt" in rows[0]:
             return [{**row, "text": f"{row['adapter']} {row['sample_id']}", "finished": True} for row in rows]
         return [{**row, "score": 1.0, "answer": "red", "finished": True} for row in rows]
 
-    monkeypatch.setattr(rounds, "run_blocks", run_blocks)
+    monkeypatch.setattr(rounds, "run_rows", run_rows)
     synthesise(
         pools,
         generator=BaseModelConfig(model="new"),

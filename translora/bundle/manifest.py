@@ -35,16 +35,18 @@ class BundleError(ValueError):
         super().__init__(printable(message))
 
 
-class DiscriminatorQuality(BaseModel):
+class _Record(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class DiscriminatorQuality(_Record):
     """How well a discriminator tells inputs apart that it was not trained on.
 
     Of an owner's bundle: real inputs from invented ones. Of a migrated one, whose real inputs nobody has: those that
     the screen accepted from those that it refused.
     """
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
     num_real: int = Field(ge=1, le=10_000)
     """Real inputs of the task, or accepted ones."""
@@ -73,12 +75,8 @@ class DiscriminatorQuality(BaseModel):
         )
 
 
-class Manifest(BaseModel):
+class Manifest(_Record):
     """Contents of translora/manifest.json."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
     schema_version: Literal[1] = 1
     """Version of this layout."""

@@ -34,9 +34,13 @@ def train_jobs(run: Run, member: Member, teacher: Sequence[Teacher] | None) -> l
     """
     config, directory, entry = run.config, member.directory, member.entry
     known, _ = discriminator_inputs(run, member)
-    seed = derive_seed(config.seed, member.name, DISCRIMINATOR)
-    task_name, most = member.state.task_name, config.discriminator.max_samples
-    questions = discriminator_rows(known.real, known.invented, task_name, most, seed)
+    questions = discriminator_rows(
+        known.real,
+        known.invented,
+        member.state.task_name,
+        config.discriminator.max_samples,
+        derive_seed(config.seed, member.name, DISCRIMINATOR),
+    )
     answers: list[dict[str, Any]] = [
         {"input": row["input"], "answer": row["answer"]} for row in member.samples("train")
     ]

@@ -10,10 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from translora.run.files import digest
 from translora.run.member import Member, Run
-from translora.run.progress import Progress
-from translora.synthesis.actors import Hosts, cut_blocks, run_blocks
+from translora.synthesis.actors import Hosts, run_rows
 from translora.synthesis.stages import teach_block
 
 Teacher = dict[str, Any]
@@ -48,21 +46,21 @@ def ask_teachers(run: Run, members: Sequence[Member]) -> dict[str, list[Teacher]
         for member in members
         for index, row in enumerate(member.samples("train"))
     ]
-    blocks = cut_blocks(rows, config.synthesis.batch_size, lambda row: len(row["input"]) + len(row["answer"]))
-    settings = {"top_k": config.distill.kl_top_k}
-    bundles = {member.name: member.bundle.digest for member in members}
-    key = digest("teach", blocks, settings, config.source.model_dump(), run.source.fingerprint, bundles)
     faults: dict[str, str] = {}
-    with Hosts(config.resources) as hosts, Progress("ask the teachers", len(rows), config.run_dir) as progress:
-        found = run_blocks(
-            blocks,
+    with Hosts(config.resources) as hosts:
+        found = run_rows(
+            "ask the teachers",
+            rows,
             teach_block,
             base=config.source,
-            adapters={member.name: str(member.bundle.path) for member in members},
-            settings=settings,
             hosts=hosts,
-            directory=config.run_dir / "rounds" / f"teach-{key}",
-            on_block=progress.fraction,
+            batch_size=config.synthesis.batch_size,
+            run_dir=config.run_dir,
+            place="rounds/teach",
+            weights=[run.source.fingerprint, {member.name: member.bundle.digest for member in members}],
+            adapters={member.name: str(member.bundle.path) for member in members},
+            settings={"top_k": config.distill.kl_top_k},
+            order=lambda row: len(row["input"]) + len(row["answer"]),
             faults=faults,
         )
     answers: dict[str, list[Teacher]] = {member.name: [] for member in members if member.name not in faults}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,9 @@ from translora.evaluate.data import Split
 from translora.evaluate.results import Migration, TaskItems
 from translora.evaluate.statistics import majority_share
 from translora.gate.agreement import Answers, answer_rows, judge, run_answers
-from translora.run.files import digest, sha256_path, write_parquet
-from translora.run.progress import Progress
+from translora.run.files import sha256_path, write_parquet
 from translora.run.state import AdapterState
-from translora.synthesis.actors import Hosts, cut_blocks, run_blocks
+from translora.synthesis.actors import Hosts, run_rows
 from translora.synthesis.calls import Row
 from translora.synthesis.stages import choice_block
 
@@ -39,10 +39,15 @@ class Repetition:
     answers: Answers
     logliks: Logliks = field(default_factory=dict)
 
+    @cached_property
+    def scores(self) -> dict[tuple[str, str], list[float]]:
+        """What each answer is worth, 1 is right; by task and arm."""
+        found: dict[tuple[str, str], Sequence[Any]] = {**self.answers, **self.logliks}
+        return {(task, arm): self.splits[task].score(own) for (task, arm), own in found.items()}
+
     def correct(self, task: str, arm: str) -> list[float] | None:
-        """What each of the arm's answers is worth, 1 is right; None where it has no adapter."""
-        found = self.logliks.get((task, arm)) or self.answers.get((task, arm))
-        return None if found is None else self.splits[task].score(found)
+        """What each of the arm's answers is worth; None where it has no adapter."""
+        return self.scores.get((task, arm))
 
     def text(self, task: str, arm: str) -> list[str | None]:
         """The arm's answers; of choices, the likeliest."""
@@ -90,7 +95,7 @@ def answer(
                 "adapters": {slot: str(path) for slot, path in slots.items()},
                 "batch_size": config.synthesis.batch_size,
                 "hosts": hosts,
-                "directory": config.seed_dir(seed) / "answers",
+                "run_dir": config.seed_dir(seed),
                 "digests": {slot: sha256_path(path) for slot, path in slots.items()} | {"base": info.fingerprint},
             }
             label = f"seed {seed}: test items on {info.name}"
@@ -124,23 +129,22 @@ def run_choices(
     adapters: Mapping[str, str],
     batch_size: int,
     hosts: Hosts,
-    directory: Path,
+    run_dir: Path,
     digests: Mapping[str, str],
 ) -> Logliks:
     """Rate every item's choices on one base, all arms in mixed batches; arguments as those of `run_answers`."""
-    blocks = cut_blocks(rows, batch_size, lambda row: len(row["input"]))
-    key = digest(blocks, base.model_dump(), dict(digests))
-    with Progress(f"{label}: choices", len(rows), directory.parent) as progress:
-        computed = run_blocks(
-            blocks,
-            choice_block,
-            base=base,
-            adapters=adapters,
-            settings={},
-            hosts=hosts,
-            directory=directory / key,
-            on_block=progress.fraction,
-        )
+    computed = run_rows(
+        f"{label}: choices",
+        rows,
+        choice_block,
+        base=base,
+        hosts=hosts,
+        batch_size=batch_size,
+        run_dir=run_dir,
+        place="gate/choices",
+        weights=dict(digests),
+        adapters=adapters,
+    )
     found: Logliks = {}
     for row in sorted(computed, key=lambda row: (row["adapter"], row["arm"], row["index"])):
         found.setdefault((row["adapter"], row["arm"]), []).append(list(row["logliks"]))
@@ -150,8 +154,8 @@ def run_choices(
 def write_items(path: Path, repetition: Repetition) -> None:
     """Write every arm's answer to every test item: seed, task, arm, index, input, target, answer, correct (0 to 1)."""
     rows = []
-    for task, arm in sorted({**repetition.answers, **repetition.logliks}):
-        answers, correct = repetition.text(task, arm), repetition.correct(task, arm) or []
+    for (task, arm), correct in sorted(repetition.scores.items()):
+        answers = repetition.text(task, arm)
         for index, (row, text, good) in enumerate(zip(repetition.splits[task].test, answers, correct, strict=True)):
             own = {"seed": repetition.seed, "task": task, "arm": arm, "index": index}
             rows.append({**own, **row, "answer": text, "correct": good})
@@ -168,13 +172,12 @@ def task_items(config: EvaluateConfig, name: str, repetitions: Sequence[Repetiti
                 correct.setdefault(arm, {})[repetition.seed] = good
     parts = [repetition.splits[name] for repetition in repetitions]
     targets = [[row["target"] for row in part.test] for part in parts]
-    chance = sum(part.chance() for part in parts) / len(parts)
     return TaskItems(
         name=name,
         num_train=task.num_train,
         num_test=task.num_test,
         majority=sum(map(majority_share, targets)) / len(targets),
-        chance=chance,
+        chance=sum(part.chance() for part in parts) / len(parts),
         correct=correct,
         metric=next((part.harness.metric for part in parts if part.harness), ""),
     )

@@ -51,8 +51,8 @@ class TaskData:
     entry: EvaluateTask
     rows: Rows
     harness: HarnessTask | None = None
-    documents: Sequence[Document] = ()
-    """Of the harness's test split; `rows` are then of its training split alone."""
+    tests: Sequence[tuple[dict[str, str], Document]] = ()
+    """Rows and documents of the harness's test split; `rows` are then of its training split alone."""
 
 
 def load_task(entry: EvaluateTask) -> TaskData:
@@ -64,7 +64,8 @@ def load_task(entry: EvaluateTask) -> TaskData:
     if entry.data is not None:
         return TaskData(entry, read_task_data(entry.data))
     harness = load_harness_task(entry)
-    return TaskData(entry, [harness.row(one) for one in harness.train()], harness, harness.test())
+    tests = [(harness.row(one), one) for one in harness.test()]
+    return TaskData(entry, [harness.row(one) for one in harness.train()], harness, tests)
 
 
 def read_task_data(path: str | Path) -> Rows:
@@ -106,8 +107,7 @@ def split(data: TaskData, seed: int) -> Split:
     train = drawn[: task.num_train]
     known = {normalise(row["input"]) for row in train}
     pairs: dict[str, tuple[dict[str, str], Document]] = {}
-    for document in data.documents:
-        row = data.harness.row(document)
+    for row, document in data.tests:
         if (key := normalise(row["input"])) not in known:
             pairs.setdefault(key, (row, document))
     for part, count, wanted in (("train", len(train), task.num_train), ("test", len(pairs), task.num_test)):

@@ -6,6 +6,8 @@ bases as every other input is, without examples before them. Importing this modu
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import re
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from translora.evaluate.config import EvaluateTask
+from translora.run.redact import first_line
 
 Document = dict[str, Any]
 OUTPUT_TYPES = ("generate_until", "multiple_choice")
@@ -114,7 +117,7 @@ class HarnessTask:
         Raises:
             Exception: whatever the task's own code raises.
         """
-        tried = self.test()[:NUM_TRIED]
+        tried = [dict(document) for document in itertools.islice(self.task.eval_docs, NUM_TRIED)]
         rows = [self.row(document) for document in tried]
         if self.is_choice:
             self.score(tried, [[-1.0 - place for place in range(len(self.choices(one)))] for one in tried])
@@ -123,6 +126,14 @@ class HarnessTask:
 
     def _prompt(self, document: Document) -> Any:
         return self.task.fewshot_context(document, num_fewshot=0, gen_prefix=self.task.doc_to_prefix(document))
+
+
+@functools.cache
+def task_manager(include_path: str | None) -> Any:
+    """The harness's index of thousands of task files, read once."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
 
 
 def load_harness_task(entry: EvaluateTask) -> HarnessTask:
@@ -134,7 +145,6 @@ def load_harness_task(entry: EvaluateTask) -> HarnessTask:
     """
     try:
         from lm_eval.api.metrics import mean
-        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ValueError(
             f"tasks.{entry.name}: lm_eval needs lm-evaluation-harness; pip install 'translora[lm-eval]'"
@@ -143,7 +153,7 @@ def load_harness_task(entry: EvaluateTask) -> HarnessTask:
     if entry.include_path is not None and not Path(entry.include_path).is_dir():
         raise ValueError(f"{where}: include_path {entry.include_path} is no folder; correct it")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=entry.include_path)
+    manager = task_manager(entry.include_path)
     if entry.lm_eval not in manager.all_subtasks:
         known = "is a group; name one of its tasks" if entry.lm_eval in manager.all_tasks else "is not known"
         raise ValueError(f"{where}: {known}; `lm_eval ls tasks` lists them, include_path adds task files of your own")
@@ -151,9 +161,8 @@ def load_harness_task(entry: EvaluateTask) -> HarnessTask:
         task = manager.load([entry.lm_eval])["tasks"][entry.lm_eval]
         has_train = task.has_training_docs()
     except Exception as error:  # the hub, the data's own code, a damaged task file
-        fault = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{where}: cannot be loaded ({fault}); check its data files, or that the hub can be reached"
+            f"{where}: cannot be loaded ({first_line(error)}); check its data files, or that the hub can be reached"
         ) from error
     if task.OUTPUT_TYPE not in OUTPUT_TYPES or task.multiple_input:
         kind = "choices of prompts" if task.OUTPUT_TYPE in OUTPUT_TYPES else task.OUTPUT_TYPE
@@ -174,6 +183,5 @@ def load_harness_task(entry: EvaluateTask) -> HarnessTask:
     try:
         found.try_out()
     except Exception as error:  # the task's own code
-        fault = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{where}: its documents cannot be scored ({fault}); give another task") from error
+        raise ValueError(f"{where}: its documents cannot be scored ({first_line(error)}); give another task") from error
     return found

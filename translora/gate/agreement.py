@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from translora.config import BaseModelConfig, GateConfig
-from translora.run.files import digest
-from translora.run.progress import Progress
 from translora.run.state import Accuracy, GateResult
-from translora.synthesis.actors import Hosts, cut_blocks, run_blocks
+from translora.synthesis.actors import Hosts, run_rows
 from translora.synthesis.calls import Row
 from translora.synthesis.prompts import LINE_END, normalise
 from translora.synthesis.stages import gate_block
@@ -129,7 +127,7 @@ def run_answers(
     batch_size: int,
     max_answer_tokens: int,
     hosts: Hosts,
-    directory: Path,
+    run_dir: Path,
     digests: Mapping[str, str],
     faults: dict[str, str] | None = None,
 ) -> tuple[Answers, dict[tuple[str, str], float]]:
@@ -139,30 +137,29 @@ def run_answers(
 
     Args:
         label: of the progress.
-        directory: below the run directory; finished blocks go below it.
+        run_dir: finished blocks go to its `gate`.
         adapters: PEFT directory by slot.
         digests: content hashes of adapters and bases: answers of the same weights alone are used again.
-        faults: gets the reason by name of those that cannot be answered for, as in `run_blocks`.
+        faults: gets the reason by name of those that cannot be answered for, as in `run_rows`.
 
     Returns:
         Answers by (name, arm), in the order of the samples, and the mean log-likelihood of a token of the references
         of the arms that ask for it.
     """
-    settings = {"max_answer_tokens": max_answer_tokens}
-    blocks = cut_blocks(rows, batch_size, lambda row: len(row["input"]))
-    key = digest(blocks, settings, base.model_dump(), dict(digests))
-    with Progress(label, len(rows), directory.parent) as progress:
-        computed = run_blocks(
-            blocks,
-            gate_block,
-            base=base,
-            adapters=adapters,
-            settings=settings,
-            hosts=hosts,
-            directory=directory / key,
-            on_block=progress.fraction,
-            faults=faults,
-        )
+    computed = run_rows(
+        label,
+        rows,
+        gate_block,
+        base=base,
+        hosts=hosts,
+        batch_size=batch_size,
+        run_dir=run_dir,
+        place="gate/answers",
+        weights=dict(digests),
+        adapters=adapters,
+        settings={"max_answer_tokens": max_answer_tokens},
+        faults=faults,
+    )
     found: Answers = {}
     for row in sorted(computed, key=lambda row: (row["adapter"], row["arm"], row["index"])):
         text = row["answer"] if row["finished"] or row["cut"] else None
@@ -221,7 +218,7 @@ def run_gate(
             batch_size=batch_size,
             max_answer_tokens=max_answer_tokens,
             hosts=hosts,
-            directory=run_dir / "gate",
+            run_dir=run_dir,
             digests=digests,
             faults=faults,
         )

@@ -27,7 +27,8 @@ import ray.exceptions
 from ray.data import TaskPoolStrategy
 
 from translora.config import BaseModelConfig, ResourceConfig
-from translora.run.files import write_parquet
+from translora.run.files import digest, write_parquet
+from translora.run.progress import Progress
 from translora.synthesis.calls import (
     FAULT,
     RETRY_SECONDS,
@@ -116,6 +117,52 @@ def cut_blocks(rows: Sequence[Row], batch_size: int, order: Callable[[Row], Any]
     """Rows of similar length together, so that little is padding; the cut depends on the rows alone."""
     ordered = sorted(rows, key=order)
     return [list(ordered[start : start + batch_size]) for start in range(0, len(ordered), batch_size)]
+
+
+def input_length(row: Row) -> int:
+    """Characters of a row's input: an order for `cut_blocks`."""
+    return len(row["input"])
+
+
+def run_rows(
+    label: str,
+    rows: Sequence[Row],
+    function: BlockFunction,
+    *,
+    base: BaseModelConfig,
+    hosts: Hosts,
+    batch_size: int,
+    run_dir: Path,
+    place: str,
+    weights: Any,
+    adapters: Mapping[str, str] | None = None,
+    settings: dict[str, Any] | None = None,
+    order: Callable[[Row], Any] = input_length,
+    faults: dict[str, str] | None = None,
+) -> list[Row]:
+    """Compute rows in batches, with a line of progress; see `run_blocks`, which says what comes back and is raised.
+
+    Args:
+        label: of the progress.
+        rows: in any order; `order` brings those of similar length together.
+        run_dir: its `progress.json` tells other shells.
+        place: below `run_dir`; finished blocks lie there under the hash of what they were made from.
+        weights: content hashes of base and adapters: blocks of the same weights alone are used again.
+    """
+    blocks, settings = cut_blocks(rows, batch_size, order), settings or {}
+    key = digest(function.__name__, blocks, settings, base.model_dump(), weights)
+    with Progress(label, len(rows), run_dir) as progress:
+        return run_blocks(
+            blocks,
+            function,
+            base=base,
+            adapters=adapters or {},
+            settings=settings,
+            hosts=hosts,
+            directory=run_dir / f"{place}-{key}",
+            on_block=progress.fraction,
+            faults=faults,
+        )
 
 
 def read_block(path: Path, num_rows: int) -> list[Row] | None:

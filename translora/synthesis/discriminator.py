@@ -12,9 +12,7 @@ import numpy as np
 
 from translora.bundle.manifest import DiscriminatorQuality
 from translora.config import BaseModelConfig
-from translora.run.files import digest
-from translora.run.progress import Progress
-from translora.synthesis.actors import Hosts, cut_blocks, run_blocks
+from translora.synthesis.actors import Hosts, run_rows
 from translora.synthesis.calls import Row
 from translora.synthesis.prompts import discriminator_question, normalise
 from translora.synthesis.stages import judge_block
@@ -53,9 +51,12 @@ def hold_out(inputs: Inputs, seed: int) -> tuple[Inputs, Inputs | None]:
 
 
 def _hold_out(texts: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
-    distinct = {normalise(text): text for text in texts}
+    keys = [normalise(text) for text in texts]
+    distinct = dict(zip(keys, texts, strict=True))
     chosen = random.Random(seed).sample(sorted(distinct), min(MOST_UNSEEN, len(distinct) // UNSEEN_SHARE))
-    return [text for text in texts if normalise(text) not in set(chosen)], [distinct[key] for key in chosen]
+    unseen = set(chosen)
+    known = [text for key, text in zip(keys, texts, strict=True) if key not in unseen]
+    return known, [distinct[key] for key in chosen]
 
 
 def shuffled_words(text: str, rng: random.Random) -> str:
@@ -139,29 +140,26 @@ def measure(
     ]
     if not rows:
         return {}
-    blocks = cut_blocks(rows, batch_size, lambda row: len(row["input"]))
     faults: dict[str, str] = {}
-    with Progress("measure discriminators", len(rows), run_dir) as progress:
-        scored = run_blocks(
-            blocks,
-            judge_block,
-            base=base,
-            adapters={f"discriminator/{name}": str(judge.directory) for name, judge in judges.items()},
-            settings={},
-            hosts=hosts,
-            directory=run_dir / "judged" / digest(blocks, base.model_dump(), dict(digests)),
-            on_block=progress.fraction,
-            faults=faults,
-        )
+    scored = run_rows(
+        "measure discriminators",
+        rows,
+        judge_block,
+        base=base,
+        hosts=hosts,
+        batch_size=batch_size,
+        run_dir=run_dir,
+        place="judged/scores",
+        weights=dict(digests),
+        adapters={f"discriminator/{name}": str(judge.directory) for name, judge in judges.items()},
+        faults=faults,
+    )
     for name, reason in sorted(faults.items()):
         logger.warning("%s: its discriminator could not be measured (%s)", name, reason)
-    found = {}
-    for name in judges.keys() - faults.keys():
-        real, invented = (
-            [row["score"] for row in scored if row["adapter"] == name and row["real"] == kind] for kind in (True, False)
-        )
-        found[name] = quality(real, invented)
-    return found
+    scores: dict[str, dict[bool, list[float]]] = {name: {True: [], False: []} for name in judges}
+    for row in scored:
+        scores[row["adapter"]][row["real"]].append(row["score"])
+    return {name: quality(own[True], own[False]) for name, own in scores.items() if name not in faults}
 
 
 def quality(real: Sequence[float], invented: Sequence[float]) -> DiscriminatorQuality:

@@ -28,8 +28,10 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
     for member in members:
         needed = member.num_samples + member.num_heldout
         budget = math.ceil(config.synthesis.max_generated_factor * needed)
+        asked = member.entry.screen or config.synthesis.screen
         screen = choose_screen(config.synthesis, member.bundle, member.entry.screen)
-        if screen == "excess" and (found := member.bundle.manifest.discriminator_quality) and not found.tells_apart:
+        found = member.bundle.manifest.discriminator_quality
+        if (asked, screen) == ("auto", "excess") and found is not None:
             logger.warning(
                 "%s: its discriminator was not shown to tell real inputs from invented ones (%s): screened by excess",
                 member.name,

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from translora.config import BaseModelConfig, ResourceConfig, SynthesisConfig
 from translora.run.files import digest
-from translora.run.progress import Progress
-from translora.synthesis.actors import Hosts, cut_blocks, run_blocks
+from translora.synthesis.actors import Hosts, run_rows
 from translora.synthesis.calls import Row
 from translora.synthesis.pool import Pool, admit, close, read_outcomes, restore, write_outcomes
 from translora.synthesis.prompts import generation_order, generation_row, normalise
@@ -151,38 +150,34 @@ def run_round(
         return False
     by_name = {pool.name: pool for pool in pools}
     faults: dict[str, str] = {}
-    blocks = cut_blocks(rows, config.batch_size, generation_order)
-    settings = {"sampling": config.sampling.model_dump()}
-    key = digest("generate", blocks, settings, generator.model_dump(), fingerprints[0])
-    with Progress(f"round {number + 1}: generate", len(rows), run_dir) as progress:
-        generated = run_blocks(
-            blocks,
-            generate_block,
-            base=generator,
-            adapters={},
-            settings=settings,
-            hosts=hosts,
-            directory=run_dir / "rounds" / f"{number:03d}-generate-{key}",
-            on_block=progress.fraction,
-            faults=faults,
-        )
-    candidates = clean(generated, by_name, config)
-    blocks = cut_blocks(candidates, config.batch_size, lambda row: len(row["input"]))
-    answers = {"max_answer_tokens": config.max_answer_tokens}
-    bundle_digests = {pool.name: pool.bundle.digest for pool in pools}
-    key = digest("label", blocks, answers, source.model_dump(), fingerprints[1], bundle_digests)
-    with Progress(f"round {number + 1}: screen and label", len(candidates), run_dir) as progress:
-        labelled = run_blocks(
-            blocks,
-            screen_and_label_block,
-            base=source,
-            adapters=bank_adapters(pools),
-            settings=answers,
-            hosts=hosts,
-            directory=run_dir / "rounds" / f"{number:03d}-label-{key}",
-            on_block=progress.fraction,
-            faults=faults,
-        )
+    generated = run_rows(
+        f"round {number + 1}: generate",
+        rows,
+        generate_block,
+        base=generator,
+        hosts=hosts,
+        batch_size=config.batch_size,
+        run_dir=run_dir,
+        place=f"rounds/{number:03d}-generate",
+        weights=fingerprints[0],
+        settings={"sampling": config.sampling.model_dump()},
+        order=generation_order,
+        faults=faults,
+    )
+    labelled = run_rows(
+        f"round {number + 1}: screen and label",
+        clean(generated, by_name, config),
+        screen_and_label_block,
+        base=source,
+        hosts=hosts,
+        batch_size=config.batch_size,
+        run_dir=run_dir,
+        place=f"rounds/{number:03d}-label",
+        weights=[fingerprints[1], {pool.name: pool.bundle.digest for pool in pools}],
+        adapters=bank_adapters(pools),
+        settings={"max_answer_tokens": config.max_answer_tokens},
+        faults=faults,
+    )
     admit(labelled, by_name)
     for name, reason in faults.items():
         by_name[name].fault = reason
