@@ -32,6 +32,9 @@ class BaseModelConfig(Strict):
     trust_remote_code: bool = False
     """Run the Python code that lies in this base's directory, on every node and with all rights of the run: for a base
     that transformers cannot build by itself, and whose code you have read."""
+    vllm: dict[str, Any] | None = None
+    """Generate and score with vLLM, by engine arguments in vLLM's own words, {} for none (gpu_memory_utilization,
+    max_model_len, ...); transformers when unset."""
 
 
 class AdapterEntry(Strict):

@@ -83,7 +83,7 @@ def test_an_adapter_that_was_damaged_after_it_was_verified_spoils_its_own_rows_a
     for _ in range(2):
         computed, _ = host.run(config, adapters, count_slots, rows, {})
         assert [FAULT in row for row in computed] == [False, True, False, True]
-        assert "damaged since it was verified" in computed[1][FAULT] and "adapter_model" in computed[1][FAULT]
+        assert "cannot be used, though it was verified" in computed[1][FAULT] and "adapter_model" in computed[1][FAULT]
     shutil.rmtree(tmp_path / "a")
     assert EngineHost(1, 1).run(config, {"teacher/a": adapters["teacher/a"]}, count_slots, rows[:1], {})[0][0][FAULT]
 

@@ -19,8 +19,9 @@ from translora.bundle.base import inspect_base
 from translora.config import BaseModelConfig
 from translora.engine.loading import device, hide_gpus, num_gpus, resolve_dtype
 from translora.engine.memory import is_out_of_memory, release_memory
+from translora.engine.protocol import Engine
 from translora.engine.transformers import TransformersEngine
-from translora.lora.methods import read_adapter
+from translora.engine.vllm import VllmEngine
 from translora.run.redact import first_line
 from translora.run.watchdog import Watchdog
 from translora.synthesis.calls import FAULT, Computed, Row
@@ -28,9 +29,11 @@ from translora.synthesis.calls import FAULT, Computed, Row
 logger = logging.getLogger(__name__)
 BANK_SHARE = 0.25
 """Of a machine's memory: most for the adapters of a bank."""
+VLLM_SHARE = 0.92
+"""Of a GPU's memory: what vLLM takes unless it is told otherwise."""
 SLOT_KEYS = ("slot", "discriminator")
 """Of a row: the adapters that it needs."""
-BlockFunction = Callable[[TransformersEngine, list[Row], dict[str, Any]], list[Row]]
+BlockFunction = Callable[[Engine, list[Row], dict[str, Any]], list[Row]]
 """Turns one block of rows into as many rows, on a resident engine, with plain settings."""
 
 
@@ -49,7 +52,7 @@ class EngineHost:
         self.watchdog = Watchdog(limit_seconds)
         self.damaged: dict[str, str] = {}
         self.num_threads, self.num_hosts = num_threads, num_hosts
-        self.engines: dict[str, TransformersEngine] = {}
+        self.engines: dict[str, Engine] = {}
 
     def ready(self) -> None:
         """Return as soon as the process stands."""
@@ -95,7 +98,7 @@ class EngineHost:
             return sum(int(torch.cuda.mem_get_info(index)[1]) for index in range(num_gpus()))
         return int(psutil.virtual_memory().total) // self.num_hosts
 
-    def _use_adapters(self, engine: TransformersEngine, adapters: Mapping[str, str]) -> dict[str, str]:
+    def _use_adapters(self, engine: Engine, adapters: Mapping[str, str]) -> dict[str, str]:
         """Have the adapters in the bank, but for those that cannot be read: slot -> reason."""
         usable = {slot: path for slot, path in adapters.items() if path not in self.damaged}
         try:
@@ -103,20 +106,31 @@ class EngineHost:
         except (ValueError, OSError):
             for path in usable.values():
                 try:
-                    read_adapter(path)
+                    engine.check_adapter(path)
                 except (ValueError, OSError) as error:
-                    self.damaged[path] = f"damaged since it was verified: {error}"
+                    self.damaged[path] = f"cannot be used, though it was verified: {error}"
             engine.use_adapters({slot: path for slot, path in usable.items() if path not in self.damaged})
         return {slot: self.damaged[path] for slot, path in adapters.items() if path in self.damaged}
 
-    def _engine(self, base: BaseModelConfig) -> TransformersEngine:
+    def _engine(self, base: BaseModelConfig) -> Engine:
         key = json.dumps(base.model_dump(), sort_keys=True)
         if key not in self.engines:
-            if self.engines and base_bytes(base) > 0.5 * self._free_bytes():
+            if self.engines and self._bytes(base) > self._free_bytes():
+                for engine in self.engines.values():
+                    engine.close()
                 self.engines.clear()
                 release_memory()
-            self.engines[key] = TransformersEngine(base, {}, self.num_threads)
+            if base.vllm is None:
+                self.engines[key] = TransformersEngine(base, {}, self.num_threads)
+            else:
+                self.engines[key] = VllmEngine(base, self.num_threads)
         return self.engines[key]
+
+    def _bytes(self, base: BaseModelConfig) -> float:
+        """What a base and its batches may take: vLLM its share of the GPUs, transformers twice the weights."""
+        if base.vllm is not None and device().type == "cuda":
+            return float(base.vllm.get("gpu_memory_utilization", VLLM_SHARE)) * self._all_bytes()
+        return 2 * base_bytes(base)
 
     def _free_bytes(self) -> int:
         """Memory for another base and its batches, with what an allocator holds of earlier ones given back."""
@@ -127,7 +141,7 @@ class EngineHost:
 
 
 def compute_rows(
-    engine: TransformersEngine,
+    engine: Engine,
     function: BlockFunction,
     rows: list[Row],
     settings: dict[str, Any],
@@ -144,9 +158,7 @@ def compute_rows(
     return [next(computed) if fault is None else {**row, FAULT: fault} for row, fault in zip(rows, faults, strict=True)]
 
 
-def _in_halves(
-    engine: TransformersEngine, function: BlockFunction, rows: list[Row], settings: dict[str, Any]
-) -> list[Row]:
+def _in_halves(engine: Engine, function: BlockFunction, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
     try:
         return function(engine, rows, settings)
     except Exception as error:

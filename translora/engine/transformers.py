@@ -1,15 +1,12 @@
 """The embedded engine: one resident base with a bank of adapters, driven through transformers.
 
-An engine offers `generate`, `log_odds` and `log_likelihood`; rows of one call may belong to different adapters. Those
-of adapters in the bank are computed in one batch, those of each other adapter in one of their own.
+Rows of adapters in the bank are computed in one batch, those of each other adapter in one of their own.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,21 +18,12 @@ from translora.engine.head import Head, log_probabilities, top_log_probabilities
 from translora.engine.loading import device, load_model, load_tokenizer, num_gpus, resolve_dtype
 from translora.engine.prefix import begin, window
 from translora.engine.prompts import prompt_format
+from translora.engine.protocol import Completion, Samples, completion, spellings
 from translora.lora.bank import load_bank
 from translora.lora.methods import Method, VirtualTokens, applied, read_adapter
 from translora.lora.peft_io import LoraWeights
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What came back for a request."""
-
-    text: str
-    """Completion up to the end token or the stop pattern."""
-    finished: bool
-    """False when `max_new_tokens` cut it off."""
 
 
 class TransformersEngine:
@@ -74,6 +62,13 @@ class TransformersEngine:
             self._adapters = {}
             self.bank = load_bank(self.model, banked)
             self._adapters, self._alone = wanted, alone
+
+    def check_adapter(self, path: str | Path) -> None:
+        """Read an adapter."""
+        read_adapter(path)
+
+    def close(self) -> None:
+        """Nothing that the garbage collector does not do."""
 
     @contextlib.contextmanager
     def _on_base(self, alone: str | None) -> Iterator[None]:
@@ -162,33 +157,12 @@ class TransformersEngine:
             lengths = list(map(len, ids))
         num_new = max(request.max_new_tokens for request in requests)
         rows = self._together([request.adapter for request in requests], lengths, complete, num_new=num_new)
-        return [self._completion(row, end_ids) for row in rows]
-
-    def _completion(self, row: Row, end_ids: set[int]) -> Completion:
-        end = next((index for index, token in enumerate(row.ids) if token in end_ids), None)
-        text = self.tokenizer.decode(row.ids if end is None else row.ids[:end], skip_special_tokens=True)
-        stop = row.request.stop
-        match = re.search(stop, text) if stop is not None else None
-        if match is not None:
-            return Completion(text[: match.start()], True)
-        return Completion(text, end is not None)
+        return [completion(row, self.tokenizer, end_ids) for row in rows]
 
     def end_ids(self) -> list[int]:
         """Tokens that end a completion: end of text, and of a chat turn."""
         own = self.model.generation_config.eos_token_id
         return sorted({*prompt_format(self.tokenizer).end_ids, *(own if isinstance(own, list) else [own])} - {None})
-
-    def _variants(self, words: Iterable[str]) -> torch.Tensor:
-        """Ids of the single tokens that spell one of the words, with or without a space, in any usual case."""
-        ids = set()
-        for word in words:
-            for variant in (word, word.capitalize(), word.upper()):
-                for text in (variant, f" {variant}"):
-                    tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-                    if len(tokens) == 1:
-                        ids.add(tokens[0])
-        assert ids, f"the tokenizer has no single token for {list(words)}"
-        return torch.tensor(sorted(ids))
 
     @torch.inference_mode()
     def log_odds(self, prompts: Sequence[str], adapters: Sequence[str | None]) -> list[float]:
@@ -198,7 +172,7 @@ class TransformersEngine:
         the odds would be ties.
         """
         if not self._answer_ids:
-            self._answer_ids = {"yes": self._variants(["yes"]), "no": self._variants(["no"])}
+            self._answer_ids = {word: torch.tensor(spellings(self.tokenizer, [word])) for word in ("yes", "no")}
         ids = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
 
         def odds(own: list[int]) -> list[float]:
@@ -220,9 +194,7 @@ class TransformersEngine:
         return [float(value) for value in yes - no]
 
     @torch.inference_mode()
-    def log_likelihood(
-        self, samples: Sequence[tuple[Sequence[int], Sequence[int]]], adapters: Sequence[str | None]
-    ) -> list[list[float]]:
+    def log_likelihood(self, samples: Samples, adapters: Sequence[str | None]) -> list[list[float]]:
         """log p of each token of an answer, given the prompt and the answer's tokens before it.
 
         Args:
@@ -240,7 +212,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def top_log_probabilities(
-        self, samples: Sequence[tuple[Sequence[int], Sequence[int]]], adapters: Sequence[str | None], top_k: int
+        self, samples: Samples, adapters: Sequence[str | None], top_k: int
     ) -> list[tuple[list[list[int]], list[list[float]]]]:
         """The most likely tokens at each token of an answer, and their log-probabilities, [answer's length, K] each.
 
@@ -257,9 +229,7 @@ class TransformersEngine:
 
         return self._together(adapters, [len(prompt) + len(answer) for prompt, answer in samples], most_likely)
 
-    def _answer_states(
-        self, samples: Sequence[tuple[Sequence[int], Sequence[int]]], adapters: Sequence[str | None]
-    ) -> tuple[torch.Tensor, list[int]]:
+    def _answer_states(self, samples: Samples, adapters: Sequence[str | None]) -> tuple[torch.Tensor, list[int]]:
         """Last hidden states [L, D] of the places that predict the answers' tokens, and how many each answer has."""
         rows = [[*prompt, *answer][:-1] for prompt, answer in samples]  # the last token predicts nothing
         lengths = [len(answer) for _, answer in samples]

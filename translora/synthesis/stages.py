@@ -7,13 +7,13 @@ from typing import Any
 from translora.config import SamplingConfig
 from translora.engine.decode import Request
 from translora.engine.prompts import prompt_format, raw_prompt
-from translora.engine.transformers import TransformersEngine
+from translora.engine.protocol import Engine
 from translora.synthesis.prompts import discriminator_question
 
 Row = dict[str, Any]
 
 
-def generate_block(engine: TransformersEngine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
+def generate_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
     """Complete the few-shot prompts; adds `text` and `finished`.
 
     Rows: prompt, stop, seed. Settings: sampling.
@@ -30,7 +30,7 @@ def generate_block(engine: TransformersEngine, rows: list[Row], settings: dict[s
     ]
 
 
-def answer_block(engine: TransformersEngine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
+def answer_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
     """Answer task inputs greedily; adds `answer` (stripped) and `finished`.
 
     Rows: slot (adapter of the bank, or None for the bare base), input, template, stop. Settings: max_answer_tokens.
@@ -51,7 +51,7 @@ def answer_block(engine: TransformersEngine, rows: list[Row], settings: dict[str
     ]
 
 
-def encoded(engine: TransformersEngine, rows: list[Row]) -> list[tuple[list[int], list[int]]]:
+def encoded(engine: Engine, rows: list[Row]) -> list[tuple[list[int], list[int]]]:
     """Token ids of each row's prompt and of its `answer` with its end. Rows: input, answer, template."""
     found = []
     for row in rows:
@@ -60,7 +60,7 @@ def encoded(engine: TransformersEngine, rows: list[Row]) -> list[tuple[list[int]
     return found
 
 
-def answer_likelihood(engine: TransformersEngine, rows: list[Row], slots: list[str | None]) -> list[float]:
+def answer_likelihood(engine: Engine, rows: list[Row], slots: list[str | None]) -> list[float]:
     """Mean log-likelihood of a token of each row's `answer`, its end among them, under the adapter of `slots`.
 
     Rows: input, answer, template.
@@ -68,7 +68,7 @@ def answer_likelihood(engine: TransformersEngine, rows: list[Row], slots: list[s
     return [sum(own) / len(own) for own in engine.log_likelihood(encoded(engine, rows), slots)]
 
 
-def teach_block(engine: TransformersEngine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
+def teach_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
     """What each row's teacher thinks at every token of its own answer; adds `teacher`: answer_ids, tokens, log_p.
 
     Rows: slot (the teacher), input, answer, template. Settings: top_k.
@@ -81,7 +81,7 @@ def teach_block(engine: TransformersEngine, rows: list[Row], settings: dict[str,
     ]
 
 
-def gate_block(engine: TransformersEngine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
+def gate_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
     """As `answer_block`, and for rows with a `reference` its mean log-likelihood per token; adds `loglik`, or None.
 
     Rows: as there, and reference (the teacher's answer to the input, or None).
@@ -97,7 +97,7 @@ def gate_block(engine: TransformersEngine, rows: list[Row], settings: dict[str, 
     return found
 
 
-def discriminator_scores(engine: TransformersEngine, rows: list[Row]) -> list[float]:
+def discriminator_scores(engine: Engine, rows: list[Row]) -> list[float]:
     """log p(yes | t(x)) - log p(no | t(x)) under each row's discriminator (arXiv 2405.17258).
 
     Rows: discriminator (slot), task_name, input, template.
@@ -109,7 +109,7 @@ def discriminator_scores(engine: TransformersEngine, rows: list[Row]) -> list[fl
     return engine.log_odds(questions, [row["discriminator"] for row in rows])
 
 
-def choice_block(engine: TransformersEngine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
+def choice_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
     """Log-likelihood of each choice as the answer, its end not counted; adds `logliks`, in the order of the choices.
 
     Rows: slot (adapter of the bank, or None for the bare base), input, template, choices.
@@ -124,12 +124,12 @@ def choice_block(engine: TransformersEngine, rows: list[Row], settings: dict[str
     return [{**row, "logliks": [next(sums) for _ in row["choices"]]} for row in rows]
 
 
-def judge_block(engine: TransformersEngine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
+def judge_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
     """Score inputs by their discriminators; adds `score`. Rows: what `discriminator_scores` needs."""
     return [{**row, "score": score} for row, score in zip(rows, discriminator_scores(engine, rows), strict=True)]
 
 
-def excess_scores(engine: TransformersEngine, rows: list[Row]) -> list[float]:
+def excess_scores(engine: Engine, rows: list[Row]) -> list[float]:
     """Contrastive excess: mean over the answer's tokens of log p(source base + adapter) - log p(source base).
 
     How much the adapter has to say about an input, by which TiTok (arXiv 2510.04682) filters; it needs nothing of the
@@ -140,7 +140,7 @@ def excess_scores(engine: TransformersEngine, rows: list[Row]) -> list[float]:
     return [with_adapter - without for with_adapter, without in zip(teacher, base, strict=True)]
 
 
-def screen_and_label_block(engine: TransformersEngine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
+def screen_and_label_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
     """Score every row by its own screen and let the teacher answer; what a discriminator refuses is not answered.
 
     Rows: screen (discriminator, excess or none), and what `discriminator_scores` and `answer_block` need, slot being

@@ -1,0 +1,88 @@
+"""What an engine is: a resident base that generates and scores rows, each with an adapter of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from translora.config import SamplingConfig
+from translora.engine.decode import Request, Row
+
+Samples = Sequence[tuple[Sequence[int], Sequence[int]]]
+"""Token ids of prompts and of their answers, neither of them empty."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came back for a request."""
+
+    text: str
+    """Completion up to the end token or the stop pattern."""
+    finished: bool
+    """False when `max_new_tokens` cut it off."""
+
+
+class Engine(Protocol):
+    """A base in this process; rows of one call may belong to different adapters, None is the bare base."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def use_adapters(self, adapters: Mapping[str, str | Path]) -> None:
+        """Have exactly these adapters: PEFT directory by slot name; nothing to do where they are there.
+
+        Raises:
+            ValueError, OSError: one of them cannot be used.
+        """
+
+    def check_adapter(self, path: str | Path) -> None:
+        """Read one adapter, and whether this engine computes its kind.
+
+        Raises:
+            ValueError, OSError: it cannot be used.
+        """
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingConfig | None = None) -> list[Completion]:
+        """Complete every request; `sampling` is for those that have a seed, the others are greedy."""
+
+    def log_odds(self, prompts: Sequence[str], adapters: Sequence[str | None]) -> list[float]:
+        """log p("yes") - log p("no") as the next token of each prompt, summed over the answers' token variants."""
+
+    def log_likelihood(self, samples: Samples, adapters: Sequence[str | None]) -> list[list[float]]:
+        """log p of each token of an answer, given the prompt and the answer's tokens before it."""
+
+    def top_log_probabilities(
+        self, samples: Samples, adapters: Sequence[str | None], top_k: int
+    ) -> list[tuple[list[list[int]], list[list[float]]]]:
+        """The most likely tokens at each token of an answer, and their log-probabilities, [answer's length, K] each."""
+
+    def close(self) -> None:
+        """Give its memory back; it is not used again."""
+
+
+def completion(row: Row, tokenizer: PreTrainedTokenizerBase, end_ids: set[int]) -> Completion:
+    """The text of a row that has ended."""
+    end = next((index for index, token in enumerate(row.ids) if token in end_ids), None)
+    text: Any = tokenizer.decode(row.ids if end is None else row.ids[:end], skip_special_tokens=True)
+    stop = row.request.stop
+    match = re.search(stop, text) if stop is not None else None
+    if match is not None:
+        return Completion(text[: match.start()], True)
+    return Completion(text, end is not None)
+
+
+def spellings(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> list[int]:
+    """Ids of the single tokens that spell one of the words, with or without a space, in any usual case."""
+    ids = set()
+    for word in words:
+        for variant in (word, word.capitalize(), word.upper()):
+            for text in (variant, f" {variant}"):
+                tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+                if len(tokens) == 1:
+                    ids.add(tokens[0])
+    assert ids, f"the tokenizer has no single token for {list(words)}"
+    return sorted(ids)

@@ -1,0 +1,359 @@
+"""vLLM as an engine: tensor parallel, many LoRAs in a batch, prefix caching; for bases that fill several GPUs.
+
+vLLM's own engine lives in the actor that would hold the transformers one, for as long as the actor does, and rows reach
+it the same way: a processor of ray.data.llm is one stage of one dataset, and would load the base again for each of the
+two datasets of every round, know no stop pattern, and neither score nor answer by what was scored.
+
+A block is what vLLM schedules at once, so `synthesis.batch_size` should be in the hundreds here. Checked against the
+transformers engine by tests/unit/test_vllm.py (vLLM 0.32).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from translora.bundle.base import inspect_base
+from translora.config import BaseModelConfig, SamplingConfig
+from translora.engine.decode import Request, Row
+from translora.engine.loading import load_tokenizer, num_gpus, resolve_dtype
+from translora.engine.prompts import prompt_format
+from translora.engine.protocol import Completion, Samples, completion, spellings
+from translora.lora.methods import read_adapter
+from translora.lora.peft_io import LoraWeights, write_lora
+from translora.run.redact import first_line
+
+logger = logging.getLogger(__name__)
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM has for `max_lora_rank`."""
+MAX_LORAS = 16
+"""Adapters that share a pass, at most, unless `vllm.max_loras` says otherwise: each takes memory on the GPU."""
+CANARY = "1 2 3 4 5 6 7 8"
+
+
+def check_installed() -> None:
+    """Whether this Python has vLLM.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError("a base asks for vllm, which is not installed; pip install 'translora[vllm]', or leave it out")
+
+
+class VllmEngine:
+    """A base in vLLM's hands.
+
+    vLLM wants to know the greatest rank, and is told the modules, when it loads a base: it is loaded at its first use,
+    and again when an adapter comes that has more of either.
+
+    Args:
+        base: which base, and in `base.vllm` engine arguments in vLLM's own words.
+        num_threads: CPU threads of a host without a GPU.
+    """
+
+    def __init__(self, base: BaseModelConfig, num_threads: int | None = None) -> None:
+        check_installed()
+        assert base.vllm is not None
+        self.base, self.num_threads = base, num_threads
+        self.tokenizer = load_tokenizer(base)
+        self.max_rank = 0
+        """Greatest rank that the loaded engine can have; 0 has no adapters."""
+        self.modules: set[str] = set()
+        """Last parts of the names of the modules that it can adapt."""
+        self._engine: Any = None
+        self._adapters: dict[str, str] = {}
+        self._loras: dict[str, Any] = {}
+        """vLLM's name of each adapter, by slot."""
+        self._refused: dict[str, str] = {}
+        """Why vLLM does not compute an adapter, by its path."""
+        self._copies = tempfile.TemporaryDirectory(prefix="translora-")
+        self._numbers = itertools.count(1)
+        self._answer_ids = {word: spellings(self.tokenizer, [word]) for word in ("yes", "no")}
+
+    def check_adapter(self, path: str | Path) -> None:
+        """Read an adapter.
+
+        Raises:
+            ValueError: vLLM does not compute its kind, or did not take it.
+        """
+        self._read(path)
+
+    def _read(self, path: str | Path) -> LoraWeights:
+        adapter = read_adapter(path)
+        reason = self._refused.get(str(path))
+        if not isinstance(adapter, LoraWeights):
+            reason = "is no plain LoRA, and vLLM computes no others"
+        elif adapter.max_rank > RANKS[-1]:
+            reason = f"has rank {adapter.max_rank}, the limit of vLLM is {RANKS[-1]}"
+        if reason is not None:
+            raise ValueError(f"{path}: {reason}; leave `vllm` of its base out")
+        assert isinstance(adapter, LoraWeights)
+        return adapter
+
+    def use_adapters(self, adapters: Mapping[str, str | Path]) -> None:
+        """Have exactly these adapters: PEFT directory by slot name."""
+        wanted = {slot: str(path) for slot, path in adapters.items()}
+        new = {slot: self._read(path) for slot, path in wanted.items() if self._adapters.get(slot) != path}
+        for slot, path in list(self._adapters.items()):
+            if wanted.get(slot) != path:
+                self._remove(slot)
+        self._make_room(new.values())
+        for slot, adapter in new.items():
+            self._add(slot, wanted[slot], adapter)
+        self._hear_canary(new)
+        for path in wanted.values():
+            if path in self._refused:
+                raise ValueError(f"{path}: {self._refused[path]}")
+
+    def _make_room(self, adapters: Collection[LoraWeights]) -> None:
+        largest = max((adapter.max_rank for adapter in adapters), default=0)
+        modules = {name.rpartition(".")[2] for adapter in adapters for name in adapter.modules}
+        if largest > self.max_rank or not modules <= self.modules:
+            if self._engine is not None:
+                logger.info("%s: loaded again, for other adapters", os.path.basename(self.base.model))
+                self.close()
+            self.max_rank = next(rank for rank in RANKS if rank >= max(largest, self.max_rank))
+            self.modules |= modules
+
+    def _add(self, slot: str, path: str, adapter: LoraWeights) -> None:
+        from vllm.lora.request import LoRARequest
+
+        number = next(self._numbers)
+        copy = Path(self._copies.name) / str(number)
+        copy.mkdir()
+        write_plain(copy, adapter, self.base.model)
+        lora = LoRARequest(slot, number, str(copy))
+        try:
+            self._load().add_lora(lora)
+        except Exception as error:  # whatever vLLM's worker raised
+            self._refused[path] = f"vLLM does not take it ({first_line(error, 300)})"
+            return
+        self._adapters[slot], self._loras[slot] = path, lora
+
+    def _remove(self, slot: str) -> None:
+        if self._engine is not None:
+            self._engine.remove_lora(self._loras[slot].lora_int_id)
+        del self._adapters[slot], self._loras[slot]
+
+    def _hear_canary(self, adapters: Mapping[str, LoraWeights]) -> None:
+        """Refuse adapters that change nothing of what the base says, though their weights are not zero.
+
+        vLLM looks for an adapter's modules by their names, and leaves out what it does not find.
+        """
+        slots = [slot for slot, one in adapters.items() if any(bool(B.any()) for _, B in one.modules.values())]
+        slots = [slot for slot in slots if slot in self._loras]
+        if not slots:
+            return
+        ids = self.tokenizer(CANARY, add_special_tokens=False)["input_ids"]
+        bare, *own = self.log_likelihood([(ids[:1], ids[1:])] * (len(slots) + 1), [None, *slots])
+        for slot, values in zip(slots, own, strict=True):
+            if values == bare:
+                self._refused[self._adapters[slot]] = "vLLM answers with it as without it"
+                self._remove(slot)
+
+    def _load(self) -> Any:
+        """vLLM's engine, loaded where it is not."""
+        if self._engine is None:
+            from vllm.engine.arg_utils import EngineArgs
+            from vllm.v1.engine.llm_engine import LLMEngine
+
+            os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a host may have met CUDA before
+            if self.num_threads is not None:
+                os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+                os.environ["OMP_NUM_THREADS"] = str(self.num_threads)
+            arguments = engine_arguments(self.base, self.max_rank, self.modules)
+            try:
+                self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{self.base.model}: vLLM refuses it ({first_line(error)}); change its `vllm`"
+                ) from error
+            logger.info("%s: vLLM, %s", os.path.basename(self.base.model), arguments)
+        return self._engine
+
+    def close(self) -> None:
+        """End vLLM's processes."""
+        if self._engine is not None:
+            self._engine.engine_core.shutdown()
+            self._engine = None
+
+    def end_ids(self) -> list[int]:
+        """Tokens that end a completion: end of text, and of a chat turn."""
+        path = inspect_base(self.base.model, self.base.trust_remote_code).path
+        own: Any = None
+        if (path / "generation_config.json").exists():
+            own = GenerationConfig.from_pretrained(path).eos_token_id
+        return sorted({*prompt_format(self.tokenizer).end_ids, *(own if isinstance(own, list) else [own])} - {None})
+
+    def _run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        parameters: Sequence[Any],
+        adapters: Sequence[str | None],
+        take: Callable[[int, Any], bool],
+    ) -> None:
+        """Let vLLM work until every request has ended; `take(index, output)` says whether it needs no more of one."""
+        engine = self._load()
+        running: dict[str, int] = {}
+        for index, (ids, one, slot) in enumerate(zip(prompts, parameters, adapters, strict=True)):
+            lora = None if slot is None else self._loras[slot]
+            running[str(index)] = index
+            engine.add_request(str(index), {"prompt_token_ids": list(ids)}, one, lora_request=lora)
+        while running:
+            for output in engine.step():
+                if output.request_id not in running:  # it was aborted a moment ago
+                    continue
+                if take(running[output.request_id], output) or output.finished:
+                    del running[output.request_id]
+                    if not output.finished:
+                        engine.abort_request([output.request_id])
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingConfig | None = None) -> list[Completion]:
+        """Complete every request; one whose prompt leaves no room for an answer does not end."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling, end_ids = sampling or SamplingConfig(), set(self.end_ids())
+        rows = [Row(request, None) for request in requests]
+        ids = self.tokenizer([request.prompt for request in requests], add_special_tokens=False)["input_ids"]
+        fitting = [index for index in range(len(rows)) if len(ids[index]) < self.max_length]
+        parameters = []
+        for index in fitting:
+            request = requests[index]
+            drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "seed": request.seed}
+            parameters.append(
+                SamplingParams(
+                    max_tokens=request.max_new_tokens,
+                    stop_token_ids=sorted(end_ids),
+                    detokenize=False,
+                    output_kind=RequestOutputKind.DELTA,
+                    **({"temperature": 0.0} if request.seed is None else drawn),
+                )
+            )
+
+        def take(place: int, output: Any) -> bool:
+            row = rows[fitting[place]]
+            for token in output.outputs[0].token_ids:
+                if not row.ended:
+                    row.take(token, self.tokenizer, end_ids)
+            return row.ended
+
+        self._run([ids[index] for index in fitting], parameters, [requests[index].adapter for index in fitting], take)
+        return [completion(row, self.tokenizer, end_ids) for row in rows]
+
+    @property
+    def max_length(self) -> int:
+        """Longest prompt and answer that vLLM takes, in tokens."""
+        return int(self._load().model_config.max_model_len)
+
+    def log_odds(self, prompts: Sequence[str], adapters: Sequence[str | None]) -> list[float]:
+        """log p("yes") - log p("no") as the next token of each prompt, summed over the answers' token variants."""
+        from vllm import SamplingParams
+
+        wanted = sorted({token for tokens in self._answer_ids.values() for token in tokens})
+        parameters = SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=wanted, detokenize=False)
+        ids = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+        self._check_lengths(ids)
+        found = [0.0] * len(prompts)
+
+        def take(index: int, output: Any) -> bool:
+            (log_p,) = output.outputs[0].logprobs
+            yes, no = (
+                torch.logsumexp(torch.tensor([log_p[token].logprob for token in self._answer_ids[word]]), 0)
+                for word in ("yes", "no")
+            )
+            found[index] = float(yes - no)
+            return True
+
+        self._run(ids, [parameters] * len(ids), adapters, take)
+        return found
+
+    def log_likelihood(self, samples: Samples, adapters: Sequence[str | None]) -> list[list[float]]:
+        """log p of each token of an answer, given the prompt and the answer's tokens before it."""
+        scored = self._score(samples, adapters, 0)
+        return [
+            [places[token].logprob for places, token in zip(own, answer, strict=True)]
+            for own, (_, answer) in zip(scored, samples, strict=True)
+        ]
+
+    def top_log_probabilities(
+        self, samples: Samples, adapters: Sequence[str | None], top_k: int
+    ) -> list[tuple[list[list[int]], list[list[float]]]]:
+        """The most likely tokens at each token of an answer, and their log-probabilities, [answer's length, K] each."""
+        found = []
+        for own in self._score(samples, adapters, top_k):
+            best = [sorted(places.items(), key=lambda item: -item[1].logprob)[:top_k] for places in own]
+            tokens = [[token for token, _ in place] for place in best]
+            found.append((tokens, [[one.logprob for _, one in place] for place in best]))
+        return found
+
+    def _score(self, samples: Samples, adapters: Sequence[str | None], top_k: int) -> list[list[dict[int, Any]]]:
+        """vLLM's log-probabilities of the top tokens, and of the answer's own, at each place of each answer."""
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=top_k, detokenize=False)
+        whole = [[*prompt, *answer] for prompt, answer in samples]
+        self._check_lengths(whole)
+        found: list[list[dict[int, Any]]] = [[] for _ in samples]
+
+        def take(index: int, output: Any) -> bool:
+            found[index] = output.prompt_logprobs[-len(samples[index][1]) :]
+            return True
+
+        self._run(whole, [parameters] * len(whole), adapters, take)
+        return found
+
+    def _check_lengths(self, rows: Sequence[Sequence[int]]) -> None:
+        longest = max(map(len, rows))
+        if longest >= self.max_length:
+            raise ValueError(
+                f"{self.base.model}: a row of {longest} tokens is scored, vLLM takes {self.max_length - 1}; "
+                "raise vllm.max_model_len"
+            )
+
+
+def engine_arguments(base: BaseModelConfig, max_rank: int, modules: Collection[str]) -> dict[str, Any]:
+    """vLLM's EngineArgs for a base; what the user sets in `vllm` comes before what is chosen here.
+
+    The modules are named so that the head is none of them: vLLM (0.32) looks up an adapter for each place of a head
+    that it adapts, and has none for the places of a prompt, whose probabilities then are wrong or cannot be computed.
+    """
+    dtype = resolve_dtype(base.dtype)
+    arguments: dict[str, Any] = {
+        "model": str(inspect_base(base.model, base.trust_remote_code).path),
+        "trust_remote_code": base.trust_remote_code,
+        "dtype": str(dtype).removeprefix("torch."),
+        "tensor_parallel_size": max(1, num_gpus()),
+        "max_logprobs": 1024,
+        "disable_log_stats": True,
+    }
+    if dtype != torch.float32:
+        arguments["hf_overrides"] = {"head_dtype": "float32"}  # see TransformersEngine.log_odds
+    if max_rank:
+        arguments |= {"enable_lora": True, "max_lora_rank": max_rank, "max_loras": MAX_LORAS}
+        arguments["lora_target_modules"] = sorted(modules)
+    return arguments | (base.vllm or {})
+
+
+def write_plain(directory: Path, adapter: LoraWeights, base_model: str) -> None:
+    """Write a LoRA as vLLM computes it: one rank, and a scaling of 1, whatever its patterns and its scaling are."""
+    rank = adapter.max_rank
+    modules: dict[str, Sequence[torch.Tensor]] = {}
+    for name, (lora_A, lora_B) in adapter.modules.items():
+        missing = rank - len(lora_A)
+        scaled = (lora_B.float() * adapter.scaling[name]).to(lora_B.dtype)
+        modules[name] = (
+            torch.nn.functional.pad(lora_A, (0, 0, 0, missing)),
+            torch.nn.functional.pad(scaled, (0, missing)),
+        )
+    write_lora(directory, modules, alpha=rank, base_model=base_model)
