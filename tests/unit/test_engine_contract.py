@@ -18,7 +18,7 @@ from translora.engine.transformers import TransformersEngine
 from translora.engine.vllm import VllmEngine
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
-NEEDS_VLLM = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed: make test-vllm")
+NEEDS_VLLM = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
 PROMPTS = ["Route the message:", "The parcel is late. I was charged twice", "When does the shop open", "a"]
 NAMES = ["plain", "scaled", "patterned", None]
 SAMPLES = [([5, 6, 7], [8, 9]), ([10] * 9, [11]), ([12], [13, 14, 15, 16])]

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ from translora.engine.loading import load_tokenizer
 from translora.report.table import note
 from translora.run.files import read_jsonl, replace_directory, sha256_path, write_json
 from translora.run.member import Member, Run, attempt_size, expand_entries
-from translora.run.recipes import Seals, recipes
+from translora.run.recipes import Seals, engine_settings, recipes
 from translora.run.resume import continue_state
 from translora.run.rundir import check_free, open_run
 from translora.run.state import AdapterState, Phase, load_state, save_state
@@ -423,6 +424,29 @@ def test_target_modules_are_linear_modules_of_the_target_base(run: Run) -> None:
         assert "embed_tokens" not in str(fault.value).partition("it has")[2]
     fits = config(Path("run"), **bases, distill={"lora": {"target_modules": ["q_proj", "down_proj"]}})
     check_training(fits, run.target)
+
+
+def test_vllm_is_refused_where_it_cannot_compute(run: Run, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    bases = {"source": run.config.source.model_dump() | {"vllm": {}}, "target": run.config.target.model_dump()}
+    if importlib.util.find_spec("vllm") is None:
+        with pytest.raises(ValueError, match=r"vllm, which is not installed; pip install 'translora\[vllm\]'"):
+            check_training(config(Path("run"), **bases), run.target)
+    monkeypatch.setattr("translora.run.verify.check_installed", lambda: None)
+    check_training(config(Path("run"), **bases), run.target)
+    bases["target"]["vllm"] = {}
+    tuning = {"peft": {"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": []}}
+    with pytest.raises(ValueError, match=r"target.vllm: vLLM computes LoRAs alone; leave it out, or distill.peft"):
+        check_training(config(Path("run"), **bases, distill=tuning), run.target)
+    short = run.config.source.model_copy(update={"vllm": {"max_model_len": 100}})
+    run = dataclasses.replace(run, config=run.config.model_copy(update={"source": short}))
+    state = verify(run, "a", AdapterEntry(bundle=str(bundle.path)))
+    assert isinstance(state, AdapterState) and "the source base's context is 100" in state.reason
+
+
+def test_an_older_versions_recipes_still_fit(run: Run) -> None:
+    settings = run.config.source
+    assert engine_settings(settings) == settings.model_dump(exclude={"model", "vllm"})
+    assert engine_settings(settings.model_copy(update={"vllm": {}}))["vllm"] == {}
 
 
 def test_globs_are_expanded_and_twice_the_same_name_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from translora.bundle.base import inspect_base
 from translora.config import BaseModelConfig
 from translora.engine.loading import device, hide_gpus, num_gpus, resolve_dtype
 from translora.engine.memory import is_out_of_memory, release_memory
-from translora.engine.protocol import Engine
+from translora.engine.protocol import Engine, EngineDied
 from translora.engine.transformers import TransformersEngine
 from translora.engine.vllm import VllmEngine
 from translora.run.redact import first_line
@@ -78,6 +79,9 @@ class EngineHost:
             computed = compute_rows(engine, function, rows, settings, damaged)
             seconds = {"model": round(time.monotonic() - loaded, 4), "load": round(loaded - start, 4)}
             return computed, seconds
+        except EngineDied:
+            logger.exception("this actor ends, and begins again")
+            os._exit(1)
         finally:
             self.watchdog.stop()
 

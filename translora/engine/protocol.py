@@ -27,6 +27,10 @@ class Completion:
     """False when `max_new_tokens` cut it off."""
 
 
+class EngineDied(RuntimeError):
+    """What the engine runs outside this process is gone: nothing can be computed with it any more."""
+
+
 class Engine(Protocol):
     """A base in this process; rows of one call may belong to different adapters, None is the bare base."""
 

@@ -27,7 +27,7 @@ from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request, Row
 from translora.engine.loading import load_tokenizer, num_gpus, resolve_dtype
 from translora.engine.prompts import prompt_format
-from translora.engine.protocol import Completion, Samples, completion, spellings
+from translora.engine.protocol import Completion, EngineDied, Samples, completion, spellings
 from translora.lora.methods import read_adapter
 from translora.lora.peft_io import LoraWeights, write_lora
 from translora.run.redact import first_line
@@ -127,6 +127,7 @@ class VllmEngine:
 
     def _add(self, slot: str, path: str, adapter: LoraWeights) -> None:
         from vllm.lora.request import LoRARequest
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         number = next(self._numbers)
         copy = Path(self._copies.name) / str(number)
@@ -135,6 +136,8 @@ class VllmEngine:
         lora = LoRARequest(slot, number, str(copy))
         try:
             self._load().add_lora(lora)
+        except EngineDeadError as error:
+            raise EngineDied(f"{self.base.model}: vLLM ended over {path}") from error
         except Exception as error:  # whatever vLLM's worker raised
             self._refused[path] = f"vLLM does not take it ({first_line(error, 300)})"
             return
@@ -202,7 +205,13 @@ class VllmEngine:
         adapters: Sequence[str | None],
         take: Callable[[int, Any], bool],
     ) -> None:
-        """Let vLLM work until every request has ended; `take(index, output)` says whether it needs no more of one."""
+        """Let vLLM work until every request has ended; `take(index, output)` says whether it needs no more of one.
+
+        Raises:
+            EngineDied: vLLM's processes have ended.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         engine = self._load()
         running: dict[str, int] = {}
         for index, (ids, one, slot) in enumerate(zip(prompts, parameters, adapters, strict=True)):
@@ -210,7 +219,11 @@ class VllmEngine:
             running[str(index)] = index
             engine.add_request(str(index), {"prompt_token_ids": list(ids)}, one, lora_request=lora)
         while running:
-            for output in engine.step():
+            try:
+                outputs = engine.step()
+            except EngineDeadError as error:
+                raise EngineDied(f"{self.base.model}: vLLM's processes have ended, its lines above say why") from error
+            for output in outputs:
                 if output.request_id not in running:  # it was aborted a moment ago
                     continue
                 if take(running[output.request_id], output) or output.finished:

@@ -23,6 +23,7 @@ from translora.plan.inference import (
 from translora.plan.shape import Shape, Shapes
 from translora.plan.training import TrainingPlan, plan_training
 from translora.plan.work import Work, training_sizes
+from translora.run.recipes import base_settings
 
 
 @dataclass
@@ -67,6 +68,8 @@ class FleetPlan:
     """What the fleet file should say for this hardware."""
     disk: dict[str, float] = field(default_factory=dict)
     """Bytes of the run directory by what they are for."""
+    note: str = ""
+    """What the plan does not know."""
 
     @property
     def problems(self) -> list[str]:
@@ -152,7 +155,13 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
         "checkpoints of the gangs": training.gang_size * hardware.num_gpus * 12.0 * num_weights,
         "synthetic sets and blocks": 3 * 4 * rows,
     }
-    return FleetPlan(hardware, work, phases, training, settings, disk)
+    note = ""
+    if any(base.vllm is not None for base in base_settings(config)):
+        note = (
+            "vllm is planned for as transformers, of which the GPUs of an actor take turns: expect less time, "
+            "and the memory that vllm.gpu_memory_utilization asks for"
+        )
+    return FleetPlan(hardware, work, phases, training, settings, disk, note)
 
 
 def prompt_pass(shape: Shape, calls: Calls, batch_size: int) -> int:

@@ -73,6 +73,8 @@ def render(plan: FleetPlan) -> RenderableType:
         f"whole fleet: {plan.hours:.1f} hours, {plan.adapters_per_gpu_hour:.2f} adapters per GPU-hour",
         "disk: " + ", ".join(f"{what} {gigabytes(size)} GB" for what, size in plan.disk.items()),
     ]
+    if plan.note:
+        lines.append(plan.note)
     if plan.problems:
         lines += [f"does not fit: {problem}" for problem in plan.problems]
     else:

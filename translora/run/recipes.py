@@ -31,7 +31,7 @@ def recipes(
         bases: source, target and generator; they count by their weights, not by where they lie.
     """
     source, target, generator = (
-        (base.fingerprint, settings.model_dump(exclude={"model"}))
+        (base.fingerprint, engine_settings(settings))
         for base, settings in zip(bases, base_settings(config), strict=True)
     )
     gate = config.gate.model_dump()
@@ -64,6 +64,12 @@ def recipes(
             sha256_file(Path(entry.eval_data)) if entry.eval_data else None,
         ),
     }
+
+
+def engine_settings(settings: BaseModelConfig) -> dict[str, Any]:
+    """How a base computes; without `vllm` where it is unset, as versions that did not know it hashed it."""
+    found = settings.model_dump(exclude={"model"})
+    return found if settings.vllm is not None else {key: value for key, value in found.items() if key != "vllm"}
 
 
 def base_settings(config: FleetConfig) -> tuple[BaseModelConfig, BaseModelConfig, BaseModelConfig]:

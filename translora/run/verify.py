@@ -6,13 +6,15 @@ import logging
 from collections.abc import Mapping
 
 from translora.bundle import BaseInfo, Bundle, BundleError, read_bundle, verify_bundle
+from translora.bundle.adapter import is_in_bank
 from translora.bundle.base import linear_modules
 from translora.bundle.remote import fetch_all, is_remote
-from translora.config import AdapterEntry, FleetConfig, TrainConfig
+from translora.config import AdapterEntry, BaseModelConfig, FleetConfig, TrainConfig
 from translora.distill.ds_config import read_ds_config
 from translora.distill.teacher import check_vocabularies
 from translora.engine.loading import attention_of, load_tokenizer, resolve_dtype
 from translora.engine.prompts import prompt_format
+from translora.engine.vllm import check_installed
 from translora.lora.kinds import SOURCES_ONLY
 from translora.lora.targets import resolve_targets
 from translora.run.files import read_jsonl
@@ -33,10 +35,15 @@ def check_training(config: FleetConfig, target: BaseInfo) -> None:
 
     Raises:
         ValueError: the DeepSpeed config cannot be used, a target module is no linear module of the target base, a base
-            cannot have the attention that is asked for, or the loss wants one vocabulary and the bases have two.
+            cannot have the attention or the engine that is asked for, or the loss wants one vocabulary and the bases
+            have two.
     """
     for settings in base_settings(config):
         attention_of(settings, resolve_dtype(settings.dtype))
+        if settings.vllm is not None:
+            check_installed()
+    if config.target.vllm is not None and config.distill.peft is not None:
+        raise ValueError("target.vllm: vLLM computes LoRAs alone; leave it out, or distill.peft")
     check_section(config.distill, target, "distill")
     if config.distill.loss == "kl":
         check_vocabularies(load_tokenizer(config.source), load_tokenizer(config.target))
@@ -160,6 +167,8 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
         check_name_and_size(config, entry, bundle)
         verify_bundle(bundle, run.source)
         choose_screen(config.synthesis, bundle, entry.screen)
+        if config.source.vllm is not None and not is_in_bank(bundle.path):
+            raise ValueError(f"{bundle.path}: is no plain LoRA, and vLLM computes no others; leave source.vllm out")
         check_prompts(run, bundle)
         eval_rows = read_jsonl(entry.eval_data, required=("input", "target")) if entry.eval_data else []
     except (BundleError, ValueError) as error:
@@ -202,6 +211,12 @@ def check_name_and_size(config: FleetConfig, entry: AdapterEntry, bundle: Bundle
         )
 
 
+def context_of(settings: BaseModelConfig, base: BaseInfo) -> int | None:
+    """Tokens that a base takes as its engine holds it; None where nothing is said."""
+    context: int | None = base.config.get("max_position_embeddings")
+    return (settings.vllm or {}).get("max_model_len") or context
+
+
 def check_prompts(run: Run, bundle: Bundle) -> None:
     """Whether the bundle's template and seeds can be used with the bases' tokenizers.
 
@@ -214,7 +229,7 @@ def check_prompts(run: Run, bundle: Bundle) -> None:
     except ValueError as error:
         raise ValueError(f"{bundle.path}: {error}") from error
     num_tokens = len(empty) + synthesis.sampling.max_new_tokens + synthesis.max_answer_tokens
-    context = run.source.config.get("max_position_embeddings")
+    context = context_of(run.config.source, run.source)
     if context is not None and num_tokens > context:
         raise ValueError(
             f"{bundle.path}: its prompt template makes prompts and answers of {num_tokens} tokens, the source base's "
@@ -222,7 +237,7 @@ def check_prompts(run: Run, bundle: Bundle) -> None:
         )
     prompt = generation_prompt(bundle.seeds, 0, 0)
     num_tokens = len(run.generator_tokenizer(prompt)["input_ids"]) + synthesis.sampling.max_new_tokens
-    context = run.generator.config.get("max_position_embeddings")
+    context = context_of(run.config.generator, run.generator)
     if context is not None and num_tokens > context:
         raise ValueError(
             f"{bundle.path}: its seeds make a prompt of {num_tokens} tokens, the generator's context is {context}; "
