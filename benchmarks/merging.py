@@ -12,9 +12,10 @@ against the number of samples and adapters instead.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -147,13 +148,16 @@ def synthesise(base: Path, adapters: dict[str, Path], seeds: dict[str, list[str]
 
 def run_command(arguments: Sequence[str]) -> tuple[float, float]:
     """Seconds and peak gigabytes of a `translora` command."""
-    started = time.monotonic()
+    started, peak = time.monotonic(), 0.0
     child = subprocess.Popen([sys.executable, "-m", "translora", *arguments], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
+    while child.poll() is None:  # what the kernel tells at the end would count this process, too, which it began as
+        with contextlib.suppress(OSError):
+            (found,) = re.findall(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{child.pid}/status").read_text()) or ["0"]
+            peak = max(peak, int(found) * 1024 / 1e9)
+        time.sleep(0.05)
     if child.returncode:
         raise SystemExit(f"translora {' '.join(arguments)}: exit code {child.returncode}")
-    return time.monotonic() - started, usage.ru_maxrss / 1e6
+    return time.monotonic() - started, peak
 
 
 def merge(arm: str, base: Path, adapters: dict[str, Path], work: Path, settings: Sequence[str]) -> tuple[float, float]:
@@ -203,10 +207,13 @@ def measure(arguments: argparse.Namespace) -> None:
     engine: TransformersEngine | None = None
     for arm in arguments.arms:
         record = place(work, arm).with_suffix(".json")
+        single = arm.removeprefix("only ") if arm.startswith("only ") else None
+        if record.exists() and arguments.costs and not single:
+            seconds, gigabytes = merge(arm, base, adapters, work, arguments.set)
+            write_json(record, json.loads(record.read_text()) | {"seconds": seconds, "gigabytes": gigabytes})
         if record.exists():
             continue
         print(f"{arm} ...", flush=True)
-        single = arm.removeprefix("only ") if arm.startswith("only ") else None
         seconds, gigabytes = (0.0, 0.0) if single else merge(arm, base, adapters, work, arguments.set)
         engine = engine or TransformersEngine(BaseModelConfig(model=str(base)), {})
         engine.use_adapters({"it": adapters[single] if single else place(work, arm)})
@@ -277,6 +284,7 @@ def main() -> None:
         "--set", nargs="*", default=["cat.epochs=3"], metavar="KEY=VALUE", help="settings of the merges"
     )
     parser.add_argument("--threads", type=int, default=2, help="torch's CPU threads (default: %(default)s)")
+    parser.add_argument("--costs", action="store_true", help="measure time and memory of finished merges again")
     parser.add_argument("--scaling", action="store_true", help="IterIS against samples and adapters")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
