@@ -159,10 +159,14 @@ def load_config(path: str | Path, kind: type[ConfigT]) -> ConfigT:
 
 
 def fault_text(kind: type[BaseModel], fault: ErrorDetails) -> str:
-    """One fault as `where: what`; an unknown setting comes with those that are known there."""
-    where = ".".join(str(part) for part in fault["loc"]) or "config"
+    """One fault as `where: what`; an unknown setting comes with those that are known there.
+
+    What is found of a whole file names its settings itself.
+    """
+    where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] != "extra_forbidden":
-        return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
+        what = fault["msg"].removeprefix("Value error, ")
+        return f"{where}: {what}" if where else what
     *parents, unknown = fault["loc"]
     known = _settings_at(kind, parents)
     close = difflib.get_close_matches(str(unknown), known, n=1)

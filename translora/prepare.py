@@ -59,8 +59,7 @@ def prepare(config: PrepareConfig) -> list[Bundle]:
     tasks = [read_task(config, entry) for entry in config.tasks]
     base = inspect_base(config.source.model, config.source.trust_remote_code)
     template = prompt_format(load_tokenizer(config.source), config.prompt_template).template
-    if config.source.vllm is not None:
-        check_installed()
+    check_installed(config.source)
     for task in tasks:
         if task.entry.adapter is not None:
             check_recorded_base(Path(task.entry.adapter), base.name, "give an adapter of this base")

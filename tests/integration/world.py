@@ -53,8 +53,8 @@ def answered(rng: random.Random, family: Family) -> str:
     return f"{text}\nAnswer: {word}<eos>"
 
 
-def make_trained_base(directory: Path, family: Family, seed: int, steps: int = 300) -> Path:
-    make_base(directory, family, seed, hidden_size=64, vocab_size=400, std=0.05)
+def make_trained_base(directory: Path, family: Family, seed: int, steps: int = 300, hidden_size: int = 64) -> Path:
+    make_base(directory, family, seed, hidden_size=hidden_size, vocab_size=400, std=0.05)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     rng = random.Random(seed)
@@ -154,8 +154,9 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def make_world(root: Path) -> World:
-    return World(root, make_trained_base(root / "source", "llama", 1), make_trained_base(root / "target", "gemma3", 2))
+def make_world(root: Path, hidden_size: int = 64) -> World:
+    source = make_trained_base(root / "source", "llama", 1, hidden_size=hidden_size)
+    return World(root, source, make_trained_base(root / "target", "gemma3", 2, hidden_size=hidden_size))
 
 
 def kill_when(world: World, verb: str, config: Path, pattern: str, count: int = 1) -> None:

@@ -40,14 +40,16 @@ MAX_LORAS = 16
 CANARY = "1 2 3 4 5 6 7 8"
 
 
-def check_installed() -> None:
-    """Whether this Python has vLLM.
+def check_installed(base: BaseModelConfig) -> None:
+    """Whether this Python has vLLM, where the base asks for it.
 
     Raises:
         ValueError: it has not.
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise ValueError("a base asks for vllm, which is not installed; pip install 'translora[vllm]', or leave it out")
+    if base.vllm is not None and importlib.util.find_spec("vllm") is None:
+        raise ValueError(
+            f"{base.model}: asks for vllm, which is not installed; pip install 'translora[vllm]', or leave `vllm` out"
+        )
 
 
 class VllmEngine:
@@ -62,7 +64,7 @@ class VllmEngine:
     """
 
     def __init__(self, base: BaseModelConfig, num_threads: int | None = None) -> None:
-        check_installed()
+        check_installed(base)
         assert base.vllm is not None
         self.base, self.num_threads = base, num_threads
         self.tokenizer = load_tokenizer(base)

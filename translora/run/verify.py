@@ -40,8 +40,7 @@ def check_training(config: FleetConfig, target: BaseInfo) -> None:
     """
     for settings in base_settings(config):
         attention_of(settings, resolve_dtype(settings.dtype))
-        if settings.vllm is not None:
-            check_installed()
+        check_installed(settings)
     if config.target.vllm is not None and config.distill.peft is not None:
         raise ValueError("target.vllm: vLLM computes LoRAs alone; leave it out, or distill.peft")
     check_section(config.distill, target, "distill")
@@ -76,7 +75,9 @@ def check_method(settings: TrainConfig, base: BaseInfo, section: str) -> None:
     assert settings.peft is not None
     config = parse_method(settings.peft, section, base.path)
     if config.peft_type in SOURCES_ONLY:
-        raise ValueError(f"{section}: {config.peft_type} cannot be trained on a partitioned base; take another method")
+        raise ValueError(
+            f"{section}: {config.peft_type.value} cannot be trained on a partitioned base; take another method"
+        )
     if settings.gradient_checkpointing and config.peft_type == "PREFIX_TUNING":
         raise ValueError(f"{section}: PREFIX_TUNING has no recomputation; set gradient_checkpointing to false")
     try:
