@@ -41,7 +41,8 @@ lint: setup
 	$(BIN)/mypy
 
 test: bases lint
-	$(BIN)/python -m pytest -q --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n 2 --dist loadfile tests/unit tests/bad_inputs
+	$(BIN)/python -m pytest -q --durations=15 tests/integration
 
 # In an environment of its own: what is audited must not be what audits. Writes one line where PyPI cannot be reached.
 audit:

@@ -1,10 +1,10 @@
 """Which families of bases work, and how exactly: tiny random models of each, through the code of a run.
 
-    python -m benchmarks.families [FAMILY ...]
+    python -m benchmarks.families [FAMILY ...] [--vllm]
 
 For each: the probabilities of two adapters' answers in one mixed batch against PEFT one adapter at a time, tokens that
 are generated in a mixed batch against PEFT's `generate`, and the gradients of two students in one packed pass against
-PEFT's own, all in float32. A family that is refused shows why.
+PEFT's own, all in float32. A family that is refused shows why. With --vllm the first two are vLLM's.
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ from translora.distill.data import Sample, pack
 from translora.distill.zero3 import check_packing
 from translora.engine.decode import Request
 from translora.engine.head import Head, cross_entropy
+from translora.engine.protocol import Engine
 from translora.engine.transformers import TransformersEngine
+from translora.engine.vllm import VllmEngine
 from translora.lora.peft_io import read_lora
 from translora.lora.targets import resolve_targets
+from translora.run.redact import first_line
 
 QV, QKV, FUSED = ["q_proj", "v_proj"], ["qkv_proj"], ["query_key_value"]
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -79,6 +82,10 @@ OWNERS = ("a", "b", "a", "b")
 ANSWER = "order yes no shop"
 
 
+FOR_VLLM = {"hidden_size": 128, "head_dim": 32}
+"""Its kernels want heads of 32 at least."""
+
+
 @dataclass(frozen=True)
 class Found:
     """Greatest differences from PEFT, in float32."""
@@ -91,15 +98,29 @@ class Found:
     """Of a factor's gradient, relative to its greatest element."""
 
 
-def make_config(family: str, vocab_size: int, **ids: int | None) -> PreTrainedConfig:
+def make_config(family: str, vocab_size: int, on_vllm: bool, **ids: int | None) -> PreTrainedConfig:
     """A tiny config of a family."""
     changes, _ = FAMILIES[family]
-    return AutoConfig.for_model(
-        family, **{**SMALL, "vocab_size": vocab_size, "initializer_range": 0.2, **ids, **changes}
-    )
+    changes = {**SMALL, "vocab_size": vocab_size, "initializer_range": 0.2, **ids, **changes}
+    if on_vllm:
+        changes |= {name: value for name, value in FOR_VLLM.items() if name in changes}
+    return AutoConfig.for_model(family, **changes)
 
 
-def check(family: str, root: Path) -> Found:
+def load_engine(path: Path, adapters: dict[str, Path], on_vllm: bool) -> Engine:
+    """The base and its adapters, resident."""
+    vllm = {"enforce_eager": True, "max_model_len": 128} if on_vllm else None
+    base = BaseModelConfig(model=str(path), dtype="float32", vllm=vllm)
+    engine: Engine = TransformersEngine(base, {}) if vllm is None else VllmEngine(base)
+    try:
+        engine.use_adapters(adapters)
+    except Exception as error:
+        engine.close()
+        raise ValueError(first_line(error)) from error
+    return engine
+
+
+def check(family: str, root: Path, on_vllm: bool = False) -> Found:
     """Run everything of one family.
 
     Raises:
@@ -108,7 +129,7 @@ def check(family: str, root: Path) -> Found:
     _, targets = FAMILIES[family]
     tokenizer = make_tokenizer()
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    config = make_config(family, len(tokenizer), **ids)
+    config = make_config(family, len(tokenizer), on_vllm, **ids)
     torch.manual_seed(0)
     path = root / "base"
     if config.is_encoder_decoder:
@@ -116,15 +137,15 @@ def check(family: str, root: Path) -> Found:
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
     tokenizer.save_pretrained(path)
     names = resolve_targets(linear_modules(inspect_base(str(path))), targets, family, "target_modules")
-    base = BaseModelConfig(model=str(path), dtype="float32")
     for index, name in enumerate(("a", "b")):
         make_adapter(root / name, path, index + 1, 4 - index, target_modules=names)
-    engine = TransformersEngine(base, {name: root / name for name in ("a", "b")})
+    engine = load_engine(path, {name: root / name for name in ("a", "b")}, on_vllm)
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
     answer = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
     samples = [(prompt, answer) for prompt in prompts]
     likelihoods = torch.tensor(engine.log_likelihood(samples, OWNERS))
     written = engine.generate([Request(text, owner, 8) for text, owner in zip(PROMPTS, OWNERS, strict=True)])
+    engine.close()
     own_likelihoods, same, gradients = [], 0, {}
     for name in ("a", "b"):
         model = PeftModel.from_pretrained(
@@ -195,10 +216,12 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help=f"of {', '.join(FAMILIES)}; default: all")
+    parser.add_argument("--vllm", action="store_true", help="log-probabilities and texts are vLLM's")
     arguments = parser.parse_args()
     if unknown := set(arguments.families) - FAMILIES.keys():
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    table = Table(title="bank, generation and gang against PEFT, tiny random models in float32")
+    what = "vLLM" if arguments.vllm else "bank, generation"
+    table = Table(title=f"{what} and gang against PEFT, tiny random models in float32")
     for column in ("family", "adapted", "log-probability", "generated", "gradient"):
         table.add_column(column, justify="left" if column in ("family", "adapted") else "right")
     for family in arguments.families or FAMILIES:
@@ -206,7 +229,7 @@ def main() -> None:
         adapted = targets if isinstance(targets, str) else ", ".join(targets)
         with tempfile.TemporaryDirectory() as name:
             try:
-                found = check(family, Path(name))
+                found = check(family, Path(name), arguments.vllm)
             except ValueError as error:
                 table.add_row(family, adapted, f"refused: {str(error).replace(name, '')[:90]}", "", "")
                 continue
