@@ -23,7 +23,7 @@ from translora.distill.job import TrainJob, make_job, refuse_failures
 from translora.distill.launch import train_adapters
 from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
-from translora.engine.vllm import check_installed
+from translora.engine.vllm import check_engine
 from translora.run.files import derive_seed, digest, read_jsonl, sha256_file, sha256_path
 from translora.run.rundir import EXECUTION_ONLY, open_run
 from translora.run.tracker import Tracker
@@ -59,7 +59,7 @@ def prepare(config: PrepareConfig) -> list[Bundle]:
     tasks = [read_task(config, entry) for entry in config.tasks]
     base = inspect_base(config.source.model, config.source.trust_remote_code)
     template = prompt_format(load_tokenizer(config.source), config.prompt_template).template
-    check_installed(config.source)
+    check_engine(config.source)
     for task in tasks:
         if task.entry.adapter is not None:
             check_recorded_base(Path(task.entry.adapter), base.name, "give an adapter of this base")

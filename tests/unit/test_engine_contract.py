@@ -15,7 +15,7 @@ from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request
 from translora.engine.protocol import Engine
 from translora.engine.transformers import TransformersEngine
-from translora.engine.vllm import VllmEngine
+from translora.engine.vllm import VllmEngine, check_engine
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 NEEDS_VLLM = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
@@ -43,12 +43,16 @@ def adapters(base: Path) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="module", params=["transformers", pytest.param("vllm", marks=NEEDS_VLLM)])
+@pytest.fixture(
+    scope="module",
+    params=["transformers", *(pytest.param(name, marks=NEEDS_VLLM) for name in ("vllm", "vllm, tensor parallel"))],
+)
 def engine(request: pytest.FixtureRequest, base: Path, adapters: dict[str, str]) -> Iterator[Engine]:
     config = BaseModelConfig(model=str(base), dtype="float32")
     engine: Engine
-    if request.param == "vllm":
-        settings = {"enforce_eager": True, "max_model_len": 256, "seed": 0}
+    if request.param != "transformers":
+        settings = {"enforce_eager": True, "max_model_len": 256}
+        settings["tensor_parallel_size"] = 2 if "parallel" in request.param else 1
         engine = VllmEngine(config.model_copy(update={"vllm": settings}), 1)
     else:
         engine = TransformersEngine(config, {}, 1)
@@ -149,6 +153,9 @@ def test_vllm_refuses_what_it_does_not_compute(base: Path, adapters: dict[str, s
             engine.use_adapters({"plain": adapters["plain"], "ia3": base.parent / "ia3"})
         with pytest.raises(ValueError, match="ia3: is no plain LoRA"):
             engine.check_adapter(base.parent / "ia3")
+        mistyped = engine.base.model_copy(update={"vllm": {"max_modl_len": 256}})
+        with pytest.raises(ValueError, match=r"vllm.max_modl_len: vLLM has no such .*; did you mean max_model_len\?"):
+            check_engine(mistyped)
         engine.use_adapters({"plain": adapters["plain"]})
         with pytest.raises(
             ValueError, match=r"a row of 300 tokens is scored, vLLM takes 255; raise vllm.max_model_len"

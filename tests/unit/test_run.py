@@ -431,7 +431,7 @@ def test_vllm_is_refused_where_it_cannot_compute(run: Run, bundle: Bundle, monke
     if importlib.util.find_spec("vllm") is None:
         with pytest.raises(ValueError, match=r"asks for vllm, which is not installed; pip install 'translora\[vllm\]'"):
             check_training(config(Path("run"), **bases), run.target)
-    monkeypatch.setattr("translora.run.verify.check_installed", lambda base: None)
+    monkeypatch.setattr("translora.run.verify.check_engine", lambda base: None)
     check_training(config(Path("run"), **bases), run.target)
     bases["target"]["vllm"] = {}
     tuning = {"peft": {"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": []}}

@@ -10,6 +10,8 @@ transformers engine by tests/unit/test_vllm.py (vLLM 0.32).
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import importlib.util
 import itertools
 import logging
@@ -40,16 +42,25 @@ MAX_LORAS = 16
 CANARY = "1 2 3 4 5 6 7 8"
 
 
-def check_installed(base: BaseModelConfig) -> None:
-    """Whether this Python has vLLM, where the base asks for it.
+def check_engine(base: BaseModelConfig) -> None:
+    """Whether this Python has vLLM, and vLLM the engine arguments, where a base asks for it.
 
     Raises:
         ValueError: it has not.
     """
-    if base.vllm is not None and importlib.util.find_spec("vllm") is None:
+    if base.vllm is None:
+        return
+    if importlib.util.find_spec("vllm") is None:
         raise ValueError(
             f"{base.model}: asks for vllm, which is not installed; pip install 'translora[vllm]', or leave `vllm` out"
         )
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = [field.name for field in dataclasses.fields(EngineArgs)]
+    for name in base.vllm.keys() - set(known):
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "see vLLM's engine arguments"
+        raise ValueError(f"{base.model}: vllm.{name}: vLLM has no such engine argument; {hint}")
 
 
 class VllmEngine:
@@ -64,7 +75,7 @@ class VllmEngine:
     """
 
     def __init__(self, base: BaseModelConfig, num_threads: int | None = None) -> None:
-        check_installed(base)
+        check_engine(base)
         assert base.vllm is not None
         self.base, self.num_threads = base, num_threads
         self.tokenizer = load_tokenizer(base)
@@ -136,8 +147,9 @@ class VllmEngine:
         copy.mkdir()
         write_plain(copy, adapter, self.base.model)
         lora = LoRARequest(slot, number, str(copy))
+        engine = self._load()
         try:
-            self._load().add_lora(lora)
+            engine.add_lora(lora)
         except EngineDeadError as error:
             raise EngineDied(f"{self.base.model}: vLLM ended over {path}") from error
         except Exception as error:  # whatever vLLM's worker raised
@@ -179,9 +191,10 @@ class VllmEngine:
             arguments = engine_arguments(self.base, self.max_rank, self.modules)
             try:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{self.base.model}: vLLM refuses it ({first_line(error)}); change its `vllm`"
+            except Exception as error:  # whatever vLLM's processes ended with
+                raise RuntimeError(
+                    f"{self.base.model}: vLLM does not start ({first_line(error)}), the lines above say why; it was "
+                    f"given {arguments}: change `vllm`"
                 ) from error
             logger.info("%s: vLLM, %s", os.path.basename(self.base.model), arguments)
         return self._engine

@@ -14,7 +14,7 @@ from translora.distill.ds_config import read_ds_config
 from translora.distill.teacher import check_vocabularies
 from translora.engine.loading import attention_of, load_tokenizer, resolve_dtype
 from translora.engine.prompts import prompt_format
-from translora.engine.vllm import check_installed
+from translora.engine.vllm import check_engine
 from translora.lora.kinds import SOURCES_ONLY
 from translora.lora.targets import resolve_targets
 from translora.run.files import read_jsonl
@@ -40,7 +40,7 @@ def check_training(config: FleetConfig, target: BaseInfo) -> None:
     """
     for settings in base_settings(config):
         attention_of(settings, resolve_dtype(settings.dtype))
-        check_installed(settings)
+        check_engine(settings)
     if config.target.vllm is not None and config.distill.peft is not None:
         raise ValueError("target.vllm: vLLM computes LoRAs alone; leave it out, or distill.peft")
     check_section(config.distill, target, "distill")
