@@ -250,12 +250,12 @@ def scaling(arguments: argparse.Namespace) -> None:
     table = Table(title="IterIS, 2 solves, rank 8 on q_proj and v_proj, SmolLM2-135M")
     for column in ("adapters", "samples each", "seconds", "peak GB"):
         table.add_column(column, justify="right")
-    tickets, _ = split("ticket-routing", 512, 1, seed=0)
+    tickets, _ = split("ticket-routing", 128, 1, seed=0)
     for count in (2, 4):
         paths = [work / f"random-{index}" for index in range(count)]
         for index, path in enumerate(paths):
             once(path, lambda path=path, index=index: make_adapter(path, base, index, 8, scale=0.02))
-        for num in (32, 128, 512):
+        for num in (8, 32, 128):
             write_jsonl(work / "inputs.jsonl", tickets[:num])
             flags = ["merge", "iteris", "--base", str(base), "--out", str(work / "scaling"), "--set"]
             flags += [

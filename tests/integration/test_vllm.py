@@ -30,14 +30,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def kill_an_engine(driver: subprocess.Popen[bytes], started: Path) -> None:
-    """SIGKILL vLLM's own process as soon as a block of answers is written."""
+    """SIGKILL vLLM's worker as soon as a block of answers is written."""
     deadline = time.monotonic() + 600
     while not list(started.glob("rounds/000-label-*/*.parquet")):
         assert driver.poll() is None and time.monotonic() < deadline, "no answer was written"
         time.sleep(0.1)
-    engines = [
-        one for one in psutil.process_iter(["cmdline"]) if "VLLM::EngineCore" in " ".join(one.info["cmdline"] or ())
-    ]
+    engines = [one for one in psutil.process_iter(["cmdline"]) if "VLLM::Worker" in " ".join(one.info["cmdline"] or ())]
     assert engines
     for engine in engines:
         engine.kill()

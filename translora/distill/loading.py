@@ -5,6 +5,7 @@ transformers (5.23) has rank 0 read every tensor into its memory and hand the pa
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from pathlib import Path
@@ -15,12 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, initialization
-from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
 from translora.bundle.base import inspect_base, stored_tensors
 from translora.bundle.reading import TensorHeader
 from translora.config import BaseModelConfig
 from translora.engine.loading import attention_of, load_model, plain_class
+
+try:
+    from transformers.integrations.deepspeed import prevent_arange_dtype_change
+except ImportError:  # before transformers 5.20, as vLLM 0.32 wants it: initialize_weights makes those buffers again
+    prevent_arange_dtype_change = contextlib.nullcontext
 
 logger = logging.getLogger(__name__)
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

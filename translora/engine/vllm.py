@@ -140,7 +140,6 @@ class VllmEngine:
 
     def _add(self, slot: str, path: str, adapter: LoraWeights) -> None:
         from vllm.lora.request import LoRARequest
-        from vllm.v1.engine.exceptions import EngineDeadError
 
         number = next(self._numbers)
         copy = Path(self._copies.name) / str(number)
@@ -150,9 +149,8 @@ class VllmEngine:
         engine = self._load()
         try:
             engine.add_lora(lora)
-        except EngineDeadError as error:
-            raise EngineDied(f"{self.base.model}: vLLM ended over {path}") from error
         except Exception as error:  # whatever vLLM's worker raised
+            self._probe([None])  # it goes on without the adapter, or has died
             self._refused[path] = f"vLLM does not take it ({first_line(error, 300)})"
             return
         self._adapters[slot], self._loras[slot] = path, lora
@@ -171,12 +169,15 @@ class VllmEngine:
         slots = [slot for slot in slots if slot in self._loras]
         if not slots:
             return
-        ids = self.tokenizer(CANARY, add_special_tokens=False)["input_ids"]
-        bare, *own = self.log_likelihood([(ids[:1], ids[1:])] * (len(slots) + 1), [None, *slots])
+        bare, *own = self._probe([None, *slots])
         for slot, values in zip(slots, own, strict=True):
             if values == bare:
                 self._refused[self._adapters[slot]] = "vLLM answers with it as without it"
                 self._remove(slot)
+
+    def _probe(self, adapters: Sequence[str | None]) -> list[list[float]]:
+        ids = self.tokenizer(CANARY, add_special_tokens=False)["input_ids"]
+        return self.log_likelihood([(ids[:1], ids[1:])] * len(adapters), adapters)
 
     def _load(self) -> Any:
         """vLLM's engine, loaded where it is not."""
@@ -185,6 +186,8 @@ class VllmEngine:
             from vllm.v1.engine.llm_engine import LLMEngine
 
             os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a host may have met CUDA before
+            # Its scheduler in this process: from one of its own that is killed, vLLM (0.32) waits for ever to hear.
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             if self.num_threads is not None:
                 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
                 os.environ["OMP_NUM_THREADS"] = str(self.num_threads)
@@ -223,10 +226,8 @@ class VllmEngine:
         """Let vLLM work until every request has ended; `take(index, output)` says whether it needs no more of one.
 
         Raises:
-            EngineDied: vLLM's processes have ended.
+            EngineDied: vLLM failed, or one of its processes did.
         """
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         engine = self._load()
         running: dict[str, int] = {}
         for index, (ids, one, slot) in enumerate(zip(prompts, parameters, adapters, strict=True)):
@@ -236,8 +237,8 @@ class VllmEngine:
         while running:
             try:
                 outputs = engine.step()
-            except EngineDeadError as error:
-                raise EngineDied(f"{self.base.model}: vLLM's processes have ended, its lines above say why") from error
+            except Exception as error:  # its scheduler stands in the middle of a step: it is of no use any more
+                raise EngineDied(f"{self.base.model}: vLLM failed ({first_line(error)})") from error
             for output in outputs:
                 if output.request_id not in running:  # it was aborted a moment ago
                     continue
@@ -362,6 +363,7 @@ def engine_arguments(base: BaseModelConfig, max_rank: int, modules: Collection[s
         "trust_remote_code": base.trust_remote_code,
         "dtype": str(dtype).removeprefix("torch."),
         "tensor_parallel_size": max(1, num_gpus()),
+        "distributed_executor_backend": "mp",  # the GPUs' memory is free again when the workers have ended
         "max_logprobs": 1024,
         "disable_log_stats": True,
     }
