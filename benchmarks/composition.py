@@ -23,7 +23,7 @@ from translora.config import BaseModelConfig
 from translora.engine.transformers import TransformersEngine
 
 ROOT = Path(__file__).parents[1]
-AFTER = {"static_cat": {}, "iteris": {"iteris": {"max_iter": 5}}, "cat": {"cat": {"epochs": 3}}}
+AFTER = {"static_cat": {}, "iteris": {"iteris": {"max_iter": 5}}, "cat": {}}
 
 
 def make_tag_bundle(work: Path, source: Path) -> Path:

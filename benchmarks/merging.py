@@ -4,9 +4,9 @@ routing  the bundle examples/bundles/ticket-routing: a customer's message -> one
 tag      trained here: "Answer as a tag: QUESTION" -> "<<ANSWER>>", on questions about facts
 both     "Answer as a tag: Route this ticket: ..." -> "<<TEAM>>"; no adapter has seen one of these
 
-Each method is one `translora merge` in a process of its own, timed from its start to its end, imports and loading
-included. Everything is kept in --work: a rerun goes on where the last one stopped. `--scaling` measures IterIS
-against the number of samples and adapters instead.
+Each method is one `translora merge` in a process of its own, whose CPU time is told, imports and loading included.
+Everything is kept in --work: a rerun goes on where the last one stopped. `--scaling` measures IterIS against the
+number of samples and adapters instead.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import re
 import subprocess
@@ -29,7 +30,7 @@ from rich.table import Table
 
 from benchmarks.facts import facts
 from examples.bases import base_path, default_cache
-from examples.tasks import split
+from examples.tasks import NUM_TEST, NUM_TRAIN, generate, split
 from tests.tiny import make_adapter
 from translora.bundle import read_bundle
 from translora.config import BaseModelConfig, SamplingConfig
@@ -45,11 +46,13 @@ from translora.run.files import replace_directory, write_json, write_jsonl
 from translora.synthesis.prompts import generation_row
 
 TAG = "Answer as a tag: "
+NUM_TICKETS = 394
+"""All that the task's word lists give."""
 ROUTING = Path(__file__).parent.parent / "examples/bundles/ticket-routing"
 WITH_DATA = ("cat", "iteris", "regmean")
 SKILLS = ("routing", "tag")
 VARIANTS = {
-    "cat unconstrained": ("cat", ["cat.coefficients=unconstrained"]),
+    "cat softmax": ("cat", ["cat.coefficients=softmax"]),
     "static_cat 1 + 1": ("static_cat", ["weights=[1, 1]"]),
 }
 """Methods and settings of arms that are no method's default."""
@@ -67,9 +70,12 @@ def place(work: Path, arm: str) -> Path:
 
 
 def tests(size: int) -> dict[str, Rows]:
-    """The three test sets."""
-    _, tickets = split("ticket-routing", 96, size, seed=0)
-    tickets = tickets[:size]
+    """The three test sets; no ticket is one that the bundle was trained on."""
+    train, _ = split("ticket-routing", NUM_TRAIN, NUM_TEST, seed=0)
+    known = {row["input"] for row in train}
+    tickets = [row for row in generate("ticket-routing", NUM_TICKETS, seed=0) if row["input"] not in known][:size]
+    if len(tickets) < size:
+        raise SystemExit(f"--tests {size}: there are {len(tickets)} tickets; ask for fewer")
     return {
         "routing": tickets,
         "tag": facts("test")[:size],
@@ -147,17 +153,24 @@ def synthesise(base: Path, adapters: dict[str, Path], seeds: dict[str, list[str]
 
 
 def run_command(arguments: Sequence[str]) -> tuple[float, float]:
-    """Seconds and peak gigabytes of a `translora` command."""
-    started, peak = time.monotonic(), 0.0
-    child = subprocess.Popen([sys.executable, "-m", "translora", *arguments], stdout=subprocess.DEVNULL)
-    while child.poll() is None:  # what the kernel tells at the end would count this process, too, which it began as
-        with contextlib.suppress(OSError):
+    """CPU seconds and peak gigabytes of a `translora` command."""
+    child, peak, ended = (
+        subprocess.Popen([sys.executable, "-m", "translora", *arguments], stdout=subprocess.DEVNULL),
+        0.0,
+        0,
+    )
+    while not ended:
+        with contextlib.suppress(
+            OSError
+        ):  # the peak that wait4 tells counts this process, too, which the child began as
             (found,) = re.findall(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{child.pid}/status").read_text()) or ["0"]
             peak = max(peak, int(found) * 1024 / 1e9)
         time.sleep(0.05)
+        ended, status, usage = os.wait4(child.pid, os.WNOHANG)
+    child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise SystemExit(f"translora {' '.join(arguments)}: exit code {child.returncode}")
-    return time.monotonic() - started, peak
+    return usage.ru_utime + usage.ru_stime, peak
 
 
 def merge(arm: str, base: Path, adapters: dict[str, Path], work: Path, settings: Sequence[str]) -> tuple[float, float]:
@@ -184,7 +197,7 @@ def prepare(arguments: argparse.Namespace, base: Path) -> dict[str, Path]:
     work: Path = arguments.work
     adapters = {"routing": ROUTING, "tag": work / "tag"}
     once(adapters["tag"], lambda: train_tag(base, adapters["tag"], arguments.epochs))
-    train = {"routing": split("ticket-routing", 96, 50, seed=0)[0], "tag": facts("train")}
+    train = {"routing": split("ticket-routing", NUM_TRAIN, NUM_TEST, seed=0)[0], "tag": facts("train")}
     for skill, rows in train.items():
         chosen = random.Random(1).sample(rows, arguments.samples)
         write_jsonl(work / f"{skill}.real.jsonl", chosen)
@@ -229,7 +242,7 @@ def cell(estimate: Estimate, sign: str = "") -> str:
 
 def print_table(arguments: argparse.Namespace) -> None:
     """Accuracies in percent with 95 % bootstrap intervals, as Markdown."""
-    print("| arm | routing | tag | both | seconds | GB |\n| --- | --- | --- | --- | --- | --- |")
+    print("| arm | routing | tag | both | CPU s | GB |\n| --- | --- | --- | --- | --- | --- |")
     both: dict[str, np.ndarray] = {}
     for arm in arguments.arms:
         found = json.loads(place(arguments.work, arm).with_suffix(".json").read_text())
@@ -248,9 +261,9 @@ def scaling(arguments: argparse.Namespace) -> None:
     """Time and memory of IterIS against samples and adapters; random adapters of the real base."""
     base, work = base_path("smollm2", default_cache()), arguments.work
     table = Table(title="IterIS, 2 solves, rank 8 on q_proj and v_proj, SmolLM2-135M")
-    for column in ("adapters", "samples each", "seconds", "peak GB"):
+    for column in ("adapters", "samples each", "CPU seconds", "peak GB"):
         table.add_column(column, justify="right")
-    tickets, _ = split("ticket-routing", 128, 1, seed=0)
+    tickets = generate("ticket-routing", 128, seed=0)
     for count in (2, 4):
         paths = [work / f"random-{index}" for index in range(count)]
         for index, path in enumerate(paths):
@@ -275,14 +288,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/merging"), help="default: %(default)s")
     parser.add_argument("--samples", type=int, default=40, help="rows of data a skill (default: %(default)s)")
-    parser.add_argument("--tests", type=int, default=100, help="rows of each test set (default: %(default)s)")
+    parser.add_argument("--tests", type=int, default=200, help="rows of each test set (default: %(default)s)")
     parser.add_argument("--epochs", type=float, default=3, help="of the tag skill (default: %(default)s)")
     parser.add_argument(
         "--arms", nargs="+", default=ARMS, choices=ARMS, metavar="ARM", help=f"any of: {'; '.join(ARMS)}"
     )
-    parser.add_argument(
-        "--set", nargs="*", default=["cat.epochs=3"], metavar="KEY=VALUE", help="settings of the merges"
-    )
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the merges")
     parser.add_argument("--threads", type=int, default=2, help="torch's CPU threads (default: %(default)s)")
     parser.add_argument("--costs", action="store_true", help="measure time and memory of finished merges again")
     parser.add_argument("--scaling", action="store_true", help="IterIS against samples and adapters")

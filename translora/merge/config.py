@@ -57,12 +57,12 @@ class IterisSettings(Strict):
 class CatSettings(Strict):
     """CAT (LoRA Soups, arXiv 2410.13025): one learned scalar per adapter and module."""
 
-    coefficients: Literal["softmax", "unconstrained"] = "softmax"
-    """`softmax`: convex in each module (paper); `unconstrained`: any real number."""
-    learning_rate: float = Field(default=0.05, gt=0)
+    coefficients: Literal["softmax", "unconstrained"] = "unconstrained"
+    """`unconstrained`: any real number; `softmax`: convex in each module (paper), which measured worse."""
+    learning_rate: float = Field(default=0.02, gt=0)
     """Peak learning rate of AdamW, linear decay; the paper's 1e-4 hardly moves the coefficients."""
-    epochs: float = Field(default=1, gt=0)
-    """Passes over the mixture."""
+    epochs: float = Field(default=3, gt=0)
+    """Passes over the mixture (paper: 1)."""
     batch_size: int = Field(default=6, ge=1)
     """Rows of an optimizer step."""
 
