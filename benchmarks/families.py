@@ -109,7 +109,7 @@ def make_config(family: str, vocab_size: int, on_vllm: bool, **ids: int | None) 
 
 def load_engine(path: Path, adapters: dict[str, Path], on_vllm: bool) -> Engine:
     """The base and its adapters, resident."""
-    vllm = {"enforce_eager": True, "max_model_len": 128} if on_vllm else None
+    vllm = {"enforce_eager": True, "max_model_len": 128, "gpu_memory_utilization": 0.3} if on_vllm else None
     base = BaseModelConfig(model=str(path), dtype="float32", vllm=vllm)
     engine: Engine = TransformersEngine(base, {}) if vllm is None else VllmEngine(base)
     try:

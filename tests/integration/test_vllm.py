@@ -42,7 +42,7 @@ def kill_an_engine(driver: subprocess.Popen[bytes], started: Path) -> None:
 
 
 def test_a_fleet_migrates_on_vllm_though_its_engine_dies(world: World) -> None:
-    settings = {"enforce_eager": True, "max_model_len": 512}
+    settings = {"enforce_eager": True, "max_model_len": 512, "gpu_memory_utilization": 0.3}
     config = world.fleet_config("vllm")
     config |= {name: {"model": f"./{name}", "dtype": "float32", "vllm": settings} for name in ("source", "target")}
     run_dir = world.root / "runs" / "vllm"

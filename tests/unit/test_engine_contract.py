@@ -51,7 +51,7 @@ def engine(request: pytest.FixtureRequest, base: Path, adapters: dict[str, str])
     config = BaseModelConfig(model=str(base), dtype="float32")
     engine: Engine
     if request.param != "transformers":
-        settings = {"enforce_eager": True, "max_model_len": 256}
+        settings = {"enforce_eager": True, "max_model_len": 256, "gpu_memory_utilization": 0.3}
         settings["tensor_parallel_size"] = 2 if "parallel" in request.param else 1
         engine = VllmEngine(config.model_copy(update={"vllm": settings}), 1)
     else:
@@ -144,7 +144,7 @@ def test_adapters_come_and_go(engine: Engine, base: Path, adapters: dict[str, st
 
 @NEEDS_VLLM
 def test_vllm_refuses_what_it_does_not_compute(base: Path, adapters: dict[str, str]) -> None:
-    settings = {"enforce_eager": True, "max_model_len": 256}
+    settings = {"enforce_eager": True, "max_model_len": 256, "gpu_memory_utilization": 0.3}
     engine = VllmEngine(BaseModelConfig(model=str(base), dtype="float32", vllm=settings), 1)
     scaled = get_peft_model(reference(base, None), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     scaled.save_pretrained(base.parent / "ia3")
