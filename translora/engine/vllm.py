@@ -16,6 +16,7 @@ import importlib.util
 import itertools
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -158,6 +159,7 @@ class VllmEngine:
     def _remove(self, slot: str) -> None:
         if self._engine is not None:
             self._engine.remove_lora(self._loras[slot].lora_int_id)
+        shutil.rmtree(self._loras[slot].lora_path, ignore_errors=True)
         del self._adapters[slot], self._loras[slot]
 
     def _hear_canary(self, adapters: Mapping[str, LoraWeights]) -> None:
@@ -185,6 +187,8 @@ class VllmEngine:
             from vllm.engine.arg_utils import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine
 
+            os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would tell its makers what it runs on
+            os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
             os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a host may have met CUDA before
             # Its scheduler in this process: from one of its own that is killed, vLLM (0.32) waits for ever to hear.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
