@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2Model
+from transformers import Gemma2Config, Gemma2Model, LlamaConfig, LlamaModel
 
 from tests.tiny import make_base
 from translora.config import BaseModelConfig
 from translora.engine.attention import PACKED, packed_inputs, packed_sdpa
-from translora.engine.loading import attention_of, caps_attention, resolve_attention
+from translora.engine.loading import attention_of, caps_attention, flash_attention, resolve_attention
 
 CONFIG = Gemma2Config(
     hidden_size=16,
@@ -42,6 +43,39 @@ def test_capped_attention_of_packed_samples_is_that_of_each_alone() -> None:
             input_ids=torch.tensor([[token for ids in SAMPLES for token in ids]]), use_cache=False, **inputs
         ).last_hidden_state[0]
     torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(flash_attention() is None, reason="needs a GPU with flash-attention")
+def test_flash_attention_of_packed_samples_is_that_of_sdpa() -> None:
+    """In bfloat16: as near to float32's as SDPA's bfloat16 is, gradients too."""
+    torch.manual_seed(0)
+    place, flash = torch.device("cuda"), flash_attention()
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        attn_implementation="sdpa",
+    )
+    model = LlamaModel(config).to(place)
+    lengths = [700, 3, 64, 1, 129]
+    ids_1T = torch.randint(0, 50, (1, sum(lengths)), device=place)
+
+    def states(attention: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        own = copy.deepcopy(model).to(dtype)
+        own.set_attn_implementation(attention)
+        embedded = own.embed_tokens(ids_1T).detach().requires_grad_(True)
+        hidden = own(inputs_embeds=embedded, use_cache=False, **packed_inputs(lengths, place)).last_hidden_state
+        hidden.float().square().mean().backward()
+        assert embedded.grad is not None
+        return hidden.detach().float(), embedded.grad.float()
+
+    exact, plain, found = states(PACKED, torch.float32), states(PACKED, torch.bfloat16), states(flash, torch.bfloat16)
+    for true, sdpa, own in zip(exact, plain, found, strict=True):
+        assert (own - true).norm() < 1.5 * (sdpa - true).norm()
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
