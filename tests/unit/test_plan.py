@@ -80,6 +80,17 @@ def test_eight_times_the_gpus_take_nearly_an_eighth_of_the_time(example: FleetCo
     assert more.training.memory["its part of the base"] < on_eight.training.memory["its part of the base"] / 7
 
 
+def test_on_vllm_the_gpus_of_an_actor_work_together(example: FleetConfig, on_eight: FleetPlan) -> None:
+    target = example.target.model_copy(update={"vllm": {}})
+    found = plan(example.model_copy(update={"target": target}))
+    for phase, other in zip(found.phases, on_eight.phases, strict=True):
+        faster = 4 * 0.75 if phase.name in ("generate", "gate") else 1
+        for what in ("prompts", "decoding"):
+            if what in phase.parts:
+                assert phase.parts[what] == pytest.approx(other.parts[what] / faster)
+    assert "gpu_memory_utilization" in found.note and not on_eight.note
+
+
 def test_between_machines_the_base_comes_over_the_network() -> None:
     one, slow = Hardware(GPUS["h100-80gb"], 8), Hardware(GPUS["h100-80gb"], 16, network_rate=50e9)
     assert one.gather_rate == LINK_SHARE * 450e9

@@ -12,6 +12,7 @@ from translora.distill.memory import lora_weights
 from translora.plan.hardware import Hardware
 from translora.plan.inference import (
     ROUNDS,
+    TENSOR_PARALLEL,
     Calls,
     bank_bytes,
     gate_calls,
@@ -23,7 +24,6 @@ from translora.plan.inference import (
 from translora.plan.shape import Shape, Shapes
 from translora.plan.training import TrainingPlan, plan_training
 from translora.plan.work import Work, training_sizes
-from translora.run.recipes import base_settings
 
 
 @dataclass
@@ -103,6 +103,11 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
     adapted = target.adapted(config.distill.lora.target_modules)
     num_weights = lora_weights(adapted, config.distill.lora.total_rank)
     num_adapters = len(work.adapters)
+    on_vllm = {
+        "generate": config.generator.vllm is not None,
+        "screen and label": config.source.vllm is not None,
+        "gate": config.target.vllm is not None,
+    }
     stages = (  # and how many adapters are on the base
         ("generate", generator, generate_calls(config, work), 0),
         ("screen and label", source, label_calls(config, work), 2 * num_adapters),
@@ -131,6 +136,7 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
     per_actor = fitting[0] if fitting else counts[-1]
     num_actors = hardware.num_gpus // per_actor
     loads = load_seconds(shapes, hardware, per_actor)
+    together = per_actor * TENSOR_PARALLEL if per_actor > 1 else 1.0
     phases = [
         PhasePlan(
             name,
@@ -138,7 +144,10 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
             f"{num_actors} actors of {per_actor} GPU" + ("s" if per_actor > 1 else ""),
             f"{batch} rows",
             memory,
-            {**seconds(calls, shape, hardware, batch, num_actors), "loading": loads[name]},
+            {
+                **seconds(calls, shape, hardware, batch, num_actors, together if on_vllm[name] else 1.0),
+                "loading": loads[name],
+            },
         )
         for (name, shape, calls, _), memory in zip(stages, on_gpus(per_actor), strict=True)
     ]
@@ -156,10 +165,10 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
         "synthetic sets and blocks": 3 * 4 * rows,
     }
     note = ""
-    if any(base.vllm is not None for base in base_settings(config)):
+    if any(on_vllm.values()):
         note = (
-            "vllm is planned for as transformers, of which the GPUs of an actor take turns: expect less time, "
-            "and the memory that vllm.gpu_memory_utilization asks for"
+            f"vllm: an actor's GPUs work together, at {TENSOR_PARALLEL:.0%} of their speeds (assumed); the memory is "
+            "the least that vllm.gpu_memory_utilization has to give it"
         )
     return FleetPlan(hardware, work, phases, training, settings, disk, note)
 

@@ -20,6 +20,8 @@ from translora.run.member import heldout_size
 from translora.run.redact import first_line
 
 logger = logging.getLogger(__name__)
+TENSOR_PARALLEL = 0.75
+"""Of the sum of its GPUs' speeds, what an actor of several has with vLLM; an assumption."""
 ROUNDS = 3
 """Of generate and screen, mostly."""
 
@@ -81,16 +83,21 @@ def gate_calls(config: FleetConfig, work: Work) -> Calls:
     return Calls(rows, prompts, new, longest + new)
 
 
-def seconds(calls: Calls, shape: Shape, hardware: Hardware, batch_size: int, num_actors: int) -> dict[str, float]:
+def seconds(
+    calls: Calls, shape: Shape, hardware: Hardware, batch_size: int, num_actors: int, speed: float = 1.0
+) -> dict[str, float]:
     """GPU-bound seconds of a phase by what bounds them: `prompts` (arithmetic) and `decoding` (reading memory).
 
-    A base that is split over the GPUs of an actor is computed part after part: an actor is as fast as one of them.
+    Args:
+        speed: of an actor, in GPUs. A base that transformers splits over them is computed part after part, so that the
+            actor is as fast as one; with vLLM they work together, see TENSOR_PARALLEL.
     """
+    at_once = num_actors * speed
     prompts = 2 * shape.num_active * calls.prompt_tokens / hardware.train_flops
     batches = math.ceil(calls.num_rows / batch_size)
     step_bytes = shape.num_bytes + batch_size * calls.context_tokens * shape.cache_bytes
     step = max(step_bytes / hardware.read_rate, 2 * shape.num_active * batch_size / hardware.train_flops)
-    return {"prompts": prompts / num_actors, "decoding": batches * calls.new_tokens * step / num_actors}
+    return {"prompts": prompts / at_once, "decoding": batches * calls.new_tokens * step / at_once}
 
 
 def bank_bytes(slot_bytes: int, file_bytes: int, num_adapters: int, batch_size: int, memory_bytes: float) -> int:
