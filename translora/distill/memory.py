@@ -286,7 +286,9 @@ def recompute(model: PreTrainedModel) -> None:
     transformers recomputes in training mode only, in which it would switch on dropout in some bases. A student's result
     must not depend on the random numbers that its neighbours draw.
     """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Before transformers 5.23 it has its old name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     model.enable_input_require_grads()
     model.train()
     for module in model.modules():
