@@ -17,6 +17,28 @@ from translora.config_file import load_config as load_config
 from translora.lora.kinds import MAX_RANK, check_kind
 from translora.merge.config import MergeEntry
 
+VLLM_EXECUTION_ONLY = frozenset(
+    {
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "swap_space",
+        "enforce_eager",
+        "compilation_config",
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "distributed_executor_backend",
+        "disable_custom_all_reduce",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "max_loras",
+        "max_cpu_loras",
+        "max_parallel_loading_workers",
+        "enable_prefix_caching",
+        "block_size",
+        "disable_log_stats",
+    }
+)
+"""Engine arguments of vLLM that change no result, but for rounding."""
 Screen = Literal["auto", "discriminator", "excess", "none"]
 
 
@@ -35,6 +57,13 @@ class BaseModelConfig(Strict):
     vllm: dict[str, Any] | None = None
     """Generate and score with vLLM, by engine arguments in vLLM's own words, {} for none (gpu_memory_utilization,
     max_model_len, ...); transformers when unset."""
+
+    def decides(self) -> dict[str, Any]:
+        """What of it decides results, but for rounding; without `vllm` where it is unset, as before there was any."""
+        found = self.model_dump(exclude={"vllm"})
+        if self.vllm is not None:
+            found["vllm"] = {key: value for key, value in self.vllm.items() if key not in VLLM_EXECUTION_ONLY}
+        return found
 
 
 class AdapterEntry(Strict):

@@ -35,7 +35,8 @@ def kill_an_engine(driver: subprocess.Popen[bytes], started: Path) -> None:
     while not list(started.glob("rounds/000-label-*/*.parquet")):
         assert driver.poll() is None and time.monotonic() < deadline, "no answer was written"
         time.sleep(0.1)
-    engines = [one for one in psutil.process_iter(["cmdline"]) if "VLLM::Worker" in " ".join(one.info["cmdline"] or ())]
+    below = psutil.Process(driver.pid).children(recursive=True)
+    engines = [one for one in below if "VLLM::Worker" in " ".join(one.cmdline())]
     assert engines
     for engine in engines:
         engine.kill()

@@ -13,9 +13,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tests.tiny import make_adapter, make_base
 from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request
-from translora.engine.protocol import Engine
+from translora.engine.host import compute_rows
+from translora.engine.protocol import Engine, RowTooLong
 from translora.engine.transformers import TransformersEngine
 from translora.engine.vllm import VllmEngine, check_engine
+from translora.lora.peft_io import write_lora
+from translora.synthesis.calls import FAULT
+from translora.synthesis.stages import answer_block
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 NEEDS_VLLM = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
@@ -157,12 +161,20 @@ def test_vllm_refuses_what_it_does_not_compute(base: Path, adapters: dict[str, s
         with pytest.raises(ValueError, match=r"vllm.max_modl_len: vLLM has no such .*; did you mean max_model_len\?"):
             check_engine(mistyped)
         engine.use_adapters({"plain": adapters["plain"]})
-        with pytest.raises(
-            ValueError, match=r"a row of 300 tokens is scored, vLLM takes 255; raise vllm.max_model_len"
-        ):
+        with pytest.raises(RowTooLong, match=r"a row of 300 tokens, vLLM takes 255 of base; raise vllm.max_model_len"):
             engine.log_likelihood([([5] * 299, [6])], ["plain"])
-        long, short = engine.generate([Request("a " * 300, "plain", 4), Request("a", "plain", 4)])
-        assert (long.text, long.finished) == ("", False) and short.text
+        rows = [{"slot": "plain", "input": text, "template": "chat", "stop": None} for text in ("a", "a " * 300)]
+        short, long = compute_rows(engine, answer_block, rows, {"max_answer_tokens": 4}, {})
+        assert short["answer"] and "raise vllm.max_model_len" in long[FAULT]
+        before = engine.generate([Request("a", "plain", 4)])
+        damaged = base.parent / "damaged"
+        damaged.mkdir()
+        factors = torch.ones(2, 256), torch.ones(128, 2)  # the base is 128 wide
+        write_lora(damaged, {"model.layers.0.self_attn.q_proj": factors}, alpha=2, base_model=str(base))
+        with pytest.raises(ValueError, match=r"damaged: vLLM does not take it"):
+            engine.use_adapters({"plain": adapters["plain"], "damaged": damaged})
+        engine.use_adapters({"plain": adapters["plain"], "scaled": adapters["scaled"]})
+        assert engine.generate([Request("a", "plain", 4)]) == before, "a healthy one is no worse for it"
     finally:
         engine.close()
 

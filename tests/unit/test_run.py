@@ -16,7 +16,7 @@ from translora.engine.loading import load_tokenizer
 from translora.report.table import note
 from translora.run.files import read_jsonl, replace_directory, sha256_path, write_json
 from translora.run.member import Member, Run, attempt_size, expand_entries
-from translora.run.recipes import Seals, engine_settings, recipes
+from translora.run.recipes import Seals, recipes
 from translora.run.resume import continue_state
 from translora.run.rundir import check_free, open_run
 from translora.run.state import AdapterState, Phase, load_state, save_state
@@ -445,8 +445,19 @@ def test_vllm_is_refused_where_it_cannot_compute(run: Run, bundle: Bundle, monke
 
 def test_an_older_versions_recipes_still_fit(run: Run) -> None:
     settings = run.config.source
-    assert engine_settings(settings) == settings.model_dump(exclude={"model", "vllm"})
-    assert engine_settings(settings.model_copy(update={"vllm": {}}))["vllm"] == {}
+    assert settings.decides() == settings.model_dump(exclude={"vllm"})
+
+
+def test_settings_of_vllm_that_change_no_result_do_nothing_again(run: Run, bundle: Bundle) -> None:
+    def found(**vllm: object) -> dict[Phase, str]:
+        bases = {name: run.config.source.model_copy(update={"vllm": vllm or None}) for name in ("source", "target")}
+        own = dataclasses.replace(run, config=run.config.model_copy(update=bases))
+        return recipes_of(own, AdapterEntry(bundle="x"), bundle)
+
+    plain, small = found(), found(gpu_memory_utilization=0.5)
+    assert small == found(gpu_memory_utilization=0.4, enforce_eager=True)
+    assert small["distill"] == plain["distill"] and small["synthesis"] != plain["synthesis"]
+    assert found(quantization="fp8")["gate"] != small["gate"]
 
 
 def test_globs_are_expanded_and_twice_the_same_name_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -20,7 +21,7 @@ from translora.bundle.base import inspect_base
 from translora.config import BaseModelConfig
 from translora.engine.loading import device, hide_gpus, num_gpus, resolve_dtype
 from translora.engine.memory import is_out_of_memory, release_memory
-from translora.engine.protocol import Engine, EngineDied
+from translora.engine.protocol import Engine, EngineDied, RowTooLong
 from translora.engine.transformers import TransformersEngine
 from translora.engine.vllm import VllmEngine
 from translora.run.redact import first_line
@@ -32,6 +33,7 @@ BANK_SHARE = 0.25
 """Of a machine's memory: most for the adapters of a bank."""
 VLLM_SHARE = 0.92
 """Of a GPU's memory: what vLLM takes unless it is told otherwise."""
+CLOSE_SECONDS = 30.0
 SLOT_KEYS = ("slot", "discriminator")
 """Of a row: the adapters that it needs."""
 BlockFunction = Callable[[Engine, list[Row], dict[str, Any]], list[Row]]
@@ -75,15 +77,29 @@ class EngineHost:
             start = time.monotonic()
             engine = self._engine(BaseModelConfig.model_validate(base))
             damaged = self._use_adapters(engine, self._needed(adapters, rows))
+            engine.load()
             loaded = time.monotonic()
             computed = compute_rows(engine, function, rows, settings, damaged)
             seconds = {"model": round(time.monotonic() - loaded, 4), "load": round(loaded - start, 4)}
             return computed, seconds
         except EngineDied:
             logger.exception("this actor ends, and begins again")
+            self.close()
             os._exit(1)
         finally:
             self.watchdog.stop()
+
+    def close(self) -> None:
+        """Give up the engines, with the processes that they have."""
+        self.watchdog.alive()
+        for engine in self.engines.values():
+            engine.close()
+        self.engines.clear()
+        for child in (children := psutil.Process().children(recursive=True)):  # one may hang, and hold a GPU's memory
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        psutil.wait_procs(children, timeout=CLOSE_SECONDS)
+        self.watchdog.stop()
 
     def _needed(self, adapters: Mapping[str, str], rows: Sequence[Row]) -> Mapping[str, str]:
         """All adapters, or where a bank of all is too much for this machine those that the rows name.
@@ -165,14 +181,17 @@ def compute_rows(
 def _in_halves(engine: Engine, function: BlockFunction, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
     try:
         return function(engine, rows, settings)
+    except EngineDied:
+        raise
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not isinstance(error, RowTooLong) and not is_out_of_memory(error):
             raise
+        alone = "" if isinstance(error, RowTooLong) else "out of memory with one row in the batch: "
         reason = first_line(error, 300)
     release_memory()
     if len(rows) == 1:
-        return [{**rows[0], FAULT: f"out of memory with one row in the batch: {reason}"}]
-    logger.warning("out of memory with %d rows in a batch: trying its halves", len(rows))
+        return [{**rows[0], FAULT: alone + reason}]
+    logger.warning("a batch of %d rows (%s): trying its halves", len(rows), reason)
     middle = len(rows) // 2
     return [row for part in (rows[:middle], rows[middle:]) for row in _in_halves(engine, function, part, settings)]
 

@@ -31,6 +31,10 @@ class EngineDied(RuntimeError):
     """What the engine runs outside this process is gone: nothing can be computed with it any more."""
 
 
+class RowTooLong(ValueError):
+    """A row has more tokens than the engine takes."""
+
+
 class Engine(Protocol):
     """A base in this process; rows of one call may belong to different adapters, None is the bare base."""
 
@@ -42,6 +46,9 @@ class Engine(Protocol):
         Raises:
             ValueError, OSError: one of them cannot be used.
         """
+
+    def load(self) -> None:
+        """Have the base in memory, where it is not."""
 
     def check_adapter(self, path: str | Path) -> None:
         """Read one adapter, and whether this engine computes its kind.

@@ -63,6 +63,9 @@ class TransformersEngine:
             self.bank = load_bank(self.model, banked)
             self._adapters, self._alone = wanted, alone
 
+    def load(self) -> None:
+        """It was loaded when it was made."""
+
     def check_adapter(self, path: str | Path) -> None:
         """Read an adapter."""
         read_adapter(path)

@@ -4,8 +4,8 @@ vLLM's own engine lives in the actor that would hold the transformers one, for a
 it the same way: a processor of ray.data.llm is one stage of one dataset, and would load the base again for each of the
 two datasets of every round, know no stop pattern, and neither score nor answer by what was scored.
 
-A block is what vLLM schedules at once, so `synthesis.batch_size` should be in the hundreds here. Checked against the
-transformers engine by tests/unit/test_vllm.py (vLLM 0.32).
+Rows reach vLLM block by block, so `synthesis.batch_size` should be in the hundreds here. Checked against PEFT and the
+transformers engine on the CPU by tests/unit/test_engine_contract.py (vLLM 0.32).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 
@@ -30,7 +31,7 @@ from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request, Row
 from translora.engine.loading import load_tokenizer, num_gpus, resolve_dtype
 from translora.engine.prompts import prompt_format
-from translora.engine.protocol import Completion, EngineDied, Samples, completion, spellings
+from translora.engine.protocol import Completion, EngineDied, RowTooLong, Samples, completion, spellings
 from translora.lora.methods import read_adapter
 from translora.lora.peft_io import LoraWeights, write_lora
 from translora.run.redact import first_line
@@ -38,8 +39,10 @@ from translora.run.redact import first_line
 logger = logging.getLogger(__name__)
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM has for `max_lora_rank`."""
-MAX_LORAS = 16
-"""Adapters that share a pass, at most, unless `vllm.max_loras` says otherwise: each takes memory on the GPU."""
+MAX_LORAS, MAX_CPU_LORAS = 16, 128
+"""Adapters that share a pass, and that are kept in the machine's memory, unless `vllm` says otherwise."""
+OWN = ("model", "tokenizer", "trust_remote_code", "dtype", "enable_lora", "max_lora_rank", "lora_target_modules")
+"""Engine arguments that are set here."""
 CANARY = "1 2 3 4 5 6 7 8"
 
 
@@ -57,6 +60,11 @@ def check_engine(base: BaseModelConfig) -> None:
         )
     from vllm.engine.arg_utils import EngineArgs
 
+    if taken := sorted(base.vllm.keys() & set(OWN)):
+        raise ValueError(f"{base.model}: vllm.{taken[0]}: is set by translora; leave it out")
+    length = base.vllm.get("max_model_len", -1)
+    if not isinstance(length, int) or length == 0:
+        raise ValueError(f"{base.model}: vllm.max_model_len: {length!r} is no number of tokens; give one")
     known = [field.name for field in dataclasses.fields(EngineArgs)]
     for name in base.vllm.keys() - set(known):
         close = difflib.get_close_matches(name, known, n=1)
@@ -135,7 +143,7 @@ class VllmEngine:
         if largest > self.max_rank or not modules <= self.modules:
             if self._engine is not None:
                 logger.info("%s: loaded again, for other adapters", os.path.basename(self.base.model))
-                self.close()
+                self._stop()
             self.max_rank = next(rank for rank in RANKS if rank >= max(largest, self.max_rank))
             self.modules |= modules
 
@@ -147,44 +155,53 @@ class VllmEngine:
         copy.mkdir()
         write_plain(copy, adapter, self.base.model)
         lora = LoRARequest(slot, number, str(copy))
-        engine = self._load()
-        try:
-            engine.add_lora(lora)
-        except Exception as error:  # whatever vLLM's worker raised
-            self._probe([None])  # it goes on without the adapter, or has died
-            self._refused[path] = f"vLLM does not take it ({first_line(error, 300)})"
-            return
+        for is_new in (self._engine is None, True):
+            self.load()
+            try:
+                self._engine.add_lora(lora)
+            except Exception as error:  # whatever vLLM's workers raised; some of their answers may still be on the way
+                self._stop()
+                if is_new:  # an old one may have died of something else
+                    self._refused[path] = f"vLLM does not take it ({first_line(error, 300)})"
+                    return
+            else:
+                break
         self._adapters[slot], self._loras[slot] = path, lora
 
     def _remove(self, slot: str) -> None:
-        if self._engine is not None:
-            self._engine.remove_lora(self._loras[slot].lora_int_id)
+        # vLLM itself drops what is not used any more.
         shutil.rmtree(self._loras[slot].lora_path, ignore_errors=True)
         del self._adapters[slot], self._loras[slot]
 
     def _hear_canary(self, adapters: Mapping[str, LoraWeights]) -> None:
-        """Refuse adapters that change nothing of what the base says, though their weights are not zero.
+        """Refuse adapters that change no more of what the base says than chance does, unless their weights are zero.
 
-        vLLM looks for an adapter's modules by their names, and leaves out what it does not find.
+        vLLM looks for an adapter's modules by their names, and leaves out what it does not find. The bare base is asked
+        beside each of them: on a GPU the same row is rounded otherwise in another batch.
         """
         slots = [slot for slot, one in adapters.items() if any(bool(B.any()) for _, B in one.modules.values())]
         slots = [slot for slot in slots if slot in self._loras]
         if not slots:
             return
-        bare, *own = self._probe([None, *slots])
-        for slot, values in zip(slots, own, strict=True):
-            if values == bare:
+        ids = self.tokenizer(CANARY, add_special_tokens=False)["input_ids"]
+        asked: list[str | None] = [name for slot in slots for name in (None, slot)]
+        found_ST = np.array(self.log_likelihood([(ids[:1], ids[1:])] * len(asked), asked))
+        bare_ST, own_ST = found_ST[::2], found_ST[1::2]
+        chance = np.abs(bare_ST - bare_ST[0]).max()
+        for slot, change in zip(slots, np.abs(own_ST - bare_ST).max(1), strict=True):
+            if change <= chance:
                 self._refused[self._adapters[slot]] = "vLLM answers with it as without it"
                 self._remove(slot)
 
-    def _probe(self, adapters: Sequence[str | None]) -> list[list[float]]:
-        ids = self.tokenizer(CANARY, add_special_tokens=False)["input_ids"]
-        return self.log_likelihood([(ids[:1], ids[1:])] * len(adapters), adapters)
+    def load(self) -> None:
+        """Start vLLM on the base, where it does not run.
 
-    def _load(self) -> Any:
-        """vLLM's engine, loaded where it is not."""
+        Raises:
+            RuntimeError: it does not start.
+        """
         if self._engine is None:
             from vllm.engine.arg_utils import EngineArgs
+            from vllm.usage.usage_lib import UsageContext
             from vllm.v1.engine.llm_engine import LLMEngine
 
             os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would tell its makers what it runs on
@@ -197,20 +214,23 @@ class VllmEngine:
                 os.environ["OMP_NUM_THREADS"] = str(self.num_threads)
             arguments = engine_arguments(self.base, self.max_rank, self.modules)
             try:
-                self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+                self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments), UsageContext.LLM_CLASS)
             except Exception as error:  # whatever vLLM's processes ended with
                 raise RuntimeError(
                     f"{self.base.model}: vLLM does not start ({first_line(error)}), the lines above say why; it was "
                     f"given {arguments}: change `vllm`"
                 ) from error
             logger.info("%s: vLLM, %s", os.path.basename(self.base.model), arguments)
-        return self._engine
 
-    def close(self) -> None:
-        """End vLLM's processes."""
+    def _stop(self) -> None:
         if self._engine is not None:
             self._engine.engine_core.shutdown()
             self._engine = None
+
+    def close(self) -> None:
+        """End vLLM's processes, and remove the copies of adapters."""
+        self._stop()
+        self._copies.cleanup()
 
     def end_ids(self) -> list[int]:
         """Tokens that end a completion: end of text, and of a chat turn."""
@@ -232,15 +252,15 @@ class VllmEngine:
         Raises:
             EngineDied: vLLM failed, or one of its processes did.
         """
-        engine = self._load()
+        self.load()
         running: dict[str, int] = {}
         for index, (ids, one, slot) in enumerate(zip(prompts, parameters, adapters, strict=True)):
-            lora = None if slot is None else self._loras[slot]
-            running[str(index)] = index
-            engine.add_request(str(index), {"prompt_token_ids": list(ids)}, one, lora_request=lora)
+            name, lora = str(next(self._numbers)), None if slot is None else self._loras[slot]
+            running[name] = index
+            self._engine.add_request(name, {"prompt_token_ids": list(ids)}, one, lora_request=lora)
         while running:
             try:
-                outputs = engine.step()
+                outputs = self._engine.step()
             except Exception as error:  # its scheduler stands in the middle of a step: it is of no use any more
                 raise EngineDied(f"{self.base.model}: vLLM failed ({first_line(error)})") from error
             for output in outputs:
@@ -249,20 +269,23 @@ class VllmEngine:
                 if take(running[output.request_id], output) or output.finished:
                     del running[output.request_id]
                     if not output.finished:
-                        engine.abort_request([output.request_id])
+                        self._engine.abort_request([output.request_id])
 
     def generate(self, requests: Sequence[Request], sampling: SamplingConfig | None = None) -> list[Completion]:
-        """Complete every request; one whose prompt leaves no room for an answer does not end."""
+        """Complete every request.
+
+        Raises:
+            RowTooLong: a prompt leaves no room for an answer.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         sampling, end_ids = sampling or SamplingConfig(), set(self.end_ids())
         rows = [Row(request, None) for request in requests]
         ids = self.tokenizer([request.prompt for request in requests], add_special_tokens=False)["input_ids"]
-        fitting = [index for index in range(len(rows)) if len(ids[index]) < self.max_length]
+        self._check_lengths(ids)
         parameters = []
-        for index in fitting:
-            request = requests[index]
+        for request in requests:
             drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "seed": request.seed}
             parameters.append(
                 SamplingParams(
@@ -274,20 +297,21 @@ class VllmEngine:
                 )
             )
 
-        def take(place: int, output: Any) -> bool:
-            row = rows[fitting[place]]
+        def take(index: int, output: Any) -> bool:
+            row = rows[index]
             for token in output.outputs[0].token_ids:
                 if not row.ended:
                     row.take(token, self.tokenizer, end_ids)
             return row.ended
 
-        self._run([ids[index] for index in fitting], parameters, [requests[index].adapter for index in fitting], take)
+        self._run(ids, parameters, [request.adapter for request in requests], take)
         return [completion(row, self.tokenizer, end_ids) for row in rows]
 
     @property
     def max_length(self) -> int:
         """Longest prompt and answer that vLLM takes, in tokens."""
-        return int(self._load().model_config.max_model_len)
+        self.load()
+        return int(self._engine.model_config.max_model_len)
 
     def log_odds(self, prompts: Sequence[str], adapters: Sequence[str | None]) -> list[float]:
         """log p("yes") - log p("no") as the next token of each prompt, summed over the answers' token variants."""
@@ -349,8 +373,8 @@ class VllmEngine:
     def _check_lengths(self, rows: Sequence[Sequence[int]]) -> None:
         longest = max(map(len, rows))
         if longest >= self.max_length:
-            raise ValueError(
-                f"{self.base.model}: a row of {longest} tokens is scored, vLLM takes {self.max_length - 1}; "
+            raise RowTooLong(
+                f"a row of {longest} tokens, vLLM takes {self.max_length - 1} of {os.path.basename(self.base.model)}; "
                 "raise vllm.max_model_len"
             )
 
@@ -371,12 +395,17 @@ def engine_arguments(base: BaseModelConfig, max_rank: int, modules: Collection[s
         "max_logprobs": 1024,
         "disable_log_stats": True,
     }
-    if dtype != torch.float32:
-        arguments["hf_overrides"] = {"head_dtype": "float32"}  # see TransformersEngine.log_odds
     if max_rank:
-        arguments |= {"enable_lora": True, "max_lora_rank": max_rank, "max_loras": MAX_LORAS}
-        arguments["lora_target_modules"] = sorted(modules)
-    return arguments | (base.vllm or {})
+        if dtype == torch.float32 and num_gpus():
+            raise ValueError(f"{base.model}: vLLM has no LoRAs in float32 on a GPU; set dtype to bfloat16")
+        arguments |= {"enable_lora": True, "max_lora_rank": max_rank, "lora_target_modules": sorted(modules)}
+        arguments |= {"max_loras": MAX_LORAS, "max_cpu_loras": MAX_CPU_LORAS}
+    arguments |= base.vllm or {}
+    if dtype != torch.float32:  # see TransformersEngine.log_odds
+        arguments["hf_overrides"] = {"head_dtype": "float32", **arguments.get("hf_overrides", {})}
+    if "max_loras" in arguments:
+        arguments["max_cpu_loras"] = max(arguments["max_loras"], arguments.get("max_cpu_loras", 0))
+    return arguments
 
 
 def write_plain(directory: Path, adapter: LoraWeights, base_model: str) -> None:

@@ -31,7 +31,7 @@ def recipes(
         bases: source, target and generator; they count by their weights, not by where they lie.
     """
     source, target, generator = (
-        (base.fingerprint, engine_settings(settings))
+        (base.fingerprint, {key: value for key, value in settings.decides().items() if key != "model"})
         for base, settings in zip(bases, base_settings(config), strict=True)
     )
     gate = config.gate.model_dump()
@@ -53,7 +53,7 @@ def recipes(
             entry.epochs,
             entry.learning_rate,
             config.discriminator.model_dump(),
-            target,
+            (target[0], {key: value for key, value in target[1].items() if key != "vllm"}),
             config.seed,
         ),
         "gate": digest(
@@ -64,12 +64,6 @@ def recipes(
             sha256_file(Path(entry.eval_data)) if entry.eval_data else None,
         ),
     }
-
-
-def engine_settings(settings: BaseModelConfig) -> dict[str, Any]:
-    """How a base computes; without `vllm` where it is unset, as versions that did not know it hashed it."""
-    found = settings.model_dump(exclude={"model"})
-    return found if settings.vllm is not None else {key: value for key, value in found.items() if key != "vllm"}
 
 
 def base_settings(config: FleetConfig) -> tuple[BaseModelConfig, BaseModelConfig, BaseModelConfig]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from translora.config import VLLM_EXECUTION_ONLY
 from translora.run import lease
 from translora.run.files import TEMPORARY_PREFIX, full_disk, remove_temporaries, write_json
 from translora.run.redact import without_secrets
@@ -149,7 +150,7 @@ def changed_settings(earlier: dict[str, Any], now: dict[str, Any]) -> str:
         f"{key} {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
         if key.split(".")[0] not in MAY_CHANGE
-        and key.split(".")[-1] not in EXECUTION_ONLY
+        and key.split(".")[-1] not in EXECUTION_ONLY | VLLM_EXECUTION_ONLY
         and before.get(key) != after.get(key)
     )
 

@@ -43,9 +43,26 @@ def check_training(config: FleetConfig, target: BaseInfo) -> None:
         check_engine(settings)
     if config.target.vllm is not None and config.distill.peft is not None:
         raise ValueError("target.vllm: vLLM computes LoRAs alone; leave it out, or distill.peft")
+    check_target_context(config, target)
     check_section(config.distill, target, "distill")
     if config.distill.loss == "kl":
         check_vocabularies(load_tokenizer(config.source), load_tokenizer(config.target))
+
+
+def check_target_context(config: FleetConfig, target: BaseInfo) -> None:
+    """Whether the target base has room for an input and its answer.
+
+    Raises:
+        ValueError: it has not.
+    """
+    synthesis, context = config.synthesis, context_of(config.target, target)
+    empty = prompt_format(load_tokenizer(config.target)).encode_prompt("")
+    num_tokens = len(empty) + synthesis.sampling.max_new_tokens + synthesis.max_answer_tokens
+    if context is not None and num_tokens > context:
+        raise ValueError(
+            f"{config.target.model}: inputs and answers of {num_tokens} tokens do not fit its context of {context}; "
+            "lower synthesis.sampling.max_new_tokens or max_answer_tokens"
+        )
 
 
 def check_section(settings: TrainConfig, base: BaseInfo, section: str) -> None:
@@ -215,7 +232,8 @@ def check_name_and_size(config: FleetConfig, entry: AdapterEntry, bundle: Bundle
 def context_of(settings: BaseModelConfig, base: BaseInfo) -> int | None:
     """Tokens that a base takes as its engine holds it; None where nothing is said."""
     context: int | None = base.config.get("max_position_embeddings")
-    return (settings.vllm or {}).get("max_model_len") or context
+    own = (settings.vllm or {}).get("max_model_len", -1)
+    return own if own > 0 else context
 
 
 def check_prompts(run: Run, bundle: Bundle) -> None:

@@ -69,8 +69,11 @@ class Hosts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        with contextlib.suppress(Exception):  # the cluster may be gone
+            if kind is None:  # what an engine has beside its actor, processes and files, would outlive it
+                ray.wait([actor.close.remote() for actor in self._actors], len(self._actors), timeout=WAIT_SECONDS)
         for actor in self._actors:
-            with contextlib.suppress(Exception):  # the cluster may be gone
+            with contextlib.suppress(Exception):
                 ray.kill(actor)
         self._actors.clear()
 
@@ -150,7 +153,7 @@ def run_rows(
         weights: content hashes of base and adapters: blocks of the same weights alone are used again.
     """
     blocks, settings = cut_blocks(rows, batch_size, order), settings or {}
-    key = digest(function.__name__, blocks, settings, base.model_dump(), weights)
+    key = digest(function.__name__, blocks, settings, base.decides(), weights)
     with Progress(label, len(rows), run_dir) as progress:
         return run_blocks(
             blocks,

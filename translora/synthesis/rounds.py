@@ -102,7 +102,7 @@ def synthesise(
         fingerprints: of the generator and of the source base; blocks computed on other weights are not reused.
         on_round: called after each round, with the pools' statistics up to date.
     """
-    decided_by = (config.model_dump(), generator.model_dump(), source.model_dump(), fingerprints, seed)
+    decided_by = (config.model_dump(exclude={"generator"}), generator.decides(), source.decides(), fingerprints, seed)
     known = read_outcomes(run_dir / "rounds")
     keyed = {
         digest(pool.name, pool.bundle.digest, pool.needed, pool.budget, pool.screen, *decided_by): pool
