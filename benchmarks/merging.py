@@ -40,9 +40,9 @@ from translora.engine.prompts import prompt_format, raw_prompt
 from translora.engine.transformers import TransformersEngine
 from translora.evaluate.statistics import Estimate, Resample
 from translora.gate.agreement import is_equal
-from translora.merge.config import METHODS
+from translora.merge.config import METHODS, CatSettings, IterisSettings
 from translora.merge.data import pad_batch
-from translora.run.files import replace_directory, write_json, write_jsonl
+from translora.run.files import digest, replace_directory, write_json, write_jsonl
 from translora.synthesis.prompts import generation_row
 
 TAG = "Answer as a tag: "
@@ -217,21 +217,22 @@ def measure(arguments: argparse.Namespace) -> None:
     work.mkdir(parents=True, exist_ok=True)
     adapters = prepare(arguments, base)
     sets = tests(arguments.tests)
+    made_from = digest(
+        sets, arguments.samples, arguments.set, CatSettings().model_dump(), IterisSettings().model_dump()
+    )
     engine: TransformersEngine | None = None
     for arm in arguments.arms:
         record = place(work, arm).with_suffix(".json")
-        single = arm.removeprefix("only ") if arm.startswith("only ") else None
-        if record.exists() and arguments.costs and not single:
-            seconds, gigabytes = merge(arm, base, adapters, work, arguments.set)
-            write_json(record, json.loads(record.read_text()) | {"seconds": seconds, "gigabytes": gigabytes})
-        if record.exists():
+        if record.exists() and json.loads(record.read_text()).get("made_from") == made_from:
             continue
         print(f"{arm} ...", flush=True)
+        single = arm.removeprefix("only ") if arm.startswith("only ") else None
         seconds, gigabytes = (0.0, 0.0) if single else merge(arm, base, adapters, work, arguments.set)
         engine = engine or TransformersEngine(BaseModelConfig(model=str(base)), {})
         engine.use_adapters({"it": adapters[single] if single else place(work, arm)})
         correct = {name: score(engine, rows) for name, rows in sets.items()}
-        write_json(record, {"arm": arm, "seconds": seconds, "gigabytes": gigabytes, "correct": correct})
+        costs = {"seconds": seconds, "gigabytes": gigabytes}
+        write_json(record, {"arm": arm, "made_from": made_from, **costs, "correct": correct})
     print_table(arguments)
 
 
@@ -243,18 +244,20 @@ def cell(estimate: Estimate, sign: str = "") -> str:
 def print_table(arguments: argparse.Namespace) -> None:
     """Accuracies in percent with 95 % bootstrap intervals, as Markdown."""
     print("| arm | routing | tag | both | CPU s | GB |\n| --- | --- | --- | --- | --- | --- |")
-    both: dict[str, np.ndarray] = {}
+    correct: dict[str, dict[str, np.ndarray]] = {}
     for arm in arguments.arms:
         found = json.loads(place(arguments.work, arm).with_suffix(".json").read_text())
         cells = [cell(accuracy(values, name)) for name, values in found["correct"].items()]
         cost = (f"{found['seconds']:.0f}", f"{found['gigabytes']:.1f}") if found["seconds"] else ("", "")
         print("| " + " | ".join([arm, *cells, *cost]) + " |")
-        both[arm] = np.array([found["correct"]["both"]], dtype=float)
-    for arm in [arm for arm in both if arm.startswith("cat")]:
-        if "static_cat" in both:
-            gain = both[arm] - both["static_cat"]
-            resample = Resample(1, gain.shape[1], "both", over_seeds=False)
-            print(f"\n{arm} minus static_cat on both, paired: {cell(resample.estimate(gain), '+')} points")
+        correct[arm] = {name: np.array([values], dtype=float) for name, values in found["correct"].items()}
+    for arm in [arm for arm in correct if arm.startswith("cat") and "static_cat" in correct]:
+        gains = []
+        for name, own in correct[arm].items():
+            gain = own - correct["static_cat"][name]
+            estimate = Resample(1, gain.shape[1], name, over_seeds=False).estimate(gain)
+            gains.append(f"{name} {cell(estimate, '+')}")
+        print(f"\n{arm} minus static_cat, paired: {', '.join(gains)}")
 
 
 def scaling(arguments: argparse.Namespace) -> None:
@@ -295,7 +298,6 @@ def main() -> None:
     )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the merges")
     parser.add_argument("--threads", type=int, default=2, help="torch's CPU threads (default: %(default)s)")
-    parser.add_argument("--costs", action="store_true", help="measure time and memory of finished merges again")
     parser.add_argument("--scaling", action="store_true", help="IterIS against samples and adapters")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
