@@ -58,7 +58,7 @@ class CatSettings(Strict):
     """CAT (LoRA Soups, arXiv 2410.13025): one learned scalar per adapter and module."""
 
     coefficients: Literal["softmax", "unconstrained"] = "unconstrained"
-    """`unconstrained`: any real number; `softmax`: convex in each module (paper), which measured worse."""
+    """`unconstrained`: any real number; `softmax`: convex in each module (paper), see docs/merging.md."""
     learning_rate: float = Field(default=0.02, gt=0)
     """Peak learning rate of AdamW, linear decay; the paper's 1e-4 hardly moves the coefficients."""
     epochs: float = Field(default=3, gt=0)
