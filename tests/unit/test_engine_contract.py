@@ -22,7 +22,10 @@ from translora.synthesis.calls import FAULT
 from translora.synthesis.stages import answer_block
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
-NEEDS_VLLM = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
+NEEDS_VLLM = pytest.mark.skipif(
+    not HAS_VLLM or torch.cuda.is_available(),
+    reason="vLLM is not installed, or on a GPU, where it has no LoRAs in float32",
+)
 PROMPTS = ["Route the message:", "The parcel is late. I was charged twice", "When does the shop open", "a"]
 NAMES = ["plain", "scaled", "patterned", None]
 SAMPLES = [([5, 6, 7], [8, 9]), ([10] * 9, [11]), ([12], [13, 14, 15, 16])]

@@ -5,7 +5,8 @@ it the same way: a processor of ray.data.llm is one stage of one dataset, and wo
 two datasets of every round, know no stop pattern, and neither score nor answer by what was scored.
 
 Rows reach vLLM block by block, so `synthesis.batch_size` should be in the hundreds here. Checked against PEFT and the
-transformers engine on the CPU by tests/unit/test_engine_contract.py (vLLM 0.32).
+transformers engine on the CPU by tests/unit/test_engine_contract.py (vLLM 0.32); on a GPU another of its model runners
+computes, which nobody has tried here.
 """
 
 from __future__ import annotations
