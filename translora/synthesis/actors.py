@@ -62,6 +62,8 @@ class Hosts:
     def __init__(self, resources: ResourceConfig) -> None:
         self.resources = resources
         self._actors: list[Any] = []
+        self._standing: list[Any] = []
+        """Those that have had room on the cluster."""
 
     def __enter__(self) -> Hosts:
         return self
@@ -71,11 +73,12 @@ class Hosts:
     ) -> None:
         with contextlib.suppress(Exception):  # the cluster may be gone
             if kind is None:  # what an engine has beside its actor, processes and files, would outlive it
-                ray.wait([actor.close.remote() for actor in self._actors], len(self._actors), timeout=WAIT_SECONDS)
+                ray.get([actor.close.remote() for actor in self._standing], timeout=WAIT_SECONDS)
         for actor in self._actors:
             with contextlib.suppress(Exception):
                 ray.kill(actor)
         self._actors.clear()
+        self._standing.clear()
 
     def get(self, most: int) -> list[Any]:
         """Handles of the hosts that stand, `most` of them at most; waits for the first."""
@@ -113,6 +116,7 @@ class Hosts:
             time.sleep(RETRY_SECONDS)
         if waiting:
             logger.warning("%d of %d actors stand, the cluster has no room for the others yet", len(standing), wanted)
+        self._standing += [actor for actor in standing if actor not in self._standing]
         return standing
 
 
