@@ -16,7 +16,7 @@ from translora.run.files import read_jsonl
 from translora.run.state import load_states
 from translora.synthesis.prompts import normalise
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1500)
 SEEDS, ARMS = (0, 1), ("long", "short")
 NUM_TRAIN, NUM_TEST = 24, 14
 
