@@ -23,7 +23,7 @@ from translora.distill.job import TrainJob, make_job, refuse_failures
 from translora.distill.launch import train_adapters
 from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
-from translora.engine.vllm import check_engine
+from translora.engine.vllm_settings import check_engine
 from translora.run.files import derive_seed, digest, read_jsonl, sha256_file, sha256_path
 from translora.run.rundir import EXECUTION_ONLY, open_run
 from translora.run.tracker import Tracker

@@ -16,7 +16,8 @@ from translora.engine.decode import Request
 from translora.engine.host import compute_rows
 from translora.engine.protocol import Engine, RowTooLong
 from translora.engine.transformers import TransformersEngine
-from translora.engine.vllm import VllmEngine, check_engine
+from translora.engine.vllm import VllmEngine
+from translora.engine.vllm_settings import check_engine
 from translora.lora.peft_io import write_lora
 from translora.synthesis.calls import FAULT
 from translora.synthesis.stages import answer_block

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from translora.config import SamplingConfig
 from translora.engine.decode import Request, Row
+from translora.engine.prompts import prompt_format
 
 Samples = Sequence[tuple[Sequence[int], Sequence[int]]]
 """Token ids of prompts and of their answers, neither of them empty."""
@@ -84,6 +85,12 @@ def completion(row: Row, tokenizer: PreTrainedTokenizerBase, end_ids: set[int]) 
     if match is not None:
         return Completion(text[: match.start()], True)
     return Completion(text, end is not None)
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | None) -> list[int]:
+    """Tokens that end a completion: end of text, of a chat turn, and the base's `own`, its config's eos_token_id."""
+    named = own if isinstance(own, list) else [own]
+    return sorted(token for token in {*prompt_format(tokenizer).end_ids, *named} if token is not None)
 
 
 def spellings(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> list[int]:

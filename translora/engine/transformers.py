@@ -17,8 +17,7 @@ from translora.engine.decode import Request, Row, check_cache, decode
 from translora.engine.head import Head, log_probabilities, top_log_probabilities
 from translora.engine.loading import device, load_model, load_tokenizer, num_gpus, resolve_dtype
 from translora.engine.prefix import begin, window
-from translora.engine.prompts import prompt_format
-from translora.engine.protocol import Completion, Samples, completion, spellings
+from translora.engine.protocol import Completion, Samples, completion, end_tokens, spellings
 from translora.lora.bank import load_bank
 from translora.lora.methods import Method, VirtualTokens, applied, read_adapter
 from translora.lora.peft_io import LoraWeights
@@ -164,8 +163,7 @@ class TransformersEngine:
 
     def end_ids(self) -> list[int]:
         """Tokens that end a completion: end of text, and of a chat turn."""
-        own = self.model.generation_config.eos_token_id
-        return sorted({*prompt_format(self.tokenizer).end_ids, *(own if isinstance(own, list) else [own])} - {None})
+        return end_tokens(self.tokenizer, self.model.generation_config.eos_token_id)
 
     @torch.inference_mode()
     def log_odds(self, prompts: Sequence[str], adapters: Sequence[str | None]) -> list[float]:

@@ -11,9 +11,6 @@ computes, which nobody has tried here.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import importlib.util
 import itertools
 import logging
 import os
@@ -26,51 +23,20 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from translora.bundle.base import inspect_base
 from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request, Row
-from translora.engine.loading import load_tokenizer, num_gpus, resolve_dtype
-from translora.engine.prompts import prompt_format
-from translora.engine.protocol import Completion, EngineDied, RowTooLong, Samples, completion, spellings
+from translora.engine.loading import load_tokenizer
+from translora.engine.protocol import Completion, EngineDied, RowTooLong, Samples, completion, end_tokens, spellings
+from translora.engine.vllm_settings import RANKS, check_engine, engine_arguments
 from translora.lora.methods import read_adapter
-from translora.lora.peft_io import LoraWeights, write_lora
+from translora.lora.peft_io import LoraWeights, pad_rank, write_lora
 from translora.run.redact import first_line
 
 logger = logging.getLogger(__name__)
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM has for `max_lora_rank`."""
-MAX_LORAS, MAX_CPU_LORAS = 16, 128
-"""Adapters that share a pass, and that are kept in the machine's memory, unless `vllm` says otherwise."""
-OWN = ("model", "tokenizer", "trust_remote_code", "dtype", "enable_lora", "max_lora_rank", "lora_target_modules")
-"""Engine arguments that are set here."""
 CANARY = "1 2 3 4 5 6 7 8"
-
-
-def check_engine(base: BaseModelConfig) -> None:
-    """Whether this Python has vLLM, and vLLM the engine arguments, where a base asks for it.
-
-    Raises:
-        ValueError: it has not.
-    """
-    if base.vllm is None:
-        return
-    if importlib.util.find_spec("vllm") is None:
-        raise ValueError(
-            f"{base.model}: asks for vllm, which is not installed; pip install 'translora[vllm]', or leave `vllm` out"
-        )
-    from vllm.engine.arg_utils import EngineArgs
-
-    if taken := sorted(base.vllm.keys() & set(OWN)):
-        raise ValueError(f"{base.model}: vllm.{taken[0]}: is set by translora; leave it out")
-    length = base.vllm.get("max_model_len", -1)
-    if not isinstance(length, int) or length == 0:
-        raise ValueError(f"{base.model}: vllm.max_model_len: {length!r} is no number of tokens; give one")
-    known = [field.name for field in dataclasses.fields(EngineArgs)]
-    for name in base.vllm.keys() - set(known):
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else "see vLLM's engine arguments"
-        raise ValueError(f"{base.model}: vllm.{name}: vLLM has no such engine argument; {hint}")
 
 
 class VllmEngine:
@@ -101,6 +67,10 @@ class VllmEngine:
         """Why vLLM does not compute an adapter, by its path."""
         self._copies = tempfile.TemporaryDirectory(prefix="translora-")
         self._numbers = itertools.count(1)
+        path = inspect_base(base.model, base.trust_remote_code).path
+        has_own = (path / GENERATION_CONFIG_NAME).exists()
+        own = GenerationConfig.from_pretrained(path).eos_token_id if has_own else None
+        self._end_ids = set(end_tokens(self.tokenizer, own))
         self._answer_ids = {word: spellings(self.tokenizer, [word]) for word in ("yes", "no")}
 
     def check_adapter(self, path: str | Path) -> None:
@@ -233,14 +203,6 @@ class VllmEngine:
         self._stop()
         self._copies.cleanup()
 
-    def end_ids(self) -> list[int]:
-        """Tokens that end a completion: end of text, and of a chat turn."""
-        path = inspect_base(self.base.model, self.base.trust_remote_code).path
-        own: Any = None
-        if (path / "generation_config.json").exists():
-            own = GenerationConfig.from_pretrained(path).eos_token_id
-        return sorted({*prompt_format(self.tokenizer).end_ids, *(own if isinstance(own, list) else [own])} - {None})
-
     def _run(
         self,
         prompts: Sequence[Sequence[int]],
@@ -281,7 +243,7 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        sampling, end_ids = sampling or SamplingConfig(), set(self.end_ids())
+        sampling, end_ids = sampling or SamplingConfig(), self._end_ids
         rows = [Row(request, None) for request in requests]
         ids = self.tokenizer([request.prompt for request in requests], add_special_tokens=False)["input_ids"]
         self._check_lengths(ids)
@@ -380,44 +342,11 @@ class VllmEngine:
             )
 
 
-def engine_arguments(base: BaseModelConfig, max_rank: int, modules: Collection[str]) -> dict[str, Any]:
-    """vLLM's EngineArgs for a base; what the user sets in `vllm` comes before what is chosen here.
-
-    The modules are named so that the head is none of them: vLLM (0.32) looks up an adapter for each place of a head
-    that it adapts, and has none for the places of a prompt, whose probabilities then are wrong or cannot be computed.
-    """
-    dtype = resolve_dtype(base.dtype)
-    arguments: dict[str, Any] = {
-        "model": str(inspect_base(base.model, base.trust_remote_code).path),
-        "trust_remote_code": base.trust_remote_code,
-        "dtype": str(dtype).removeprefix("torch."),
-        "tensor_parallel_size": max(1, num_gpus()),
-        "distributed_executor_backend": "mp",  # the GPUs' memory is free again when the workers have ended
-        "max_logprobs": 1024,
-        "disable_log_stats": True,
-    }
-    if max_rank:
-        if dtype == torch.float32 and num_gpus():
-            raise ValueError(f"{base.model}: vLLM has no LoRAs in float32 on a GPU; set dtype to bfloat16")
-        arguments |= {"enable_lora": True, "max_lora_rank": max_rank, "lora_target_modules": sorted(modules)}
-        arguments |= {"max_loras": MAX_LORAS, "max_cpu_loras": MAX_CPU_LORAS}
-    arguments |= base.vllm or {}
-    if dtype != torch.float32:  # see TransformersEngine.log_odds
-        arguments["hf_overrides"] = {"head_dtype": "float32", **arguments.get("hf_overrides", {})}
-    if "max_loras" in arguments:
-        arguments["max_cpu_loras"] = max(arguments["max_loras"], arguments.get("max_cpu_loras", 0))
-    return arguments
-
-
 def write_plain(directory: Path, adapter: LoraWeights, base_model: str) -> None:
     """Write a LoRA as vLLM computes it: one rank, and a scaling of 1, whatever its patterns and its scaling are."""
     rank = adapter.max_rank
-    modules: dict[str, Sequence[torch.Tensor]] = {}
-    for name, (lora_A, lora_B) in adapter.modules.items():
-        missing = rank - len(lora_A)
-        scaled = (lora_B.float() * adapter.scaling[name]).to(lora_B.dtype)
-        modules[name] = (
-            torch.nn.functional.pad(lora_A, (0, 0, 0, missing)),
-            torch.nn.functional.pad(scaled, (0, missing)),
-        )
+    modules = {
+        name: pad_rank((lora_A, (lora_B.float() * adapter.scaling[name]).to(lora_B.dtype)), rank)
+        for name, (lora_A, lora_B) in adapter.modules.items()
+    }
     write_lora(directory, modules, alpha=rank, base_model=base_model)

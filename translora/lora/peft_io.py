@@ -226,6 +226,13 @@ def read_lora(directory: str | Path) -> LoraWeights:
     return LoraWeights(modules=modules, scaling=scaling, config=config)
 
 
+def pad_rank(pair: tuple[torch.Tensor, torch.Tensor], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B filled up with zeros to one rank for all modules: every reader of PEFT's format takes that."""
+    lora_A, lora_B = pair
+    grow = rank - len(lora_A)
+    return torch.nn.functional.pad(lora_A, (0, 0, 0, grow)), torch.nn.functional.pad(lora_B, (0, grow))
+
+
 def write_lora(
     directory: Path,
     modules: Mapping[str, Sequence[torch.Tensor]],

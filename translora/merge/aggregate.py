@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from translora.lora.peft_io import LoraWeights
+from translora.lora.peft_io import LoraWeights, pad_rank
 from translora.merge.peft_methods import Merged, Pair, exact
 
 
@@ -76,7 +76,5 @@ def _padded(loras: Sequence[LoraWeights], name: str) -> list[Pair]:
     found = []
     for lora in loras:
         A, B = lora.modules.get(name, (like_A[:0], like_B[:, :0]))
-        grow = rank - len(A)
-        A, B = exact(A), exact(B) * lora.scaling.get(name, 1.0)
-        found.append((torch.nn.functional.pad(A, (0, 0, 0, grow)), torch.nn.functional.pad(B, (0, grow))))
+        found.append(pad_rank((exact(A), exact(B) * lora.scaling.get(name, 1.0)), rank))
     return found

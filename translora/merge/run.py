@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from translora.bundle import inspect_base
 from translora.bundle.adapter import check_adapter, check_recorded_base, recorded_base
 from translora.bundle.base import BaseInfo, linear_modules
@@ -21,7 +19,7 @@ from translora.config import BaseModelConfig
 from translora.engine.loading import device, load_model, load_tokenizer, resolve_dtype
 from translora.engine.prompts import prompt_format
 from translora.lora.kinds import MAX_RANK
-from translora.lora.peft_io import LoraWeights, read_lora, write_lora
+from translora.lora.peft_io import LoraWeights, pad_rank, read_lora, write_lora
 from translora.merge import aggregate, cat
 from translora.merge.config import COMBINATIONS, Combination, MergeConfig
 from translora.merge.data import batches, read_samples
@@ -186,13 +184,6 @@ def write_result(
         write_bytes(directory / "README.md", card.encode())
         record = {"settings": shown, "base": base.fingerprint, "adapters": [vars(one) for one in ingredients], **learnt}
         write_json(directory / SETTINGS_FILE, record)
-
-
-def pad_rank(pair: tuple[torch.Tensor, torch.Tensor], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B filled up with zeros to one rank for all modules: every reader of PEFT's format takes that."""
-    lora_A, lora_B = pair
-    grow = rank - len(lora_A)
-    return torch.nn.functional.pad(lora_A, (0, 0, 0, grow)), torch.nn.functional.pad(lora_B, (0, grow))
 
 
 def target_names(modules: Sequence[str], base: BaseInfo) -> list[str]:

@@ -14,7 +14,7 @@ from translora.distill.ds_config import read_ds_config
 from translora.distill.teacher import check_vocabularies
 from translora.engine.loading import attention_of, load_tokenizer, resolve_dtype
 from translora.engine.prompts import prompt_format
-from translora.engine.vllm import check_engine
+from translora.engine.vllm_settings import check_engine
 from translora.lora.kinds import SOURCES_ONLY
 from translora.lora.targets import resolve_targets
 from translora.run.files import read_jsonl

@@ -1,0 +1,80 @@
+"""vLLM's engine arguments: what a base's `vllm` may hold, and what is chosen where it says nothing.
+
+Importing this module does not load vLLM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from translora.bundle.base import inspect_base
+from translora.config import BaseModelConfig
+from translora.engine.loading import num_gpus, resolve_dtype
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM has for `max_lora_rank`."""
+MAX_LORAS, MAX_CPU_LORAS = 16, 128
+"""Adapters that share a pass, and that are kept in the machine's memory, unless `vllm` says otherwise."""
+OWN = ("model", "tokenizer", "trust_remote_code", "dtype", "enable_lora", "max_lora_rank", "lora_target_modules")
+"""Engine arguments that are set here."""
+
+
+def check_engine(base: BaseModelConfig) -> None:
+    """Whether this Python has vLLM, and vLLM the engine arguments, where a base asks for it.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if base.vllm is None:
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError(
+            f"{base.model}: asks for vllm, which is not installed; pip install 'translora[vllm]', or leave `vllm` out"
+        )
+    from vllm.engine.arg_utils import EngineArgs
+
+    if taken := sorted(base.vllm.keys() & set(OWN)):
+        raise ValueError(f"{base.model}: vllm.{taken[0]}: is set by translora; leave it out")
+    length = base.vllm.get("max_model_len", -1)
+    if not isinstance(length, int) or length == 0:
+        raise ValueError(f"{base.model}: vllm.max_model_len: {length!r} is no number of tokens; give one")
+    known = [field.name for field in dataclasses.fields(EngineArgs)]
+    for name in base.vllm.keys() - set(known):
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "see vLLM's engine arguments"
+        raise ValueError(f"{base.model}: vllm.{name}: vLLM has no such engine argument; {hint}")
+
+
+def engine_arguments(base: BaseModelConfig, max_rank: int, modules: Collection[str]) -> dict[str, Any]:
+    """vLLM's EngineArgs for a base; what the user sets in `vllm` comes before what is chosen here.
+
+    The modules are named so that the head is none of them: vLLM (0.32) looks up an adapter for each place of a head
+    that it adapts, and has none for the places of a prompt, whose probabilities then are wrong or cannot be computed.
+    """
+    dtype = resolve_dtype(base.dtype)
+    arguments: dict[str, Any] = {
+        "model": str(inspect_base(base.model, base.trust_remote_code).path),
+        "trust_remote_code": base.trust_remote_code,
+        "dtype": str(dtype).removeprefix("torch."),
+        "tensor_parallel_size": max(1, num_gpus()),
+        "distributed_executor_backend": "mp",  # the GPUs' memory is free again when the workers have ended
+        "max_logprobs": 1024,
+        "disable_log_stats": True,
+    }
+    if max_rank:
+        if dtype == torch.float32 and num_gpus():
+            raise ValueError(f"{base.model}: vLLM has no LoRAs in float32 on a GPU; set dtype to bfloat16")
+        arguments |= {"enable_lora": True, "max_lora_rank": max_rank, "lora_target_modules": sorted(modules)}
+        arguments |= {"max_loras": MAX_LORAS, "max_cpu_loras": MAX_CPU_LORAS}
+    arguments |= base.vllm or {}
+    if dtype != torch.float32:  # see TransformersEngine.log_odds
+        arguments["hf_overrides"] = {"head_dtype": "float32", **arguments.get("hf_overrides", {})}
+    if "max_loras" in arguments:
+        arguments["max_cpu_loras"] = max(arguments["max_loras"], arguments.get("max_cpu_loras", 0))
+    return arguments
