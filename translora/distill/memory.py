@@ -181,6 +181,26 @@ def known_gang_bytes(
         return estimated_gang_bytes(config.get_text_config(), dtype, train, shapes, num_samples * num_tokens)
 
 
+def known_activations(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    train: TrainConfig,
+    shapes: dict[str, tuple[int, int]],
+    num_samples: int,
+    num_tokens: int,
+    *,
+    flash: bool,
+) -> float:
+    """`known_gang_bytes(...).activations` alone, for which nothing after the forward pass is run."""
+    size = PassSize(1, num_samples, num_tokens, num_tokens, flash)
+    try:  # as there
+        return pass_bytes(config, dtype, train, size, forward_only=True).activations
+    except Exception as error:
+        logger.info("%s: the activations of a pass are estimated (%s)", config.model_type, first_line(error))
+        text = config.get_text_config()
+        return estimated_gang_bytes(text, dtype, train, shapes, num_samples * num_tokens).activations
+
+
 def loss_bytes(config: PreTrainedConfig, dtype: torch.dtype, num_positions: int) -> int:
     """The most that the loss of so many positions takes."""
     with fake_base(with_layers(config, 1), dtype, PACKED) as model:
@@ -213,12 +233,14 @@ def estimated_gang_bytes(
     return GangBytes(backward=(3 * 4 * CHUNK_ELEMENTS, own + activations), activations=activations)
 
 
-def pass_bytes(config: PreTrainedConfig, dtype: torch.dtype, train: TrainConfig, size: PassSize) -> PassBytes:
+def pass_bytes(
+    config: PreTrainedConfig, dtype: torch.dtype, train: TrainConfig, size: PassSize, *, forward_only: bool = False
+) -> PassBytes:
     """The bytes of one pass; a deep base is run with a few of its layers, and the others are like the last of these."""
     whole, (few, more) = num_layers(config), FEW_LAYERS
     if whole <= more:
-        return _run_pass(config, dtype, train, size)
-    shallow, deeper = (_run_pass(with_layers(config, depth), dtype, train, size) for depth in (few, more))
+        return _run_pass(config, dtype, train, size, forward_only)
+    shallow, deeper = (_run_pass(with_layers(config, depth), dtype, train, size, forward_only) for depth in (few, more))
 
     def at_depth(first: int, second: int) -> int:
         return second + (second - first) * (whole - more) // (more - few)
@@ -230,7 +252,9 @@ def pass_bytes(config: PreTrainedConfig, dtype: torch.dtype, train: TrainConfig,
     )
 
 
-def _run_pass(config: PreTrainedConfig, dtype: torch.dtype, train: TrainConfig, size: PassSize) -> PassBytes:
+def _run_pass(
+    config: PreTrainedConfig, dtype: torch.dtype, train: TrainConfig, size: PassSize, forward_only: bool
+) -> PassBytes:
     """One pass as translora.distill.train.run_pass has it, on fake tensors."""
     prompt, answer = [0] * (size.num_tokens + 1 - size.num_answer), [0] * size.num_answer  # the last is not computed
     samples = [Sample(prompt, answer)] * size.num_samples
@@ -245,6 +269,8 @@ def _run_pass(config: PreTrainedConfig, dtype: torch.dtype, train: TrainConfig, 
         with LiveBytes([*model.parameters(), *model.buffers(), *own]) as memory:
             hidden_1TD = model.base_model(**inputs, use_cache=False).last_hidden_state
             activations = memory.live
+            if forward_only:
+                return PassBytes(activations, loss=0, backward=0)
             memory.begin_peak()
             losses_L = cross_entropy(hidden_1TD[0][batch.positions_L], head, batch.labels_L, batch.weights_L)
             loss = memory.peak - activations
