@@ -150,6 +150,9 @@ class LoraSettings(Strict):
     target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = ["q_proj", "v_proj"]
     """Names of the linear modules that are adapted, as the target base has them (paper: query and value projections),
     or `all-linear`: all but the head."""
+    init: Literal["kaiming", "eva"] = "kaiming"
+    """What A begins as: random, or the directions in which the inputs of the first step vary most (EVA), which that
+    step is spent on. B begins as zero."""
     lora_plus_ratio: float = Field(default=1, gt=0)
     """Learning rate of B over that of A (LoRA+ takes 16)."""
     gradient: Literal["plain", "riemannian", "lora-pro"] = "plain"
@@ -158,6 +161,8 @@ class LoraSettings(Strict):
     """Train a random half of the weights (LoRA-SP)."""
     chain: ChainSettings | None = None
     """A chain of LoRAs instead of one (COLA)."""
+    flat_sigma: float = Field(default=0, ge=0, le=1)
+    """Noise on the weights of the adapted modules, relative to their rows' norms (Flat-LoRA takes 0.05)."""
 
     @model_validator(mode="after")
     def _is_readable(self) -> Self:
@@ -168,7 +173,8 @@ class LoraSettings(Strict):
     @property
     def has_options(self) -> bool:
         """Whether it is trained in another way than plainly."""
-        return (self.lora_plus_ratio, self.gradient, self.random_half, self.chain) != (1, "plain", False, None)
+        options = {"init", "lora_plus_ratio", "gradient", "random_half", "chain", "flat_sigma"}
+        return self.model_dump(include=options) != LoraSettings().model_dump(include=options)
 
     @property
     def total_rank(self) -> int:
@@ -193,6 +199,9 @@ class TrainConfig(Strict):
     """Another method than `lora`, in PEFT's own words: `peft_type` (PROMPT_TUNING, PREFIX_TUNING, IA3, LORA with
     use_dora, ...) and the settings of its config class. Such students are trained one at a time, not in gangs;
     discriminators stay LoRAs."""
+    warm_start: bool = False
+    """Each student begins as its source adapter, where that is a LoRA and both bases are of one shape (as an update of
+    one base is); an adapter of another kind begins as without."""
     epochs: float = Field(default=20, gt=0)
     """Passes over the training samples."""
     learning_rate: float = Field(default=2e-4, gt=0)
@@ -236,6 +245,12 @@ class TrainConfig(Strict):
         if value is not None:
             check_kind(value.get("peft_type"), "")
         return value
+
+    @model_validator(mode="after")
+    def _begins_in_one_way(self) -> Self:
+        if self.warm_start and (self.peft is not None or self.lora.chain is not None or self.lora.init != "kaiming"):
+            raise ValueError("warm_start: copies a LoRA as a whole; leave peft, lora.chain and lora.init out")
+        return self
 
     @property
     def method(self) -> str:
@@ -394,13 +409,15 @@ class PrepareConfig(ConfigFile):
 
 
 def refuse_teacher(train: TrainConfig) -> None:
-    """What is trained on real data has no teacher.
+    """What is trained on real data has no teacher and no source adapter.
 
     Raises:
-        ValueError: the loss is one of a teacher.
+        ValueError: the loss is one of a teacher, or the training is to begin with a source adapter.
     """
     if train.loss != "sft":
         raise ValueError(f"train.loss: {train.loss} wants a teacher, and training on real data has none; use sft")
+    if train.warm_start:
+        raise ValueError("train.warm_start: training on real data has no source adapter to begin with; set it to false")
 
 
 def refuse_same_names(names: Sequence[str]) -> None:

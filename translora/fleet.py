@@ -55,7 +55,7 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
             source_tokenizer=load_tokenizer(config.source),
             generator_tokenizer=load_tokenizer(config.generator),
         )
-        check_training(config, target)
+        check_training(config, source, target)
         seals = Seals(config.run_dir, config, (source, target, generator))
         unmerged = merge_before(config, source, start_cluster)
         verified = verify_fleet(run, entries, seals, unmerged)

@@ -15,7 +15,7 @@ from translora.config import BaseModelConfig
 from translora.evaluate.answers import Repetition, answer, migrations, task_items, write_items
 from translora.evaluate.config import EvaluateConfig
 from translora.evaluate.data import Split
-from translora.evaluate.run import evaluate, share_generation, without_places
+from translora.evaluate.run import evaluate, share_blocks, without_places
 from translora.gate import agreement
 from translora.run.state import AdapterState, GateResult, SynthesisStats
 
@@ -148,22 +148,25 @@ def test_a_quarantined_adapter_has_a_reason_and_no_accuracy(config: EvaluateConf
     assert "hot" not in task_items(config, "paint", [whole]).correct
 
 
-def test_generated_blocks_are_shared_and_labels_are_not(tmp_path: Path) -> None:
+def test_blocks_of_an_earlier_arm_are_shared_where_there_is_none_of_its_own(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    for name in ("000-generate-aa/000000.parquet", "000-generate-aa/000001.parquet", "000-label-bb/000000.parquet"):
-        (first / "rounds" / name).parent.mkdir(parents=True, exist_ok=True)
-        (first / "rounds" / name).write_text(name)
+    names = [
+        "rounds/000-generate-aa/000000.parquet",
+        "rounds/000-generate-aa/000001.parquet",
+        "rounds/000-label-bb/000000.parquet",
+        "gate/answers-cc/000000.parquet",
+    ]
+    for name in (*names, "rounds/outcome-dd.json", "adapters/a/synthetic.parquet"):
+        (first / name).parent.mkdir(parents=True, exist_ok=True)
+        (first / name).write_text(name)
     own = second / "rounds/000-generate-aa/000001.parquet"
     own.parent.mkdir(parents=True)
     own.write_text("its own")
-    share_generation([tmp_path / "none", first], second)
-    share_generation([first], second)
-    found = {path.relative_to(second).as_posix(): path.read_text() for path in second.rglob("*.parquet")}
-    assert found == {
-        "rounds/000-generate-aa/000000.parquet": "000-generate-aa/000000.parquet",
-        "rounds/000-generate-aa/000001.parquet": "its own",
-    }
-    assert (second / "rounds/000-generate-aa/000000.parquet").samefile(first / "rounds/000-generate-aa/000000.parquet")
+    share_blocks([tmp_path / "none", first], second)
+    share_blocks([first], second)
+    found = {path.relative_to(second).as_posix(): path.read_text() for path in second.rglob("*.*")}
+    assert found == {name: name for name in names} | {"rounds/000-generate-aa/000001.parquet": "its own"}
+    assert (second / names[0]).samefile(first / names[0])
 
 
 def test_without_hard_links_blocks_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +178,7 @@ def test_without_hard_links_blocks_are_copied(tmp_path: Path, monkeypatch: pytes
         raise OSError("no hard links here")
 
     monkeypatch.setattr("translora.evaluate.run.os.link", refuse)
-    share_generation([tmp_path / "first"], tmp_path / "second")
+    share_blocks([tmp_path / "first"], tmp_path / "second")
     assert (tmp_path / "second/rounds/000-generate-aa/000000.parquet").read_text() == "generated"
 
 

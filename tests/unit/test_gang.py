@@ -384,7 +384,7 @@ def test_passes_hold_every_sample_of_a_step_once(size: int, num_ranks: int, micr
         share = Gang.__new__(Gang)
         share.rank, share.num_ranks = rank, num_ranks
         share.config = CONFIG.model_copy(update={"micro_batch_size": micro_batch_size})
-        share.students = {3: type("Stand-in", (), {"batch": lambda self: batch})()}  # type: ignore[dict-item]
+        share.students = {3: type("Stand-in", (), {"begin_step": lambda self: None, "batch": lambda self: batch})()}  # type: ignore[dict-item]
         for shards in share.shards():
             for slot, samples, weight in shards:
                 assert slot == 3 and weight == 1 / size and len(samples) <= micro_batch_size

@@ -213,11 +213,21 @@ def test_without_options_nothing_is_scaled() -> None:
     assert student.rates is None
 
 
-def test_a_chain_is_exported_as_one_lora_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "links"),
+    [
+        ({"chain": {"links": 3}, "gradient": "riemannian", "use_rslora": True}, 3),
+        ({"init": "eva", "flat_sigma": 0.05}, 1),
+        ({"init": "eva", "chain": {"links": 2}}, 2),
+    ],
+)
+def test_a_student_is_exported_as_one_lora_and_goes_on_from_a_checkpoint(
+    tmp_path: Path, options: dict[str, Any], links: int
+) -> None:
     path = make_base(tmp_path / "base", std=0.1)
     rows = [{"input": f"Please send order {index}", "answer": f"order {index}"} for index in range(8)]
     write_jsonl(tmp_path / "data.jsonl", rows)
-    settings = config(chain={"links": 3}, gradient="riemannian", use_rslora=True)
+    settings = config(**options)
     outputs = []
     for root in (tmp_path / "whole", tmp_path / "cut"):
         job = TrainJob("a", str(tmp_path / "data.jsonl"), str(root / "out"), str(root), 7, 6, LR)
@@ -238,7 +248,7 @@ def test_a_chain_is_exported_as_one_lora_and_goes_on_from_a_checkpoint(tmp_path:
         outputs.append(root / "out")
     assert sha256_path(outputs[0]) == sha256_path(outputs[1])
     lora = read_lora(outputs[0])
-    assert lora.max_rank == 3 * RANK
+    assert lora.max_rank == links * RANK
     assert list(lora.scaling.values()) == pytest.approx([settings.lora.scaling] * len(lora.scaling))
     losses = json.loads((outputs[0] / "losses.json").read_text())
     assert losses[-1] < losses[0]

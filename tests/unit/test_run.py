@@ -420,23 +420,23 @@ def test_target_modules_are_linear_modules_of_the_target_base(run: Run) -> None:
     for names in (["embed_tokens"], ["lm_head"], ["q_proj", "qproj"]):
         settings = config(Path("run"), **bases, distill={"lora": {"target_modules": names}})
         with pytest.raises(ValueError, match=f"target_modules: {names[-1]} not in base; it has ") as fault:
-            check_training(settings, run.target)
+            check_training(settings, run.source, run.target)
         assert "embed_tokens" not in str(fault.value).partition("it has")[2]
     fits = config(Path("run"), **bases, distill={"lora": {"target_modules": ["q_proj", "down_proj"]}})
-    check_training(fits, run.target)
+    check_training(fits, run.source, run.target)
 
 
 def test_vllm_is_refused_where_it_cannot_compute(run: Run, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     bases = {"source": run.config.source.model_dump() | {"vllm": {}}, "target": run.config.target.model_dump()}
     if importlib.util.find_spec("vllm") is None:
         with pytest.raises(ValueError, match=r"asks for vllm, which is not installed; pip install 'translora\[vllm\]'"):
-            check_training(config(Path("run"), **bases), run.target)
+            check_training(config(Path("run"), **bases), run.source, run.target)
     monkeypatch.setattr("translora.run.verify.check_engine", lambda base: None)
-    check_training(config(Path("run"), **bases), run.target)
+    check_training(config(Path("run"), **bases), run.source, run.target)
     bases["target"]["vllm"] = {}
     tuning = {"peft": {"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": []}}
     with pytest.raises(ValueError, match=r"target.vllm: vLLM computes LoRAs alone; leave it out, or distill.peft"):
-        check_training(config(Path("run"), **bases, distill=tuning), run.target)
+        check_training(config(Path("run"), **bases, distill=tuning), run.source, run.target)
     short = run.config.source.model_copy(update={"vllm": {"max_model_len": 100}})
     run = dataclasses.replace(run, config=run.config.model_copy(update={"source": short}))
     state = verify(run, "a", AdapterEntry(bundle=str(bundle.path)))

@@ -20,6 +20,8 @@ from translora.distill.data import Packed, Sample
 from translora.distill.job import FAILURE, TrainJob
 from translora.distill.slots import LoraSlots, ResidentBase, Shard, Slots
 from translora.distill.student import Student
+from translora.lora.peft_io import read_lora
+from translora.lora.warm_start import copy_adapter
 from translora.run.files import append_line, write_json
 
 
@@ -85,12 +87,14 @@ class Gang:
         except ValueError as error:
             self.give_up(job, error)
             return
-        weights = self.slots.new_weights(job.seed)
-        student = Student(job, recipe, samples, weights, self.config, self.place, self.slots.dtype)
+        weights, probes = self.slots.new_weights(job.seed), self.slots.probes(job.seed)
+        if job.start is not None:
+            copy_adapter(read_lora(job.start), weights, self.config.lora.scaling)
+        student = Student(job, recipe, samples, weights, self.config, self.place, self.slots.dtype, probes)
         if recipe in self.saved:
             student.restore(*self.saved.pop(recipe))
         self.students[slot] = student
-        self.slots.open(slot, student.factors, student.gradients)
+        self.slots.open(slot, student.factors, student.gradients, probes)
 
     def close(self, slot: int) -> None:
         """Free a slot."""
@@ -109,6 +113,7 @@ class Gang:
         """
         passes: list[list[Shard]] = []
         for slot, student in self.students.items():
+            student.begin_step()
             batch = student.batch()
             weight = 1 / sum(len(sample.answer_ids) for sample in batch)
             share = batch[self.rank :: self.num_ranks]

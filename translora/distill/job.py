@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from translora.bundle.adapter import CONFIG, WEIGHTS
 from translora.config import DiscriminatorConfig, TrainConfig
 from translora.distill.data import Sample, encode_samples, num_steps
 from translora.engine.prompts import prompt_format
@@ -42,6 +43,8 @@ class TrainJob:
     """Train the end of the answer too; False for a discriminator, whose answer is one word."""
     peft: dict[str, Any] | None = None
     """Settings of a method that the adapter bank does not have; None is a LoRA."""
+    start: str | None = None
+    """A LoRA's PEFT directory, whose weights the student begins with."""
 
     def recipe(self, config: TrainConfig, fingerprint: str) -> str:
         """Hash of all that decides the result: data, seed, settings, base. A finished output bears it.
@@ -49,9 +52,18 @@ class TrainJob:
         Data that cannot be read makes a recipe that no output bears; `samples` says what is wrong with it.
         """
         settings = config.model_dump(exclude={*EXECUTION_ONLY, "lora" if self.peft else "peft"})
-        own = (self.seed, self.epochs, self.learning_rate, self.template, self.with_end, self.peft)
+        own: tuple[Any, ...] = (
+            self.seed,
+            self.epochs,
+            self.learning_rate,
+            self.template,
+            self.with_end,
+            self.peft,
+        )
         try:
             data = sha256_file(Path(self.data))
+            if self.start is not None:
+                own += tuple(sha256_file(Path(self.start) / name) for name in (CONFIG, WEIGHTS))
         except OSError:
             data = f"unreadable {self.name}"
         return digest(own, data, settings, fingerprint)
@@ -95,6 +107,7 @@ def make_job(
     epochs: float | None = None,
     learning_rate: float | None = None,
     peft: dict[str, Any] | None = None,
+    start: Path | None = None,
 ) -> TrainJob:
     """Write a job's data and describe the job; a failure of an earlier start is forgotten.
 
@@ -117,6 +130,7 @@ def make_job(
         template=template,
         with_end=with_end,
         peft=peft,
+        start=None if start is None else str(start),
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from translora.bundle.adapter import is_in_bank
 from translora.distill.job import FAILURE, TrainJob, make_job
 from translora.distill.launch import train_adapters
 from translora.distill.teacher import Teacher, ask_teachers
@@ -15,6 +17,7 @@ from translora.run.member import Member, Run
 from translora.run.state import DISCRIMINATOR, STUDENT
 from translora.synthesis.discriminator import Inputs, discriminator_rows, hold_out
 
+logger = logging.getLogger(__name__)
 SAVE_EVERY_SECONDS = 2.0
 
 
@@ -46,6 +49,9 @@ def train_jobs(run: Run, member: Member, teacher: Sequence[Teacher] | None) -> l
     ]
     for row, thought in zip(answers, teacher or (), strict=teacher is not None):
         row["teacher"] = thought
+    is_warm = config.distill.warm_start and is_in_bank(member.bundle.path)
+    if config.distill.warm_start and not is_warm:
+        logger.info("%s: is no plain LoRA, so its student begins without it", member.name)
     return [
         make_job(
             member.name,
@@ -59,6 +65,7 @@ def train_jobs(run: Run, member: Member, teacher: Sequence[Teacher] | None) -> l
             epochs=entry.epochs if kind == STUDENT else None,
             learning_rate=entry.learning_rate if kind == STUDENT else None,
             peft=config.distill.peft if kind == STUDENT else None,
+            start=member.bundle.path if kind == STUDENT and is_warm else None,
         )
         for kind, rows, settings in (
             (STUDENT, answers, config.distill),

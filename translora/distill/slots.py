@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from translora.config import LoraSettings
 from translora.distill.data import Packed, Sample, pack
+from translora.distill.probes import Probes, row_norms
 from translora.engine.head import Head
 from translora.lora.bank import AdapterBank, Factors, initial_weights
 from translora.lora.peft_io import write_lora
@@ -54,7 +55,12 @@ class Slots(Protocol):
     def new_weights(self, seed: int) -> dict[str, Factors]:
         """A new student's weights by name, float32; they depend on the seed alone."""
 
-    def open(self, slot: int, weights: Mapping[str, Factors], gradients: Mapping[str, Factors]) -> None:
+    def probes(self, seed: int) -> Probes | None:
+        """What a new student has in its passes beside its weights, if anything."""
+
+    def open(
+        self, slot: int, weights: Mapping[str, Factors], gradients: Mapping[str, Factors], probes: Probes | None
+    ) -> None:
         """Compute with these tensors for as long as the slot is open, and add to these gradients."""
 
     def close(self, slot: int) -> None:
@@ -87,14 +93,24 @@ class LoraSlots:
             for name, (num_out, num_in) in self.bank.shapes.items()
         }
         self.bank.open_slot(num_slots, ballast, 1.0)
+        self.norms = row_norms(self.bank) if lora.flat_sigma else {}
 
     def new_weights(self, seed: int) -> dict[str, Factors]:
         """A [r, in] and B [out, r] by module."""
         return initial_weights(self.bank.shapes, self.lora.total_rank, seed)
 
-    def open(self, slot: int, weights: Mapping[str, Factors], gradients: Mapping[str, Factors]) -> None:
+    def probes(self, seed: int) -> Probes | None:
+        """Weight noise and a sketch of the inputs, where the options ask for them."""
+        if not self.lora.flat_sigma and self.lora.init != "eva":
+            return None
+        return Probes(self.lora, self.bank.shapes, self.norms, seed, self.base.place)
+
+    def open(
+        self, slot: int, weights: Mapping[str, Factors], gradients: Mapping[str, Factors], probes: Probes | None
+    ) -> None:
         """Put the factors into the bank."""
-        self.bank.open_slot(slot, weights, self.lora.scaling, gradients)
+        by_module = None if probes is None else probes.by_module
+        self.bank.open_slot(slot, weights, self.lora.scaling, gradients, by_module)
 
     def close(self, slot: int) -> None:
         """Take them out."""

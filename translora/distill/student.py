@@ -16,6 +16,7 @@ from translora.config import TrainConfig
 from translora.distill.data import Sample, batch_indices, num_steps
 from translora.distill.job import RECIPE, TrainJob
 from translora.distill.options import change_gradients, update_rates
+from translora.distill.probes import Probes
 from translora.distill.slots import Slots
 from translora.lora.bank import Factors
 from translora.run.files import replace_directory
@@ -40,6 +41,7 @@ class Student:
         config: TrainConfig,
         place: torch.device,
         dtype: torch.dtype,
+        probes: Probes | None = None,
     ) -> None:
         self.job, self.recipe, self.samples, self.config = job, recipe, samples, config
         self.num_steps = num_steps(len(samples), job.epochs, config.batch_size)
@@ -52,6 +54,9 @@ class Student:
         self.optimizer = torch.optim.AdamW([self.flat], lr=job.learning_rate, weight_decay=0.0, fused=True)
         chain = None if job.peft is not None else config.lora.chain
         self.num_links = 1 if chain is None else chain.links
+        self.probes = probes
+        self.num_looks = int(probes is not None and config.lora.init == "eva")
+        """Steps before the first update, which only look at the inputs."""
         self.rates: torch.Tensor | None = None
         """What each weight's update is multiplied with, where an option asks for it (see translora.distill.options)."""
         self.rated_link = -1
@@ -82,6 +87,11 @@ class Student:
         """Whether all steps are done."""
         return self.step == self.num_steps
 
+    def begin_step(self) -> None:
+        """Tell the probes of the step whose passes come next."""
+        if self.probes is not None:
+            self.probes.begin(self.step, self.num_steps)
+
     def batch(self) -> list[Sample]:
         """The samples of the next step."""
         order = batch_indices(len(self.samples), self.config.batch_size, self.step, self.job.seed)
@@ -109,7 +119,10 @@ class Student:
             )
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = self.job.learning_rate * (1 - self.step / self.num_steps)
-        if self.rates is None:
+        if self.step < self.num_looks:
+            assert self.probes is not None
+            self.probes.write_directions(self._views(self.flat), group)
+        elif self.rates is None:
             self.optimizer.step()
         else:
             before = self.flat.detach().clone()
@@ -145,7 +158,7 @@ class Student:
     @property
     def link_steps(self) -> int:
         """Steps done since AdamW began: each link has one of its own."""
-        return self.step - math.ceil(self.link * self.num_steps / self.num_links)
+        return max(0, self.step - max(self.num_looks, math.ceil(self.link * self.num_steps / self.num_links)))
 
     def state(self) -> dict[str, torch.Tensor]:
         """Flat weights, and AdamW's moments after the first step, to go on from later."""

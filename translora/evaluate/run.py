@@ -54,7 +54,7 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
     for base in (source, target):
         check_section(config.train, base, "train")
     for arm in config.arms:
-        check_training(config.fleet(config.seeds[0], arm), target)
+        check_training(config.fleet(config.seeds[0], arm), source, target)
     check_output(config.output)
     with open_run(config.run_dir, config):
         start_cluster()
@@ -109,7 +109,7 @@ def repeat(
     for arm in config.arms:
         logger.info("seed %d: migration, arm %s", seed, arm)
         fleet, earlier = without_gate(config.fleet(seed, arm)), [config.arm_dir(seed, other) for other in states]
-        states[arm] = migrate(fleet, functools.partial(share_generation, earlier, fleet.run_dir))
+        states[arm] = migrate(fleet, functools.partial(share_blocks, earlier, fleet.run_dir))
         # The students themselves: a teacher of one answer passes no gate, and is measured all the same.
         moved = [state.name for state in states[arm] if state.gate is not None]
         adapters |= {f"{arm}/{name}": fleet.run_dir / "adapters" / name / STUDENT for name in moved}
@@ -149,10 +149,13 @@ def train_real(config: EvaluateConfig, seed: int, splits: Mapping[str, Split], t
     return outputs
 
 
-def share_generation(earlier: Sequence[Path], run_dir: Path) -> None:
-    """Give a migration what earlier arms generated: the same requests have the same directory, and cost the most."""
-    for block in (path for other in earlier for path in sorted(other.glob("rounds/*-generate-*/*.parquet"))):
-        own = run_dir / "rounds" / block.parent.name / block.name
+def share_blocks(earlier: Sequence[Path], run_dir: Path) -> None:
+    """Give a migration what earlier arms computed: what was made from the same has the same directory, whoever made it.
+
+    So arms that differ in the training alone are trained on the same samples, which are paid for once.
+    """
+    for block in (path for other in earlier for path in sorted(other.glob("*/*-*/*.parquet"))):
+        own = run_dir / block.parent.parent.name / block.parent.name / block.name
         if own.exists():
             continue
         own.parent.mkdir(parents=True, exist_ok=True)

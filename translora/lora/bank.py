@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,16 @@ class Segment(NamedTuple):
     end: int
 
 
+class Probe(Protocol):
+    """What a student in training has in a module beside its factors; see translora.distill.probes."""
+
+    def forward(self, x_SI: torch.Tensor) -> torch.Tensor | None:
+        """Sees the inputs of a segment [S, in]; what is added to its outputs [S, out], if anything."""
+
+    def backward(self, grad_SO: torch.Tensor) -> torch.Tensor | None:
+        """What that adds to the gradient of the inputs [S, in], from that of the outputs [S, out]."""
+
+
 class Slot(NamedTuple):
     """One adapter's part of one module: A [r, in] and B [out, r] in the base's dtype.
 
@@ -49,6 +59,7 @@ class Slot(NamedTuple):
     scaling: float
     grad_A: torch.Tensor | None = None
     grad_B: torch.Tensor | None = None
+    probe: Probe | None = None
 
 
 class Route:
@@ -86,6 +97,8 @@ class SegmentLora(torch.autograd.Function):
                 hidden_SR = x_TI[where] @ slot.lora_A.T
                 out_TO[where].addmm_(hidden_SR, slot.lora_B.T, alpha=slot.scaling)
                 hidden.append(hidden_SR)
+                if slot.probe is not None and (added_SO := slot.probe.forward(x_TI[where])) is not None:
+                    out_TO[where].add_(added_SO)
         ctx.save_for_backward(x_TI, *hidden)
         ctx.parts = parts
         ctx.mark_dirty(out_1TO)
@@ -112,6 +125,8 @@ class SegmentLora(torch.autograd.Function):
             if grad_x_TI is not None:
                 own = grad_x_TI[where]
                 torch.addmm(own, grad_SR, slot.lora_A, beta=0, alpha=slot.scaling, out=own)
+                if slot.probe is not None and (added_SI := slot.probe.backward(grad_SO)) is not None:
+                    own.add_(added_SI)
         return grad_1TO, None if grad_x_TI is None else grad_x_TI[None], None, None
 
 
@@ -193,17 +208,24 @@ class AdapterBank:
         return {name: (module.base.out_features, module.base.in_features) for name, module in self.modules.items()}
 
     def open_slot(
-        self, slot: int, factors: Mapping[str, Factors], scaling: float, gradients: Mapping[str, Factors] | None = None
+        self,
+        slot: int,
+        factors: Mapping[str, Factors],
+        scaling: float,
+        gradients: Mapping[str, Factors] | None = None,
+        probes: Mapping[str, Probe] | None = None,
     ) -> None:
         """Put an adapter into a slot: A [r, in] and B [out, r] by module name.
 
         Args:
             factors: in the base's dtype.
             gradients: float32, of the same shapes: where backward passes add the factors' gradients.
+            probes: by module name, where the student has any.
         """
         for name, (lora_A, lora_B) in factors.items():
             grad_A, grad_B = (None, None) if gradients is None else gradients[name]
-            self.modules[name].slots[slot] = Slot(lora_A, lora_B, scaling, grad_A, grad_B)
+            probe = None if probes is None else probes[name]
+            self.modules[name].slots[slot] = Slot(lora_A, lora_B, scaling, grad_A, grad_B, probe)
 
     def close_slot(self, slot: int) -> None:
         """Take an adapter out of its slot."""

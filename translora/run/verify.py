@@ -17,6 +17,7 @@ from translora.engine.prompts import prompt_format
 from translora.engine.vllm_settings import check_engine
 from translora.lora.kinds import SOURCES_ONLY
 from translora.lora.targets import resolve_targets
+from translora.lora.warm_start import check_warm_start
 from translora.run.files import read_jsonl
 from translora.run.member import MAX_NAME, Member, Run, attempt_size, cohort_names, heldout_size, is_name
 from translora.run.recipes import Seals, base_settings, recipes
@@ -30,13 +31,13 @@ DOWNLOADS = "downloads"
 logger = logging.getLogger(__name__)
 
 
-def check_training(config: FleetConfig, target: BaseInfo) -> None:
+def check_training(config: FleetConfig, source: BaseInfo, target: BaseInfo) -> None:
     """Check what the distillation will need before the synthesis is paid for.
 
     Raises:
         ValueError: the DeepSpeed config cannot be used, a target module is no linear module of the target base, a base
-            cannot have the attention or the engine that is asked for, or the loss wants one vocabulary and the bases
-            have two.
+            cannot have the attention or the engine that is asked for, the loss wants one vocabulary and the bases
+            have two, or a warm start wants one shape and they have two.
     """
     for settings in base_settings(config):
         attention_of(settings, resolve_dtype(settings.dtype))
@@ -47,6 +48,8 @@ def check_training(config: FleetConfig, target: BaseInfo) -> None:
     check_section(config.distill, target, "distill")
     if config.distill.loss == "kl":
         check_vocabularies(load_tokenizer(config.source), load_tokenizer(config.target))
+    if config.distill.warm_start:
+        check_warm_start(source, target, config.distill.lora.target_modules)
 
 
 def check_target_context(config: FleetConfig, target: BaseInfo) -> None:
@@ -76,7 +79,8 @@ def check_section(settings: TrainConfig, base: BaseInfo, section: str) -> None:
     if settings.peft is not None:
         if settings.lora.has_options:
             raise ValueError(
-                f"{section}.lora: lora_plus_ratio, gradient, random_half and chain are not for {section}.peft"
+                f"{section}.lora: init, lora_plus_ratio, gradient, random_half, chain and flat_sigma are not for "
+                f"{section}.peft"
             )
         check_method(settings, base, f"{section}.peft")
 

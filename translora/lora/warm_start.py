@@ -1,0 +1,66 @@
+"""A student that begins as its source adapter, where both bases have modules of one shape (an update of one base)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from translora.bundle import BaseInfo
+from translora.bundle.base import linear_modules
+from translora.lora.bank import Factors
+from translora.lora.peft_io import LoraWeights
+from translora.lora.targets import resolve_targets
+
+
+def copy_adapter(source: LoraWeights, weights: Mapping[str, Factors], scaling: float) -> int:
+    """Put s B A of a source adapter into a student's factors, module by module, in place.
+
+    Training-free copies keep part of an adapter's gain on a related base (LoRA-X, arXiv 2501.16559); here they are
+    where the training begins. A source of a smaller rank leaves the student's other rows of A random and columns of B
+    zero, as they are in a new LoRA; of a larger one the best approximation of the student's rank is taken.
+
+    Args:
+        weights: of a new student, A [r, in] and B [out, r] by module, float32.
+        scaling: the student's s.
+
+    Returns:
+        How many of the student's modules the source adapts too. The others begin as they are.
+    """
+    count = 0
+    for name, (lora_A, lora_B) in weights.items():
+        if name not in source.modules:
+            continue
+        own_A, own_B = (factor.float() for factor in source.modules[name])
+        rank = min(len(own_A), len(lora_A))
+        if len(own_A) > rank:
+            own_A, own_B = truncated(own_A, own_B, rank)
+        lora_A[:rank] = own_A
+        lora_B[:, :rank] = own_B * (source.scaling[name] / scaling)
+        count += 1
+    return count
+
+
+def truncated(lora_A: torch.Tensor, lora_B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [rank, in] and B [out, rank] whose B A is nearest to that of larger factors, its size shared between them."""
+    Q_B, R_B = torch.linalg.qr(lora_B.double())
+    Q_A, R_A = torch.linalg.qr(lora_A.double().T)
+    U, sizes, Vh = torch.linalg.svd(R_B @ R_A.T)
+    roots = sizes[:rank].sqrt()
+    return ((roots[:, None] * Vh[:rank]) @ Q_A.T).float(), (Q_B @ (U[:, :rank] * roots)).float()
+
+
+def check_warm_start(source: BaseInfo, target: BaseInfo, target_modules: list[str] | str) -> None:
+    """Refuse bases whose adapted modules are not of one shape.
+
+    Raises:
+        ValueError: names the first module that differs.
+    """
+    old, new = linear_modules(source), linear_modules(target)
+    for name in resolve_targets(new, target_modules, target.name, "distill.lora.target_modules"):
+        if old.get(name) != new[name]:
+            has = f"is {old[name]} there" if name in old else "is not there"
+            raise ValueError(
+                f"distill.warm_start: {name} is {new[name]} (out, in) in {target.name} and {has}, in {source.name}; an "
+                "adapter can be copied between bases of one shape only; set warm_start to false"
+            )
