@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,6 +11,12 @@ from translora.run.log import setup_logging
 
 if TYPE_CHECKING:
     from tests.integration.world import World
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # Ray joins a cluster that it finds in its folder for temporary files: the other test process's is not to be found.
+    folder = Path(f"/tmp/ray-{worker}-{os.getuid()}")  # short: Ray's sockets have 107 characters
+    folder.mkdir(exist_ok=True)
+    os.environ["RAY_TMPDIR"] = str(folder)
 
 
 @pytest.fixture(scope="module")
