@@ -133,6 +133,26 @@ CASES = [
         "merges: the name orders is taken by another adapter",
     ),
     Case(
+        "a warm start of what is no LoRA",
+        fleet(FLEET + "distill: {warm_start: true, peft: {peft_type: IA3}}\n"),
+        "distill: warm_start: copies a LoRA as a whole; leave peft, lora.chain and lora.init out",
+    ),
+    Case(
+        "a warm start where there is no source adapter",
+        prepare(PREPARE + "train: {warm_start: true}\n"),
+        "train.warm_start: training on real data has no source adapter to begin with; set it to false",
+    ),
+    Case(
+        "an initialisation that there is not",
+        fleet(FLEET + "distill: {lora: {init: pissa}}\n"),
+        "distill.lora.init: Input should be 'kaiming' or 'eva'",
+    ),
+    Case(
+        "noise larger than the weights",
+        fleet(FLEET + "distill: {lora: {flat_sigma: 5}}\n"),
+        "distill.lora.flat_sigma: Input should be less than or equal to 1",
+    ),
+    Case(
         "a loss of a teacher where there is only the owner's data",
         prepare(PREPARE + "train: {loss: kl}\n"),
         "train.loss: kl wants a teacher, and training on real data has none; use sft",
