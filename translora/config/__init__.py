@@ -1,0 +1,41 @@
+"""Typed configuration of `translora migrate` and `translora prepare`; each setting has a sentence.
+
+    base.py       a base model, and what its actors get
+    synthesis.py  generate, screen, label
+    train.py      students, source adapters, discriminators
+    fleet.py      `translora migrate`: the whole fleet file
+    prepare.py    `translora prepare`: the owner's side
+
+Importing these modules loads neither torch nor ray. Every field is checked before a model is touched; unknown keys are
+refused.
+"""
+
+from translora.config.base import VLLM_EXECUTION_ONLY, BaseModelConfig, ResourceConfig
+from translora.config.fleet import AdapterEntry, FleetConfig, GateConfig, TrackingConfig
+from translora.config.prepare import PrepareConfig, PrepareEntry, refuse_same_names, refuse_teacher
+from translora.config.synthesis import SamplingConfig, Screen, SynthesisConfig
+from translora.config.train import ChainSettings, Count, DiscriminatorConfig, LoraSettings, TrainConfig
+from translora.config_file import load_config
+
+__all__ = [
+    "VLLM_EXECUTION_ONLY",
+    "AdapterEntry",
+    "BaseModelConfig",
+    "ChainSettings",
+    "Count",
+    "DiscriminatorConfig",
+    "FleetConfig",
+    "GateConfig",
+    "LoraSettings",
+    "PrepareConfig",
+    "PrepareEntry",
+    "ResourceConfig",
+    "SamplingConfig",
+    "Screen",
+    "SynthesisConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "load_config",
+    "refuse_same_names",
+    "refuse_teacher",
+]

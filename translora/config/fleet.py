@@ -1,0 +1,100 @@
+"""`translora migrate fleet.yaml`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from translora.config.base import BaseModelConfig, ResourceConfig
+from translora.config.synthesis import Screen, SynthesisConfig
+from translora.config.train import DiscriminatorConfig, TrainConfig
+from translora.config_file import ConfigFile, Strict
+from translora.merge.config import MergeEntry
+
+
+class AdapterEntry(Strict):
+    """One bundle, or a glob over bundles."""
+
+    bundle: str
+    """Bundle directory or a glob pattern over bundle directories, or a URL of either (s3://bucket/bundles/*)."""
+    num_samples: int | None = Field(default=None, ge=2)
+    """|D_syn|; the bundle's own |D| when unset."""
+    eval_data: str | None = None
+    """JSONL with `input` and `target`: real held-out data, only measured on, never trained on."""
+    screen: Screen | None = None
+    """This adapter's own synthesis.screen."""
+    epochs: float | None = Field(default=None, gt=0)
+    """This adapter's own distill.epochs."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """This adapter's own distill.learning_rate."""
+
+
+class GateConfig(Strict):
+    """The acceptance check on held-out synthetic prompts."""
+
+    holdout_fraction: float = Field(default=0.2, gt=0, lt=1)
+    """Share of additional synthetic samples kept out of training (on top of |D_syn|)."""
+    min_holdout: int = Field(default=8, ge=1)
+    """Fewest held-out samples."""
+    min_agreement: float = Field(default=0.6, ge=0, le=1)
+    """Least share of held-out prompts on which the migrated student gives the teacher's answer."""
+    min_gain: float = Field(default=0.0, ge=-1, le=1)
+    """Least (student - bare target base) agreement."""
+    retries: int = Field(default=1, ge=0, le=3)
+    """Times that an adapter which did not pass is distilled again, from more samples, before it is given up."""
+    retry_factor: float = Field(default=2.0, gt=1, le=4)
+    """|D_syn| of a retry, as a multiple of that of the attempt before; what was accepted then is kept."""
+
+
+class TrackingConfig(Strict):
+    """Where metrics go; metrics.jsonl is always written."""
+
+    wandb_project: str | None = None
+    """W&B project; no W&B when unset."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """`offline` writes the W&B run below the run directory and sends nothing."""
+
+
+class FleetConfig(ConfigFile):
+    """`translora migrate fleet.yaml`: one hop of many bundles."""
+
+    command = "migrate"
+    run_dir: Path
+    """Run directory; a rerun on it continues where it stopped."""
+    source: BaseModelConfig
+    """The base that is retired."""
+    target: BaseModelConfig
+    """The base that replaces it."""
+    adapters: list[AdapterEntry] = Field(min_length=1)
+    """The bundles."""
+    merges: list[MergeEntry] = []
+    """Bundles that become one adapter, before or after the migration."""
+    max_num_samples: int = Field(default=20_000, ge=2)
+    """Largest |D| that is taken over from a bundle, whose owner chose it; above it an adapter needs a `num_samples`."""
+    seed: int = 0
+    """Root of every random number of the run."""
+    synthesis: SynthesisConfig = SynthesisConfig()
+    """Generate, screen, label."""
+    distill: TrainConfig = TrainConfig()
+    """Training of the students."""
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    """Training of the discriminators for the next hop."""
+    gate: GateConfig = GateConfig()
+    """Acceptance of the migrated adapters."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Metrics."""
+    resources: ResourceConfig = ResourceConfig()
+    """Actors."""
+
+    @model_validator(mode="after")
+    def _merges_what_it_trains(self) -> Self:
+        if self.distill.peft is not None and any(merge.when == "after" for merge in self.merges):
+            raise ValueError("merges: LoRAs alone can be merged after a migration; leave distill.peft or the merge out")
+        return self
+
+    @property
+    def generator(self) -> BaseModelConfig:
+        """What invents the task inputs."""
+        return self.synthesis.generator or self.target

@@ -1,0 +1,87 @@
+"""`translora prepare prepare.yaml`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from translora.config.base import BaseModelConfig, ResourceConfig
+from translora.config.fleet import TrackingConfig
+from translora.config.synthesis import SynthesisConfig
+from translora.config.train import DiscriminatorConfig, TrainConfig
+from translora.config_file import NAME_PATTERN, ConfigFile, Strict
+
+
+class PrepareEntry(Strict):
+    """One bundle to make from task data."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    """Task name: the <NAME> of the discriminator's question, and the bundle's directory."""
+    data: str
+    """JSONL with `input` and `target`."""
+    adapter: str | None = None
+    """Existing PEFT adapter of the source base; trained from `data` when unset."""
+    seeds: str | None = None
+    """JSONL with five (cleaned) `input` lines to ship as seeds; chosen from `data` when unset."""
+
+
+class PrepareConfig(ConfigFile):
+    """`translora prepare prepare.yaml`: the owner's side, run once while the data is at hand."""
+
+    command = "prepare"
+    output_dir: Path
+    """Bundles are written to output_dir/name."""
+    run_dir: Path
+    """Working directory; a rerun on it continues where it stopped."""
+    source: BaseModelConfig
+    """The base of the adapters."""
+    tasks: list[PrepareEntry] = Field(min_length=1)
+    """The bundles to make."""
+    prompt_template: str = "auto"
+    """`chat` (the tokenizer's template), a string that contains {input}, or `auto`: chat where there is a template."""
+    num_seeds: int = Field(default=5, ge=2, le=50)
+    """Seed examples per bundle."""
+    seed: int = 0
+    """Root of every random number of the run."""
+    train: TrainConfig = TrainConfig()
+    """Training of missing adapters."""
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    """Training of the discriminators."""
+    synthesis: SynthesisConfig = SynthesisConfig()
+    """Generation of the discriminator's negatives."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Metrics."""
+    resources: ResourceConfig = ResourceConfig()
+    """Actors."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        refuse_same_names([task.name for task in self.tasks])
+        refuse_teacher(self.train)
+        return self
+
+
+def refuse_teacher(train: TrainConfig) -> None:
+    """What is trained on real data has no teacher and no source adapter.
+
+    Raises:
+        ValueError: the loss is one of a teacher, or the training is to begin with a source adapter.
+    """
+    if train.loss != "sft":
+        raise ValueError(f"train.loss: {train.loss} wants a teacher, and training on real data has none; use sft")
+    if train.warm_start:
+        raise ValueError("train.warm_start: training on real data has no source adapter to begin with; set it to false")
+
+
+def refuse_same_names(names: Sequence[str]) -> None:
+    """Each task has a directory of its own name.
+
+    Raises:
+        ValueError: a name appears twice.
+    """
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"task names appear twice: {', '.join(twice)}; give each task its own `name`")

@@ -1,0 +1,157 @@
+"""Training of adapters: students, source adapters, discriminators."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from translora.config_file import DType, Strict
+from translora.lora.kinds import MAX_RANK, check_kind
+
+
+class ChainSettings(Strict):
+    """A student as a sum of LoRAs that are trained one after the other."""
+
+    links: int = Field(ge=2, le=64)
+    """LoRAs of `rank` each; the exported one has `links` times the rank. The steps are shared out evenly."""
+    layer_fraction: float = Field(default=1, gt=0, le=1)
+    """Each link adapts a random share of the layers (XGBLoRA)."""
+    freeze_A: bool = False
+    """Each link keeps its random A and trains B alone (RAC-LoRA)."""
+
+
+class LoraSettings(Strict):
+    """The new adapter's shape, and ways to train it (translora/distill/options.py has the papers)."""
+
+    rank: int = Field(default=8, ge=1, le=MAX_RANK)
+    """Rank r of A [r, in] and B [out, r]."""
+    alpha: float = Field(default=16.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    use_rslora: bool = False
+    """Scale the update by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
+    target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = ["q_proj", "v_proj"]
+    """Names of the linear modules that are adapted, as the target base has them (paper: query and value projections),
+    or `all-linear`: all but the head."""
+    init: Literal["kaiming", "eva"] = "kaiming"
+    """What A begins as: random, or the directions in which the inputs of the first step vary most (EVA), which that
+    step is spent on. B begins as zero."""
+    lora_plus_ratio: float = Field(default=1, gt=0)
+    """Learning rate of B over that of A (LoRA+ takes 16)."""
+    gradient: Literal["plain", "riemannian", "lora-pro"] = "plain"
+    """What AdamW is given: the factors' gradients, or these made independent of the factors' scale."""
+    random_half: bool = False
+    """Train a random half of the weights (LoRA-SP)."""
+    chain: ChainSettings | None = None
+    """A chain of LoRAs instead of one (COLA)."""
+    flat_sigma: float = Field(default=0, ge=0, le=1)
+    """Noise on the weights of the adapted modules, relative to their rows' norms (Flat-LoRA takes 0.05)."""
+
+    @model_validator(mode="after")
+    def _is_readable(self) -> Self:
+        if self.total_rank > MAX_RANK:
+            raise ValueError(f"rank {self.rank} times chain.links is {self.total_rank}, the limit is {MAX_RANK}")
+        return self
+
+    @property
+    def has_options(self) -> bool:
+        """Whether it is trained in another way than plainly."""
+        options = {"init", "lora_plus_ratio", "gradient", "random_half", "chain", "flat_sigma"}
+        return self.model_dump(include=options) != LoraSettings().model_dump(include=options)
+
+    @property
+    def total_rank(self) -> int:
+        """Rank of the exported LoRA."""
+        return self.rank * (1 if self.chain is None else self.chain.links)
+
+    @property
+    def scaling(self) -> float:
+        """What B A x is multiplied with."""
+        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+
+
+Count = Annotated[int, Field(ge=1)] | Literal["auto"]
+
+
+class TrainConfig(Strict):
+    """Training of an adapter: one AdamW run with linear decay and no warm-up, no weight decay (paper)."""
+
+    lora: LoraSettings = LoraSettings()
+    """Shape of the new adapter."""
+    peft: dict[str, Any] | None = None
+    """Another method than `lora`, in PEFT's own words: `peft_type` (PROMPT_TUNING, PREFIX_TUNING, IA3, LORA with
+    use_dora, ...) and the settings of its config class. Such students are trained one at a time, not in gangs;
+    discriminators stay LoRAs."""
+    warm_start: bool = False
+    """Each student begins as its source adapter, where that is a LoRA and both bases are of one shape (as an update of
+    one base is); an adapter of another kind begins as without."""
+    epochs: float = Field(default=20, gt=0)
+    """Passes over the training samples."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak learning rate."""
+    batch_size: int = Field(default=8, ge=1)
+    """Samples per optimizer step, over all workers."""
+    micro_batch_size: int = Field(default=8, ge=1)
+    """Most samples of one adapter in one forward pass of a worker."""
+    gang_size: Count = "auto"
+    """Adapters that a worker trains side by side in one pass; `auto` fills the pass (see translora.distill.plan)."""
+    tokens_per_pass: Count = "auto"
+    """Tokens that a gang should fill a worker's pass with, as far as memory allows; `auto` is what hides the gathering
+    of the base behind the computing on one machine, and `translora plan` says what does on several."""
+    loss: Literal["sft", "kl"] = "sft"
+    """Of a student: `sft` is the cross-entropy of the teacher's answer (paper); `kl` the divergence from the teacher's
+    own probabilities of each token of it, where the two bases have one vocabulary. A discriminator has no teacher."""
+    kl_top_k: int = Field(default=32, ge=1, le=1024)
+    """kl: how many of the teacher's most likely tokens are told apart; the others count as one."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Each adapter's gradient is clipped to this norm."""
+    max_length: int = Field(default=1024, ge=8)
+    """Longest prompt plus answer, in tokens; longer samples are dropped with a warning."""
+    num_workers: int = Field(default=2, ge=1)
+    """Ray Train workers: one per GPU, or CPU processes."""
+    dtype: DType = "auto"
+    """Dtype of base and LoRA in forward and backward (AdamW's weights are float32); `auto` as for a base."""
+    ds_config: str = "zero3.json"
+    """DeepSpeed config: a path (relative to the file that names it), or the name of a file in ds_configs/."""
+    checkpoint_every_steps: int = Field(default=50, ge=1)
+    """Steps between two resumable checkpoints of the adapter in training."""
+    checkpoint_every_seconds: float = Field(default=300, gt=0)
+    """Seconds after which a checkpoint is written in any case: a kill costs no more."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    max_failures: int = Field(default=2, ge=0)
+    """Times that Ray Train restarts the worker group after a worker died."""
+
+    @field_validator("peft")
+    @classmethod
+    def _names_a_method(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            check_kind(value.get("peft_type"), "")
+        return value
+
+    @model_validator(mode="after")
+    def _begins_in_one_way(self) -> Self:
+        if self.warm_start and (self.peft is not None or self.lora.chain is not None or self.lora.init != "kaiming"):
+            raise ValueError("warm_start: copies a LoRA as a whole; leave peft, lora.chain and lora.init out")
+        return self
+
+    @property
+    def method(self) -> str:
+        """What the new adapter is, for readers."""
+        if self.peft is None:
+            return "rsLoRA" if self.lora.use_rslora else "LoRA"
+        kind = str(self.peft["peft_type"]).upper()
+        if kind == "LORA":
+            return "DoRA" if self.peft.get("use_dora") else "LoRA"
+        return kind
+
+
+class DiscriminatorConfig(Strict):
+    """Training of the discriminator (yes/no over task inputs)."""
+
+    epochs: float = Field(default=6, gt=0)
+    """Passes over positives and negatives."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
+    max_samples: int = Field(default=400, ge=4)
+    """Most training samples, half of them positives."""
