@@ -168,7 +168,7 @@ def test_a_finished_evaluation_makes_nothing_again(world: World, run_dir: Path, 
     output = world.root / "docs"
     before = made(run_dir)
     pages = {path: path.read_bytes() for path in output.iterdir()}
-    assert {path.name for path in pages} == {"results.md", "results.json", "calibration.svg"}
+    assert {path.name for path in pages} == {"results.md", "results.json", "results.svg"}
     done = world.run("evaluate", world.root / "evaluate.yaml")
     assert made(run_dir) == before
     assert {path: path.read_bytes() for path in output.iterdir()} == pages

@@ -130,7 +130,7 @@ def test_an_arm_without_an_adapter_in_a_seed_is_compared_where_it_has_one() -> N
     found = summarise(setup(), [task], [migration("skill", "other", 0, 0, None, note="too few samples")])
     other = found.arms["other"]
     assert other.against_first is not None and other.against_first.value == pytest.approx((24 - 38) / 50)
-    text = to_markdown(found, "results.json")
+    text = to_markdown(found, "results")
     assert "| other | 0 of 1 |" in text.replace('`other` | `{"synthesis": {"batch_size": 3}}`', "other")
     assert "| skill | 0 | other | – | too few samples |" in text
 
@@ -142,11 +142,11 @@ def test_an_arm_without_any_adapter_has_no_numbers() -> None:
     found = summarise(setup(), [task], [migration("skill", "other", seed, 0, None) for seed in SEEDS])
     other = found.arms["other"]
     assert (other.accuracy, other.retention, other.num_defined, other.num_not_below_source) == (None, None, 0, 0)
-    assert "| migrated: other | – | – | 0 of 1 | 0 of 1 |" in to_markdown(found, "results.json")
+    assert "| migrated: other | – | – | 0 of 1 | 0 of 1 |" in to_markdown(found, "results")
 
 
 def test_the_page_says_what_was_measured(results: Results) -> None:
-    text = to_markdown(results, "results.json")
+    text = to_markdown(results, "results")
     assert (
         "**old-base (135 M parameters) → new-base (268 M parameters), 3 tasks, 2 seeds (0, 1), \\|D_syn\\| = 100.**"
         in text
@@ -168,14 +168,14 @@ def test_the_page_says_what_was_measured(results: Results) -> None:
 def test_without_a_task_that_counts_there_is_no_headline() -> None:
     found = summarise(setup(), [TRIVIAL], MIGRATIONS[-1:])
     assert set(found.references.values()) == {None} and found.arms["plain"].retention is None
-    text = to_markdown(found, "results.json")
+    text = to_markdown(found, "results")
     assert "0 of 1 task count: no source adapter beats" in text and "## Task by task" not in text
     assert "no threshold of agreement can be told from these" in text
 
 
 def test_the_plot_is_whole_and_has_a_point_for_each_migrated_adapter(results: Results, tmp_path: Path) -> None:
     write_results(results, tmp_path / "results.md")
-    root = ElementTree.parse(tmp_path / "calibration.svg").getroot()
+    root = ElementTree.parse(tmp_path / "results.svg").getroot()
     marks = [group for group in root.findall(f"{SVG}g") if group.find(f"{SVG}title") is not None]
     assert len(marks) == 5
     assert sum("apart" in (group.get("class") or "") for group in marks) == 2
@@ -185,7 +185,7 @@ def test_the_plot_is_whole_and_has_a_point_for_each_migrated_adapter(results: Re
     assert len(circles) == 3, "the arms differ in shape, not in colour alone"
     for shape in circles:
         assert 62 <= float(shape.get("cx", 0)) <= 624 and 58 <= float(shape.get("cy", 0)) <= 374
-    assert "prefers-color-scheme:dark" in (tmp_path / "calibration.svg").read_text()
+    assert "prefers-color-scheme:dark" in (tmp_path / "results.svg").read_text()
 
 
 def test_the_report_is_written_again_from_its_json_alone(
@@ -201,7 +201,7 @@ def test_the_report_is_written_again_from_its_json_alone(
     write_results(results, tmp_path / "results.md")
     assert read_results(tmp_path / "results.md") == results
     written = {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}
-    for name in ("results.md", "calibration.svg"):
+    for name in ("results.md", "results.svg"):
         (tmp_path / name).unlink()
     assert main(["evaluate", str(config), "--report-only"]) == 0
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*")} == written

@@ -68,7 +68,7 @@ class EvaluateConfig(ConfigFile):
     run_dir: Path
     """Run directory; a rerun on it continues where it stopped."""
     output: Path
-    """The Markdown file to write; a .json of the same name and calibration.svg are written beside it."""
+    """The Markdown file to write; .json and .svg (the calibration) of the same name are written beside it."""
     source: BaseModelConfig
     """The base that is retired."""
     target: BaseModelConfig

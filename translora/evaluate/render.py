@@ -19,7 +19,6 @@ from translora.run.files import write_bytes, write_json
 MISSING = "–"
 _PIPE = re.compile(r"(?<!\\)\|")
 """One that is not escaped yet."""
-PLOT = "calibration.svg"
 ARM_WORDS = {
     "source_base": "source base",
     SOURCE_ADAPTER: "source adapter",
@@ -36,8 +35,8 @@ def write_results(results: Results, output: Path) -> None:
 
 def write_report(results: Results, output: Path) -> None:
     """Write the plot and the Markdown."""
-    write_bytes(output.with_name(PLOT), draw_calibration(results).encode())
-    write_bytes(output, to_markdown(results, output.with_suffix(".json").name).encode())
+    write_bytes(output.with_suffix(".svg"), draw_calibration(results).encode())
+    write_bytes(output, to_markdown(results, output.stem).encode())
 
 
 def read_results(output: Path) -> Results:
@@ -54,12 +53,12 @@ def read_results(output: Path) -> Results:
         raise ValueError(f"{path}: cannot be read ({fault}); run without --report-only") from error
 
 
-def to_markdown(results: Results, json_name: str) -> str:
-    """The whole page."""
+def to_markdown(results: Results, name: str) -> str:
+    """The whole page; `name` is that of the files beside it, without its end."""
     setup = results.setup
     counted = [task for task in results.tasks if task.counted]
     apart = [task for task in results.tasks if not task.counted]
-    lines = ["# What a migration keeps", "", *_setup(setup, results.tasks, json_name), "", "## Headline", ""]
+    lines = ["# What a migration keeps", "", *_setup(setup, results.tasks, f"{name}.json"), "", "## Headline", ""]
     lines += _headline(results, len(counted))
     if counted:
         lines += ["", "## Task by task", "", *_accuracies(setup, counted), "", *_retentions(setup, counted)]
@@ -76,7 +75,7 @@ def to_markdown(results: Results, json_name: str) -> str:
             *_retentions(setup, apart),
         ]
     lines += ["", "## The arms side by side", "", *_arms(results)]
-    lines += ["", "## What the gate's agreement says about real accuracy", "", *_calibration(results)]
+    lines += ["", "## What the gate's agreement says about real accuracy", "", *_calibration(results, f"{name}.svg")]
     if remarks := [one for one in results.migrations if one.note]:
         lines += ["", "## Remarks on single adapters", "", *_remarks(remarks)]
     return "\n".join(lines) + "\n"
@@ -147,17 +146,17 @@ def _headline(results: Results, num_counted: int) -> list[str]:
     rows = []
     for arm in REFERENCE_ARMS:
         fixed = {
-            SOURCE_ADAPTER: _ratio(results.copy_retention),
+            SOURCE_ADAPTER: ratio(results.copy_retention),
             TARGET_BASE: "0, by definition",
             REAL: "1, by definition",
         }
-        rows.append([ARM_WORDS[arm], _points(results.references[arm]), fixed.get(arm, MISSING), MISSING, MISSING])
+        rows.append([ARM_WORDS[arm], points(results.references[arm]), fixed.get(arm, MISSING), MISSING, MISSING])
     for arm, found in results.arms.items():
         rows.append(
             [
                 f"migrated: {arm}",
-                _points(found.accuracy),
-                _ratio(found.retention),
+                points(found.accuracy),
+                ratio(found.retention),
                 f"{found.num_defined} of {num_counted}",
                 f"{found.num_not_below_source} of {num_counted}",
             ]
@@ -166,7 +165,7 @@ def _headline(results: Results, num_counted: int) -> list[str]:
     lines = [
         f"{of_tasks}: their source adapter beats the majority class beyond its interval. Means are over these tasks.",
         "",
-        *_table(headers, rows),
+        *table(headers, rows),
     ]
     if any(found.num_defined < num_counted for found in results.arms.values()):
         lines += ["", UNDEFINED]
@@ -184,10 +183,10 @@ def _accuracies(setup: Setup, tasks: Sequence[TaskResult]) -> list[str]:
     headers = ["accuracy", "chance", "majority", *(ARM_WORDS.get(arm, arm) for arm in arms)]
     rows = [
         [task.name, f"{100 * task.chance:.1f}", f"{100 * task.majority:.1f}"]
-        + [_points(task.accuracy.get(arm)) for arm in arms]
+        + [points(task.accuracy.get(arm)) for arm in arms]
         for task in tasks
     ]
-    return _table(headers, rows)
+    return table(headers, rows)
 
 
 def _retentions(setup: Setup, tasks: Sequence[TaskResult]) -> list[str]:
@@ -197,8 +196,8 @@ def _retentions(setup: Setup, tasks: Sequence[TaskResult]) -> list[str]:
     for task in tasks:
         undefined = "undefined" if task.gain.low <= 0 else MISSING
         kept = [task.retention.get(arm) for arm in arms]
-        rows.append([task.name, _points(task.gain, signed=True), *(_ratio(one, undefined) for one in kept)])
-    lines = _table(headers, rows)
+        rows.append([task.name, points(task.gain, signed=True), *(ratio(one, undefined) for one in kept)])
+    lines = table(headers, rows)
     return [*lines, "", UNDEFINED] if any(task.gain.low <= 0 for task in tasks) else lines
 
 
@@ -223,7 +222,7 @@ def _arms(results: Results) -> list[str]:
         "Every arm migrates the same bundles. Counts and agreement are of all adapters (tasks × seeds), accuracy and "
         "retention of the tasks that count; the last column is paired by test item.",
         "",
-        *_table(headers, rows, num_text=2),
+        *table(headers, rows, num_text=2),
     ]
 
 
@@ -245,26 +244,26 @@ def _migration_cells(migrations: Sequence[Migration]) -> list[str]:
 
 
 def _arm_cells(found: ArmResult) -> list[str]:
-    return [_points(found.accuracy), _ratio(found.retention), _points(found.against_first, signed=True)]
+    return [points(found.accuracy), ratio(found.retention), points(found.against_first, signed=True)]
 
 
-def _calibration(results: Results) -> list[str]:
+def _calibration(results: Results, plot: str) -> list[str]:
     found, gate = results.calibration, results.setup.gate
     num_points = sum(one.gate is not None and one.accuracy is not None for one in results.migrations)
     kept = f"{100 * KEPT_SHARE:.0f} %"
     lines = [
-        f"![Agreement with the teacher against migrated − source accuracy, one point per adapter]({PLOT})",
+        f"![Agreement with the teacher against migrated − source accuracy, one point per adapter]({plot})",
         "",
         f"{_count(num_points, 'migrated adapter')} (tasks × seeds × arms), nothing withheld, one attempt each. "
         "Agreement is what the gate sees: the share of held-out synthetic prompts on which the student gives the "
         "teacher's answer. "
         "Intervals of the correlations draw whole tasks.",
         "",
-        *_table(
+        *table(
             ["Spearman correlation of the agreement with", ""],
             [
-                ["accuracy of the migrated adapter", _ratio(found.with_accuracy, "undefined")],
-                ["accuracy, migrated − source adapter", _ratio(found.with_difference, "undefined")],
+                ["accuracy of the migrated adapter", ratio(found.with_accuracy, "undefined")],
+                ["accuracy, migrated − source adapter", ratio(found.with_difference, "undefined")],
             ],
         ),
         "",
@@ -279,7 +278,7 @@ def _calibration(results: Results) -> list[str]:
         *lines,
         f"{found.num_kept} adapters kept at least {kept} of their source adapter's accuracy, {found.num_lost} did not.",
         "",
-        *_table(
+        *table(
             ["gate.min_agreement", "threshold", "balanced accuracy of its verdicts"],
             [
                 ["configured", f"{gate['min_agreement']:.2f}", _balanced(found.configured)],
@@ -298,15 +297,15 @@ def _remarks(migrations: Sequence[Migration]) -> list[str]:
         [one.task, str(one.seed), one.arm, "yes" if one.accuracy is not None else MISSING, escape(one.note)]
         for one in migrations
     ]
-    return _table(["task", "seed", "arm", "measured", "remark"], rows, num_text=5)
+    return table(["task", "seed", "arm", "measured", "remark"], rows, num_text=5)
 
 
-def _points(found: Estimate | None, signed: bool = False) -> str:
+def points(found: Estimate | None, signed: bool = False) -> str:
     """A share in percent with its interval."""
     return _interval(found, 100.0, 1, "+" if signed else "")
 
 
-def _ratio(found: Estimate | None, undefined: str = MISSING) -> str:
+def ratio(found: Estimate | None, undefined: str = MISSING) -> str:
     """A ratio or a correlation with its interval."""
     return _interval(found, 1.0, 2, "") if found is not None else undefined
 
@@ -318,7 +317,7 @@ def _interval(found: Estimate | None, scale: float, digits: int, sign: str) -> s
     return f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], num_text: int = 1) -> list[str]:
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], num_text: int = 1) -> list[str]:
     """A Markdown table; the first columns are text, the others are set to the right."""
     rule = ["---" if column < num_text else "---:" for column in range(len(headers))]
     cells = [[_PIPE.sub(r"\|", one_line(cell)) for cell in row] for row in (headers, *rows)]
