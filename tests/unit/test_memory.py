@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig
 
 from benchmarks.memory import compare
-from translora.config import TrainConfig
+from translora.config import LoraSettings, TrainConfig
 from translora.distill.linear import FrozenLinear, keep_no_inputs
 from translora.distill.memory import PassSize, _run_pass, estimated_gang_bytes, gang_bytes, pass_bytes, student_bytes
 from translora.engine.fake import LiveBytes, fake_base
@@ -77,7 +77,7 @@ def test_recomputation_keeps_little_of_a_pass_and_a_student_owns_18_bytes_a_weig
     kept, little = (pass_bytes(DEEP, torch.bfloat16, train, PassSize(1, 4, 64, 8)) for train in (TRAIN, again))
     assert little.activations < 0.3 * kept.activations
     shapes = {"a": (64, 64), "b": (32, 64)}
-    own = student_bytes(shapes, 8, torch.bfloat16)
+    own = student_bytes(shapes, LoraSettings(rank=8), torch.bfloat16)
     assert own == 18 * 8 * (128 + 96)
 
 

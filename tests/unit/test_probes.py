@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from benchmarks.whole import WholeBase
 from tests.tiny import make_base
-from translora.config import TrainConfig
+from translora.config import LoraSettings, TrainConfig
 from translora.distill.gang import Gang
 from translora.distill.job import TrainJob
-from translora.distill.probes import Noise, Probes, Sketch, row_norms
+from translora.distill.memory import student_bytes
+from translora.distill.probes import Noise, Probes, Sketch, row_norms, sketch_bytes
 from translora.distill.train import run_pass
 from translora.lora.bank import BankedLinear, Route, Segment, Slot
 from translora.run.files import write_jsonl
@@ -100,6 +101,17 @@ def test_a_sketch_finds_the_right_singular_vectors(seed: int, num_batches: int) 
     found = sketch.directions()
     assert found.shape == (RANK, 64)
     torch.testing.assert_close((found * expected).sum(dim=1).abs(), torch.ones(RANK), rtol=1e-3, atol=0)
+
+
+def test_the_bytes_of_a_sketch_are_what_it_holds() -> None:
+    for num_in in (10, 64):
+        sketch = Sketch(num_in, RANK, 0, CPU)
+        assert sketch_bytes(num_in, RANK) == sum(one.nbytes for one in (sketch.omega_IW, sketch.sketch_IW))
+    shapes = {"a": (NUM_OUT, NUM_IN)}
+    plain, eva = (
+        student_bytes(shapes, LoraSettings(rank=RANK, init=init), torch.float32) for init in ("kaiming", "eva")
+    )
+    assert eva - plain == sketch_bytes(NUM_IN, RANK)
 
 
 def test_a_sketch_finds_no_more_directions_than_there_are() -> None:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from translora.config import TrainConfig
+from translora.config import LoraSettings, TrainConfig
 from translora.distill.data import Sample, pack
 from translora.distill.linear import keep_no_inputs
 from translora.distill.plan import GangBytes
+from translora.distill.probes import sketch_bytes
 from translora.engine.attention import PACKED
 from translora.engine.fake import (
     FEW_LAYERS,
@@ -107,14 +108,17 @@ def lora_weights(shapes: dict[str, tuple[int, int]], rank: int) -> int:
     return sum(rank * (num_out + num_in) for num_out, num_in in shapes.values())
 
 
-def student_bytes(shapes: dict[str, tuple[int, int]], rank: int, dtype: torch.dtype) -> int:
+def student_bytes(shapes: dict[str, tuple[int, int]], lora: LoraSettings, dtype: torch.dtype) -> int:
     """Bytes that one student owns: weights, gradient and two moments in float32, and the copy that passes use.
+
+    With `init: eva` also the sketches of its first step.
 
     Args:
         shapes: (out, in) of the adapted modules.
     """
     copy = 0 if dtype == torch.float32 else dtype.itemsize
-    return (16 + copy) * lora_weights(shapes, rank)
+    sketches = sum(sketch_bytes(num_in, lora.total_rank) for _, num_in in shapes.values()) if lora.init == "eva" else 0
+    return (16 + copy) * lora_weights(shapes, lora.total_rank) + sketches
 
 
 def gang_bytes(
@@ -142,7 +146,7 @@ def gang_bytes(
         pass_bytes(config, dtype, train, PassSize(count, num_samples, num_tokens, num_answer, flash))
         for count in (1, 2)
     )
-    own = student_bytes(shapes, train.lora.total_rank, dtype)
+    own = student_bytes(shapes, train.lora, dtype)
 
     def line(first: int, second: int) -> tuple[int, int]:
         return max(0, 2 * first - second), second - first + own
@@ -229,7 +233,7 @@ def estimated_gang_bytes(
     layer = 8 * hidden + 2 * (heads + groups) * head_dim + 4 * inner_size(text)
     kept = layers * hidden + layer if train.gradient_checkpointing else layers * layer
     activations = num_tokens * kept * dtype.itemsize
-    own = student_bytes(shapes, train.lora.total_rank, dtype)
+    own = student_bytes(shapes, train.lora, dtype)
     return GangBytes(backward=(3 * 4 * CHUNK_ELEMENTS, own + activations), activations=activations)
 
 
@@ -253,7 +257,7 @@ def pass_bytes(
 
 
 def _run_pass(
-    config: PreTrainedConfig, dtype: torch.dtype, train: TrainConfig, size: PassSize, forward_only: bool
+    config: PreTrainedConfig, dtype: torch.dtype, train: TrainConfig, size: PassSize, forward_only: bool = False
 ) -> PassBytes:
     """One pass as translora.distill.train.run_pass has it, on fake tensors."""
     prompt, answer = [0] * (size.num_tokens + 1 - size.num_answer), [0] * size.num_answer  # the last is not computed

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -43,7 +42,7 @@ class Noise:
         generator = torch.Generator(like.device).manual_seed(derive_seed(self.seed, self.step))
         shape = (len(self.scale_O), self.num_in)
         noise_OI = torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
-        return noise_OI * (self.sigma * self.scale_O[:, None]).to(like)
+        return noise_OI.mul_((self.sigma * self.scale_O[:, None]).to(like))
 
     def forward(self, x_SI: torch.Tensor) -> torch.Tensor:
         """E x for each token."""
@@ -52,6 +51,16 @@ class Noise:
     def backward(self, grad_SO: torch.Tensor) -> torch.Tensor:
         """E^T of the gradient of each token."""
         return grad_SO @ self.matrix(grad_SO)
+
+
+def sketch_width(num_in: int, rank: int) -> int:
+    """Columns of a sketch."""
+    return min(2 * rank + OVERSAMPLED, num_in)
+
+
+def sketch_bytes(num_in: int, rank: int) -> int:
+    """What a sketch takes, Omega and Y."""
+    return 2 * 4 * num_in * sketch_width(num_in, rank)
 
 
 class Sketch:
@@ -69,7 +78,7 @@ class Sketch:
     """
 
     def __init__(self, num_in: int, rank: int, seed: int, place: torch.device) -> None:
-        self.rank, width = rank, min(2 * rank + OVERSAMPLED, num_in)
+        self.rank, width = rank, sketch_width(num_in, rank)
         generator = torch.Generator().manual_seed(seed)
         self.omega_IW = torch.linalg.qr(torch.randn(num_in, width, generator=generator))[0].to(place)
         self.sketch_IW = torch.zeros_like(self.omega_IW)
@@ -154,6 +163,8 @@ class Probes:
 
 def row_norms(bank: AdapterBank) -> dict[str, torch.Tensor]:
     """The norm of each row of the adapted weights [out], by module. Collective: gathers partitioned weights."""
+    import deepspeed  # only here: a plan knows of probes, and needs no DeepSpeed
+
     norms: dict[str, torch.Tensor] = {}
     for name, module in bank.modules.items():
         with deepspeed.zero.GatheredParameters([module.base.weight]):

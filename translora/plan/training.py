@@ -143,7 +143,7 @@ def plan_training(
         free_bytes=int(free),
         gang_bytes=lambda num_samples, num_tokens: need,
     )
-    own = student_bytes(adapted, train.lora.total_rank, shape.dtype)
+    own = student_bytes(adapted, train.lora, shape.dtype)
     memory["students"] = gang * own
     memory["their passes"] = need.of(gang) - gang * own
     micro = math.ceil(math.ceil(train.batch_size / layout.ranks_per_group) / samples)
