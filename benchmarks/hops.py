@@ -54,7 +54,7 @@ def hops(config: EvaluateConfig, third: BaseModelConfig) -> None:
         )
         cells = []
         for state in sorted(migrate(fleet), key=lambda state: list(tests).index(state.name)):
-            if state.accuracy is None:
+            if state.status != "migrated" or state.accuracy is None:
                 raise SystemExit(f"hop {number}: {state.name} was not migrated: {state.reason}")
             for share in (state.accuracy.source_adapter, state.accuracy.migrated):
                 num_right = round(share * state.accuracy.num_items)

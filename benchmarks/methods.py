@@ -32,7 +32,7 @@ against which ρ is measured, are of the row's method.
 def with_source(whole: dict[str, Any], arm: str, directory: Path) -> Path:
     """Write the evaluate file whose source adapters are of an arm's method."""
     settings = dict(whole)
-    settings["train"] = merge(whole["train"], whole["arms"][arm].get("distill", {}))
+    settings["train"] = merge(whole.get("train", {}), whole["arms"][arm].get("distill", {}))
     settings["run_dir"] = f"{whole['run_dir']}/from-{arm}"
     output = Path(whole["output"])
     settings["output"] = str(output.with_name(f"{output.stem}-from-{arm}.md"))

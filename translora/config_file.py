@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from pydantic_core import ErrorDetails
 
 DType = Literal["auto", "bfloat16", "float32"]
@@ -27,6 +27,16 @@ class Strict(BaseModel):
     """A config object: unknown keys are errors, the docstring under a field describes it."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+    added: ClassVar[frozenset[str]] = frozenset()
+    """Settings that came later: at their defaults they are in no dump, so that what was made before them still fits."""
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = handler(self)
+        for name in self.added & found.keys():
+            if getattr(self, name) == type(self).model_fields[name].default:
+                del found[name]
+        return found
 
 
 class ConfigFile(Strict):

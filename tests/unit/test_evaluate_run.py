@@ -156,7 +156,7 @@ def test_blocks_of_an_earlier_arm_are_shared_where_there_is_none_of_its_own(tmp_
         "rounds/000-label-bb/000000.parquet",
         "gate/answers-cc/000000.parquet",
     ]
-    for name in (*names, "rounds/outcome-dd.json", "adapters/a/synthetic.parquet"):
+    for name in (*names, "rounds/outcome-dd.json", "adapters/a-task/synthetic.parquet"):
         (first / name).parent.mkdir(parents=True, exist_ok=True)
         (first / name).write_text(name)
     own = second / "rounds/000-generate-aa/000001.parquet"

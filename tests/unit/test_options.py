@@ -252,3 +252,16 @@ def test_a_student_is_exported_as_one_lora_and_goes_on_from_a_checkpoint(
     assert list(lora.scaling.values()) == pytest.approx([settings.lora.scaling] * len(lora.scaling))
     losses = json.loads((outputs[0] / "losses.json").read_text())
     assert losses[-1] < losses[0]
+
+
+def test_options_that_came_later_leave_what_was_made_before_as_it_is() -> None:
+    """At their defaults they are in no dump, hence in no recipe and no digest; set, they are in both."""
+    plain = TrainConfig()
+    assert {"init", "flat_sigma"}.isdisjoint(plain.model_dump()["lora"]) and "warm_start" not in plain.model_dump()
+    settings = {"lora": {"init": "eva", "flat_sigma": 0.1}, "epochs": 3}
+    changed = TrainConfig.model_validate(settings)
+    assert changed.model_dump()["lora"].items() >= settings["lora"].items()
+    assert TrainConfig.model_validate(changed.model_dump()) == changed
+    assert TrainConfig.model_validate_json(plain.model_dump_json()) == plain
+    job = TrainJob("a", "", "", "", seed=3, epochs=1, learning_rate=LR)
+    assert job.recipe(changed, "f") != job.recipe(plain, "f")

@@ -33,7 +33,7 @@ def make_source(rank: int) -> LoraWeights:
 def test_a_student_of_no_smaller_rank_is_its_source(rank: int) -> None:
     source, weights = make_source(rank), initial_weights(SHAPES, 4, seed=0)
     random = {name: factors[0].clone() for name, factors in weights.items()}
-    assert copy_adapter(source, weights, scaling=2.0) == 2
+    copy_adapter(source, weights, scaling=2.0)
     for name, (lora_A, lora_B) in weights.items():
         own_A, own_B = source.modules[name]
         torch.testing.assert_close(2.0 * lora_B @ lora_A, 0.75 * own_B @ own_A)
@@ -53,7 +53,7 @@ def test_a_student_of_a_smaller_rank_is_the_best_approximation() -> None:
 def test_modules_that_the_source_does_not_adapt_begin_as_without() -> None:
     source, weights = make_source(4), initial_weights({**SHAPES, "model.layers.2.q_proj": (6, 8)}, 4, seed=0)
     untouched = weights["model.layers.2.q_proj"][0].clone()
-    assert copy_adapter(source, weights, scaling=2.0) == 2
+    copy_adapter(source, weights, scaling=2.0)
     assert torch.equal(weights["model.layers.2.q_proj"][0], untouched)
     assert weights["model.layers.2.q_proj"][1].abs().sum() == 0
 

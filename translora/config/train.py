@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -22,7 +22,9 @@ class ChainSettings(Strict):
 
 
 class LoraSettings(Strict):
-    """The new adapter's shape, and ways to train it (translora/distill/options.py has the papers)."""
+    """The new adapter's shape, and ways to train it (translora/distill/options.py and hooks.py have the papers)."""
+
+    added: ClassVar[frozenset[str]] = frozenset({"init", "flat_sigma"})
 
     rank: int = Field(default=8, ge=1, le=MAX_RANK)
     """Rank r of A [r, in] and B [out, r]."""
@@ -34,8 +36,8 @@ class LoraSettings(Strict):
     """Names of the linear modules that are adapted, as the target base has them (paper: query and value projections),
     or `all-linear`: all but the head."""
     init: Literal["kaiming", "eva"] = "kaiming"
-    """What A begins as: random, or the directions in which the inputs of the first step vary most (EVA), which that
-    step is spent on. B begins as zero."""
+    """What A begins as: random, or the principal components of the module's inputs (EVA, with the same rank
+    everywhere), which the first step is spent on: its whole batch, prompts and answers. B begins as zero."""
     lora_plus_ratio: float = Field(default=1, gt=0)
     """Learning rate of B over that of A (LoRA+ takes 16)."""
     gradient: Literal["plain", "riemannian", "lora-pro"] = "plain"
@@ -75,6 +77,8 @@ Count = Annotated[int, Field(ge=1)] | Literal["auto"]
 
 class TrainConfig(Strict):
     """Training of an adapter: one AdamW run with linear decay and no warm-up, no weight decay (paper)."""
+
+    added: ClassVar[frozenset[str]] = frozenset({"warm_start"})
 
     lora: LoraSettings = LoraSettings()
     """Shape of the new adapter."""

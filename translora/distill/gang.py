@@ -84,17 +84,18 @@ class Gang:
         Path(job.work_dir).mkdir(parents=True, exist_ok=True)
         try:
             samples = job.samples(self.tokenizer, self.config)
+            weights = self.slots.new_weights(job.seed)
+            if job.start is not None:
+                copy_adapter(read_lora(job.start), weights, self.config.lora.scaling)
         except ValueError as error:
             self.give_up(job, error)
             return
-        weights, probes = self.slots.new_weights(job.seed), self.slots.probes(job.seed)
-        if job.start is not None:
-            copy_adapter(read_lora(job.start), weights, self.config.lora.scaling)
-        student = Student(job, recipe, samples, weights, self.config, self.place, self.slots.dtype, probes)
+        hooks = self.slots.hooks(job.seed)
+        student = Student(job, recipe, samples, weights, self.config, self.place, self.slots.dtype, hooks)
         if recipe in self.saved:
             student.restore(*self.saved.pop(recipe))
         self.students[slot] = student
-        self.slots.open(slot, student.factors, student.gradients, probes)
+        self.slots.open(slot, student.factors, student.gradients, hooks)
 
     def close(self, slot: int) -> None:
         """Free a slot."""

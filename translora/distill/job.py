@@ -51,7 +51,7 @@ class TrainJob:
 
         Data that cannot be read makes a recipe that no output bears; `samples` says what is wrong with it.
         """
-        settings = config.model_dump(exclude={*EXECUTION_ONLY, "lora" if self.peft else "peft"})
+        settings = config.model_dump(exclude={*EXECUTION_ONLY, "warm_start", "lora" if self.peft else "peft"})
         own: tuple[Any, ...] = (
             self.seed,
             self.epochs,

@@ -17,9 +17,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from translora.config import LoraSettings, TrainConfig
 from translora.distill.data import Sample, pack
+from translora.distill.hooks import sketch_bytes, student_hooks
 from translora.distill.linear import keep_no_inputs
 from translora.distill.plan import GangBytes
-from translora.distill.probes import sketch_bytes
 from translora.engine.attention import PACKED
 from translora.engine.fake import (
     FEW_LAYERS,
@@ -295,7 +295,9 @@ def open_zero_students(bank: AdapterBank, train: TrainConfig, count: int, dtype:
             name: (torch.zeros_like(A, dtype=torch.float32), torch.zeros_like(B, dtype=torch.float32))
             for name, (A, B) in factors.items()
         }
-        bank.open_slot(slot, factors, train.lora.scaling, gradients)
+        norms = {name: torch.zeros(num_out) for name, (num_out, _) in bank.shapes.items()}
+        hooks = student_hooks(train.lora, bank.shapes, norms, slot, CPU)
+        bank.open_slot(slot, factors, train.lora.scaling, gradients, None if hooks is None else hooks.by_module)
         own += [factor for pair in (*factors.values(), *gradients.values()) for factor in pair]
     return own
 

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from translora.bundle.adapter import CONFIG, WEIGHTS, portable_config
 from translora.distill.data import Packed, pack
-from translora.distill.probes import Probes
+from translora.distill.hooks import StudentHooks
 from translora.distill.slots import ResidentBase, Shard
 from translora.lora.bank import Factors
 from translora.lora.methods import parse_method, put_on, saved_tensors, take_off
@@ -57,11 +57,11 @@ class PeftSlot:
         assert self.peft_model is not None
         return {name: one for name, one in self.peft_model.named_parameters() if one.requires_grad}
 
-    def probes(self, seed: int) -> None:
+    def hooks(self, seed: int) -> None:
         """None: they are of the bank."""
 
     def open(
-        self, slot: int, weights: Mapping[str, Factors], gradients: Mapping[str, Factors], probes: Probes | None
+        self, slot: int, weights: Mapping[str, Factors], gradients: Mapping[str, Factors], hooks: StudentHooks | None
     ) -> None:
         """Have the parameters that `new_weights` made share their memory with the student's."""
         for name, parameter in self._trained().items():

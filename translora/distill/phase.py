@@ -6,12 +6,17 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from translora.bundle.adapter import is_in_bank
+from translora.bundle.base import linear_modules
 from translora.distill.job import FAILURE, TrainJob, make_job
 from translora.distill.launch import train_adapters
 from translora.distill.teacher import Teacher, ask_teachers
+from translora.lora.peft_io import read_lora
+from translora.lora.targets import resolve_targets
+from translora.lora.warm_start import not_copied
 from translora.run.files import derive_seed
 from translora.run.member import Member, Run
 from translora.run.state import DISCRIMINATOR, STUDENT
@@ -49,9 +54,7 @@ def train_jobs(run: Run, member: Member, teacher: Sequence[Teacher] | None) -> l
     ]
     for row, thought in zip(answers, teacher or (), strict=teacher is not None):
         row["teacher"] = thought
-    is_warm = config.distill.warm_start and is_in_bank(member.bundle.path)
-    if config.distill.warm_start and not is_warm:
-        logger.info("%s: is no plain LoRA, so its student begins without it", member.name)
+    start = warm_start(run, member)
     return [
         make_job(
             member.name,
@@ -65,13 +68,35 @@ def train_jobs(run: Run, member: Member, teacher: Sequence[Teacher] | None) -> l
             epochs=entry.epochs if kind == STUDENT else None,
             learning_rate=entry.learning_rate if kind == STUDENT else None,
             peft=config.distill.peft if kind == STUDENT else None,
-            start=member.bundle.path if kind == STUDENT and is_warm else None,
+            start=start if kind == STUDENT else None,
         )
         for kind, rows, settings in (
             (STUDENT, answers, config.distill),
             (DISCRIMINATOR, questions, config.discriminator),
         )
     ]
+
+
+def warm_start(run: Run, member: Member) -> Path | None:
+    """The adapter that a student begins as, where the settings ask for it and there is one."""
+    settings, path = run.config.distill, member.bundle.path
+    if not settings.warm_start:
+        return None
+    if not is_in_bank(path):
+        logger.warning("%s: is no plain LoRA: its student begins without it", member.name)
+        return None
+    source = read_lora(path)
+    own = resolve_targets(linear_modules(run.target), settings.lora.target_modules, run.target.name, "distill.lora")
+    if not source.modules.keys() & set(own):
+        logger.warning("%s: adapts none of the student's modules: its student begins without it", member.name)
+        return None
+    if lost := not_copied(source, own):
+        logger.warning(
+            "%s: adapts %s, which distill.lora.target_modules does not: its student begins without these",
+            member.name,
+            ", ".join(lost),
+        )
+    return path
 
 
 def distill_phase(run: Run, members: list[Member]) -> None:

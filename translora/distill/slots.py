@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from translora.config import LoraSettings
 from translora.distill.data import Packed, Sample, pack
-from translora.distill.probes import Probes, row_norms
+from translora.distill.hooks import StudentHooks, row_norms, student_hooks
 from translora.engine.head import Head
 from translora.lora.bank import AdapterBank, Factors, initial_weights
 from translora.lora.peft_io import write_lora
@@ -55,11 +55,11 @@ class Slots(Protocol):
     def new_weights(self, seed: int) -> dict[str, Factors]:
         """A new student's weights by name, float32; they depend on the seed alone."""
 
-    def probes(self, seed: int) -> Probes | None:
+    def hooks(self, seed: int) -> StudentHooks | None:
         """What a new student has in its passes beside its weights, if anything."""
 
     def open(
-        self, slot: int, weights: Mapping[str, Factors], gradients: Mapping[str, Factors], probes: Probes | None
+        self, slot: int, weights: Mapping[str, Factors], gradients: Mapping[str, Factors], hooks: StudentHooks | None
     ) -> None:
         """Compute with these tensors for as long as the slot is open, and add to these gradients."""
 
@@ -99,17 +99,15 @@ class LoraSlots:
         """A [r, in] and B [out, r] by module."""
         return initial_weights(self.bank.shapes, self.lora.total_rank, seed)
 
-    def probes(self, seed: int) -> Probes | None:
+    def hooks(self, seed: int) -> StudentHooks | None:
         """Weight noise and a sketch of the inputs, where the options ask for them."""
-        if not self.lora.flat_sigma and self.lora.init != "eva":
-            return None
-        return Probes(self.lora, self.bank.shapes, self.norms, seed, self.base.place)
+        return student_hooks(self.lora, self.bank.shapes, self.norms, seed, self.base.place)
 
     def open(
-        self, slot: int, weights: Mapping[str, Factors], gradients: Mapping[str, Factors], probes: Probes | None
+        self, slot: int, weights: Mapping[str, Factors], gradients: Mapping[str, Factors], hooks: StudentHooks | None
     ) -> None:
         """Put the factors into the bank."""
-        by_module = None if probes is None else probes.by_module
+        by_module = None if hooks is None else hooks.by_module
         self.bank.open_slot(slot, weights, self.lora.scaling, gradients, by_module)
 
     def close(self, slot: int) -> None:

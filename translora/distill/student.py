@@ -14,9 +14,9 @@ from torch import nn
 
 from translora.config import TrainConfig
 from translora.distill.data import Sample, batch_indices, num_steps
+from translora.distill.hooks import StudentHooks
 from translora.distill.job import RECIPE, TrainJob
 from translora.distill.options import change_gradients, update_rates
-from translora.distill.probes import Probes
 from translora.distill.slots import Slots
 from translora.lora.bank import Factors
 from translora.run.files import replace_directory
@@ -41,7 +41,7 @@ class Student:
         config: TrainConfig,
         place: torch.device,
         dtype: torch.dtype,
-        probes: Probes | None = None,
+        hooks: StudentHooks | None = None,
     ) -> None:
         self.job, self.recipe, self.samples, self.config = job, recipe, samples, config
         self.num_steps = num_steps(len(samples), job.epochs, config.batch_size)
@@ -54,9 +54,9 @@ class Student:
         self.optimizer = torch.optim.AdamW([self.flat], lr=job.learning_rate, weight_decay=0.0, fused=True)
         chain = None if job.peft is not None else config.lora.chain
         self.num_links = 1 if chain is None else chain.links
-        self.probes = probes
-        self.num_looks = int(probes is not None and config.lora.init == "eva")
-        """Steps before the first update, which only look at the inputs."""
+        self.hooks = hooks
+        self.num_init_steps = int(hooks is not None and config.lora.init == "eva" and self.num_steps > 1)
+        """Steps before the first update, which only see the inputs."""
         self.rates: torch.Tensor | None = None
         """What each weight's update is multiplied with, where an option asks for it (see translora.distill.options)."""
         self.rated_link = -1
@@ -88,9 +88,9 @@ class Student:
         return self.step == self.num_steps
 
     def begin_step(self) -> None:
-        """Tell the probes of the step whose passes come next."""
-        if self.probes is not None:
-            self.probes.begin(self.step, self.num_steps)
+        """Tell the hooks of the step whose passes come next."""
+        if self.hooks is not None:
+            self.hooks.begin(self.step, self.num_steps)
 
     def batch(self) -> list[Sample]:
         """The samples of the next step."""
@@ -119,9 +119,9 @@ class Student:
             )
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = self.job.learning_rate * (1 - self.step / self.num_steps)
-        if self.step < self.num_looks:
-            assert self.probes is not None
-            self.probes.write_directions(self._views(self.flat), group)
+        if self.step < self.num_init_steps:
+            assert self.hooks is not None
+            self.hooks.initialise(self._views(self.flat), group)
         elif self.rates is None:
             self.optimizer.step()
         else:
@@ -158,7 +158,7 @@ class Student:
     @property
     def link_steps(self) -> int:
         """Steps done since AdamW began: each link has one of its own."""
-        return max(0, self.step - max(self.num_looks, math.ceil(self.link * self.num_steps / self.num_links)))
+        return max(0, self.step - max(self.num_init_steps, math.ceil(self.link * self.num_steps / self.num_links)))
 
     def state(self) -> dict[str, torch.Tensor]:
         """Flat weights, and AdamW's moments after the first step, to go on from later."""

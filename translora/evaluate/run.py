@@ -77,7 +77,8 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
 
 def settings_of(train: TrainConfig) -> dict[str, Any]:
     """What a reader has to know of a training."""
-    return train.model_dump(include={"peft" if train.peft else "lora", "epochs", "learning_rate", "batch_size"})
+    names = {"peft" if train.peft else "lora", "epochs", "learning_rate", "batch_size"}
+    return train.model_dump(include=names | ({"loss"} if train.loss != "sft" else set()) | {"warm_start"})
 
 
 def check_output(output: Path) -> None:
@@ -154,7 +155,8 @@ def share_blocks(earlier: Sequence[Path], run_dir: Path) -> None:
 
     So arms that differ in the training alone are trained on the same samples, which are paid for once.
     """
-    for block in (path for other in earlier for path in sorted(other.glob("*/*-*/*.parquet"))):
+    places = [other / place for other in earlier for place in ("rounds", "gate")]
+    for block in (path for place in places for path in sorted(place.glob("*-*/*.parquet"))):
         own = run_dir / block.parent.parent.name / block.parent.name / block.name
         if own.exists():
             continue

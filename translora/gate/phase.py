@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from translora.bundle import BundleError, write_bundle
+from translora.bundle.adapter import is_in_bank
 from translora.bundle.manifest import DiscriminatorQuality
 from translora.distill.phase import discriminator_inputs
 from translora.engine.loading import load_tokenizer
@@ -125,6 +126,7 @@ def publish(run: Run, member: Member, template: str, quality: DiscriminatorQuali
             "source_bundle_sha256": member.bundle.digest,
             "agreement_with_teacher": gate.agreement_student,
             "agreement_of_bare_base": gate.agreement_base,
+            **({"warm_start": True} if run.config.distill.warm_start and is_in_bank(member.bundle.path) else {}),
         },
         model_card=model_card(
             member.state,

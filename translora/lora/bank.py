@@ -38,8 +38,8 @@ class Segment(NamedTuple):
     end: int
 
 
-class Probe(Protocol):
-    """What a student in training has in a module beside its factors; see translora.distill.probes."""
+class SegmentHook(Protocol):
+    """What a student in training has in a module beside its factors; see translora.distill.hooks."""
 
     def forward(self, x_SI: torch.Tensor) -> torch.Tensor | None:
         """Sees the inputs of a segment [S, in]; what is added to its outputs [S, out], if anything."""
@@ -59,7 +59,7 @@ class Slot(NamedTuple):
     scaling: float
     grad_A: torch.Tensor | None = None
     grad_B: torch.Tensor | None = None
-    probe: Probe | None = None
+    hook: SegmentHook | None = None
 
 
 class Route:
@@ -97,7 +97,7 @@ class SegmentLora(torch.autograd.Function):
                 hidden_SR = x_TI[where] @ slot.lora_A.T
                 out_TO[where].addmm_(hidden_SR, slot.lora_B.T, alpha=slot.scaling)
                 hidden.append(hidden_SR)
-                if slot.probe is not None and (added_SO := slot.probe.forward(x_TI[where])) is not None:
+                if slot.hook is not None and (added_SO := slot.hook.forward(x_TI[where])) is not None:
                     out_TO[where].add_(added_SO)
         ctx.save_for_backward(x_TI, *hidden)
         ctx.parts = parts
@@ -125,7 +125,7 @@ class SegmentLora(torch.autograd.Function):
             if grad_x_TI is not None:
                 own = grad_x_TI[where]
                 torch.addmm(own, grad_SR, slot.lora_A, beta=0, alpha=slot.scaling, out=own)
-                if slot.probe is not None and (added_SI := slot.probe.backward(grad_SO)) is not None:
+                if slot.hook is not None and (added_SI := slot.hook.backward(grad_SO)) is not None:
                     own.add_(added_SI)
         return grad_1TO, None if grad_x_TI is None else grad_x_TI[None], None, None
 
@@ -213,19 +213,19 @@ class AdapterBank:
         factors: Mapping[str, Factors],
         scaling: float,
         gradients: Mapping[str, Factors] | None = None,
-        probes: Mapping[str, Probe] | None = None,
+        hooks: Mapping[str, SegmentHook] | None = None,
     ) -> None:
         """Put an adapter into a slot: A [r, in] and B [out, r] by module name.
 
         Args:
             factors: in the base's dtype.
             gradients: float32, of the same shapes: where backward passes add the factors' gradients.
-            probes: by module name, where the student has any.
+            hooks: by module name, where the student has any.
         """
         for name, (lora_A, lora_B) in factors.items():
             grad_A, grad_B = (None, None) if gradients is None else gradients[name]
-            probe = None if probes is None else probes[name]
-            self.modules[name].slots[slot] = Slot(lora_A, lora_B, scaling, grad_A, grad_B, probe)
+            hook = None if hooks is None else hooks[name]
+            self.modules[name].slots[slot] = Slot(lora_A, lora_B, scaling, grad_A, grad_B, hook)
 
     def close_slot(self, slot: int) -> None:
         """Take an adapter out of its slot."""

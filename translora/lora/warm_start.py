@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -13,21 +13,18 @@ from translora.lora.peft_io import LoraWeights
 from translora.lora.targets import resolve_targets
 
 
-def copy_adapter(source: LoraWeights, weights: Mapping[str, Factors], scaling: float) -> int:
+def copy_adapter(source: LoraWeights, weights: Mapping[str, Factors], scaling: float) -> None:
     """Put s B A of a source adapter into a student's factors, module by module, in place.
 
     Training-free copies keep part of an adapter's gain on a related base (LoRA-X, arXiv 2501.16559); here they are
     where the training begins. A source of a smaller rank leaves the student's other rows of A random and columns of B
-    zero, as they are in a new LoRA; of a larger one the best approximation of the student's rank is taken.
+    zero, as they are in a new LoRA; of a larger one the best approximation of the student's rank is taken. Modules that
+    the source does not adapt begin as they are; see `not_copied` for those that only the source adapts.
 
     Args:
         weights: of a new student, A [r, in] and B [out, r] by module, float32.
         scaling: the student's s.
-
-    Returns:
-        How many of the student's modules the source adapts too. The others begin as they are.
     """
-    count = 0
     for name, (lora_A, lora_B) in weights.items():
         if name not in source.modules:
             continue
@@ -37,8 +34,11 @@ def copy_adapter(source: LoraWeights, weights: Mapping[str, Factors], scaling: f
             own_A, own_B = truncated(own_A, own_B, rank)
         lora_A[:rank] = own_A
         lora_B[:, :rank] = own_B * (source.scaling[name] / scaling)
-        count += 1
-    return count
+
+
+def not_copied(source: LoraWeights, student_modules: Iterable[str]) -> list[str]:
+    """Last parts of the names of modules that a source adapts and its student does not: that much of it gets lost."""
+    return sorted({name.rpartition(".")[2] for name in source.modules.keys() - set(student_modules)})
 
 
 def truncated(lora_A: torch.Tensor, lora_B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

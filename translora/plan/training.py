@@ -131,7 +131,10 @@ def plan_training(
         memory["the machine's copy"] = gathered.copy_bytes
     free = hardware.room - sum(memory.values())
     need, activations = pass_memory(shape, train.model_dump_json(), samples, max_tokens)
-    flops_per_token = (6 if train.gradient_checkpointing else 4) * shape.num_active
+    weights = shape.num_active
+    if train.lora.flat_sigma:  # the noise is multiplied as the weights are
+        weights += sum(num_out * num_in for num_out, num_in in adapted.values())
+    flops_per_token = (6 if train.gradient_checkpointing else 4) * weights
     wanted = gathered.seconds / GATHER_SHARE * hardware.train_flops / flops_per_token
     wanted = max(wanted, TOKENS_PER_PASS["cuda"])  # as in the run, which does not know the links
     tokens_per_pass = math.ceil(wanted) if train.tokens_per_pass == "auto" else train.tokens_per_pass
