@@ -99,9 +99,7 @@ def test_a_sketch_finds_the_principal_components(seed: int, num_batches: int) ->
 def test_the_bytes_of_a_sketch_are_what_it_holds() -> None:
     for num_in in (10, 64):
         sketch = InputSketch(num_in, RANK, 0, CPU)
-        assert sketch_bytes(num_in, RANK) == sum(
-            one.nbytes for one in vars(sketch).values() if isinstance(one, torch.Tensor)
-        )
+        assert sketch_bytes(num_in, RANK) == sum(one.nbytes for one in ModuleHook(None, sketch).tensors())
     shapes = {"a": (NUM_OUT, NUM_IN)}
     plain, eva = (
         student_bytes(shapes, LoraSettings(rank=RANK, init=init), torch.float32) for init in ("kaiming", "eva")

@@ -81,6 +81,23 @@ def test_recomputation_keeps_little_of_a_pass_and_a_student_owns_18_bytes_a_weig
     assert own == 18 * 8 * (128 + 96)
 
 
+def test_what_hooks_hold_is_the_students_and_what_they_need_for_a_moment_is_the_pass() -> None:
+    size = PassSize(1, 4, 64, 8)
+    plain, noisy, first = (
+        pass_bytes(DEEP, torch.bfloat16, TRAIN.model_copy(update={"lora": LoraSettings(rank=8, **lora)}), size)
+        for lora in ({}, {"flat_sigma": 0.1}, {"init": "eva"})
+    )
+    assert noisy.activations == plain.activations == first.activations, "nothing is kept for the backward pass"
+    assert noisy.backward >= plain.backward
+    wide = LlamaConfig(**{**DEEP.to_dict(), "num_hidden_layers": 2, "num_attention_heads": 64, "head_dim": 64})
+    few = PassSize(1, 1, 8, 8)
+    plain, noisy = (
+        _run_pass(wide, torch.bfloat16, TRAIN.model_copy(update={"lora": LoraSettings(rank=8, **lora)}), few)
+        for lora in ({}, {"flat_sigma": 0.1})
+    )
+    assert noisy.backward > plain.backward, "the noise on the query projection is what is largest here"
+
+
 @pytest.mark.parametrize("vocab_size", [500, 128_000])
 @pytest.mark.parametrize("again", [False, True])
 def test_two_students_tell_what_sixteen_take(vocab_size: int, again: bool) -> None:

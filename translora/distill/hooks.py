@@ -110,6 +110,12 @@ class ModuleHook:
     def __init__(self, noise: WeightNoise | None, sketch: InputSketch | None) -> None:
         self.noise, self.sketch = noise, sketch
 
+    def tensors(self) -> list[torch.Tensor]:
+        """What it holds between passes."""
+        held = [*vars(self.noise).values()] if self.noise is not None else []
+        held += vars(self.sketch).values() if self.sketch is not None else ()
+        return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
+
     def forward(self, x_SI: torch.Tensor) -> torch.Tensor | None:
         """See the inputs; E x, which noise adds to the outputs."""
         if self.sketch is not None:

@@ -297,7 +297,9 @@ def open_zero_students(bank: AdapterBank, train: TrainConfig, count: int, dtype:
         }
         norms = {name: torch.zeros(num_out) for name, (num_out, _) in bank.shapes.items()}
         hooks = student_hooks(train.lora, bank.shapes, norms, slot, CPU)
-        bank.open_slot(slot, factors, train.lora.scaling, gradients, None if hooks is None else hooks.by_module)
+        by_module = None if hooks is None else hooks.by_module
+        bank.open_slot(slot, factors, train.lora.scaling, gradients, by_module)
+        own += [tensor for hook in (by_module or {}).values() for tensor in hook.tensors()]
         own += [factor for pair in (*factors.values(), *gradients.values()) for factor in pair]
     return own
 
