@@ -11,7 +11,8 @@ import pytest
 
 from tests.tiny import make_base, make_bundle
 from translora.bundle import BaseInfo, Bundle, inspect_base
-from translora.config import AdapterEntry, BaseModelConfig, FleetConfig, load_config
+from translora.config import AdapterEntry, BaseModelConfig, FleetConfig, TrainConfig, load_config
+from translora.distill.phase import warm_start
 from translora.engine.loading import load_tokenizer
 from translora.report.table import note
 from translora.run.files import read_jsonl, replace_directory, sha256_path, write_json
@@ -506,3 +507,24 @@ def test_jsonl_faults_name_file_and_line(tmp_path: Path) -> None:
     write_json(path, {"input": ""})
     with pytest.raises(ValueError, match=r"data\.jsonl"):
         read_jsonl(path, required=("input",))
+
+
+@pytest.mark.parametrize(
+    ("targets", "warning"),
+    [
+        (["q_proj", "v_proj"], ""),
+        (["q_proj"], "a: adapts v_proj, which distill.lora.target_modules does not: its student begins without these"),
+        (["down_proj"], "a: adapts none of the student's modules: its student begins without it"),
+    ],
+)
+def test_a_warm_start_says_what_it_does_not_copy(
+    tmp_path: Path, run: Run, bundle: Bundle, caplog: pytest.LogCaptureFixture, targets: list[str], warning: str
+) -> None:
+    state = AdapterState(name="a", bundle=str(bundle.path))
+    member = Member(bundle, state, tmp_path / "adapters/a", 4, 2, [], AdapterEntry(bundle=str(bundle.path)))
+    assert warm_start(run, member) is None and not caplog.messages, "by default there is none"
+    settings = TrainConfig.model_validate({"warm_start": True, "lora": {"target_modules": targets}})
+    warm = dataclasses.replace(run, config=run.config.model_copy(update={"distill": settings}))
+    check_training(warm.config, warm.source, warm.target)
+    assert warm_start(warm, member) == (None if "none of" in warning else bundle.path)
+    assert caplog.messages == ([warning] if warning else [])
