@@ -53,10 +53,10 @@ def evaluate_config(world: World) -> dict[str, Any]:
         "seeds": list(SEEDS),
         "arms": {"long": {}, "short": {"distill": {"epochs": 2}}},
         "num_samples": 12,
-        "train": prepare["train"],
+        "train": prepare["train"] | {"num_workers": 1},
         "discriminator": {"epochs": 2, "learning_rate": 1e-2, "max_samples": 16},
         "synthesis": synthesis_settings(),
-        "distill": train_settings(),
+        "distill": train_settings() | {"num_workers": 1},
         # Out of reach: every verdict is a refusal, and nothing may be withheld for it.
         "gate": {"min_holdout": 4, "min_agreement": 1.0, "min_gain": 1.0},
     }

@@ -53,7 +53,7 @@ def test_a_preempted_job_is_queued_again_and_finishes_and_the_night_after_has_no
     kept = {path: path.stat().st_mtime_ns for path in run.glob("rounds/*/*.parquet")}
 
     # A preemption, in the middle of the distillation: Slurm ends all processes and queues the job again.
-    wait_until(lambda: list(run.glob("gangs/*/gang-*.safetensors")), "a checkpoint", 180)
+    wait_until(lambda: list(run.glob("gangs/*/gang-*.safetensors")), "a checkpoint", 400)
     slurm.run("scontrol", "requeue", job)
 
     assert (end := finish(slurm, job, 300))["JobState"] == "COMPLETED", log_of(slurm, job)
@@ -64,7 +64,7 @@ def test_a_preempted_job_is_queued_again_and_finishes_and_the_night_after_has_no
     assert token.stat().st_mode & 0o077 == 0 and token.read_text() not in log_of(slurm, job)
 
     night = nightly(slurm, fleet_world.root / "preempted.yaml")
-    assert finish(slurm, night, 180)["JobState"] == "COMPLETED"
+    assert finish(slurm, night, 400)["JobState"] == "COMPLETED"
     assert f"{len(NAMES)} of {len(NAMES)} migrated" in (log := (slurm.root / "shared" / "nightly.log").read_text())
     assert "generate" not in log and "training" not in log
 
@@ -90,7 +90,7 @@ def test_each_task_of_an_array_takes_its_own_fleet_and_ends_with_its_exit_code(
     worse = fleet(fleet_world, "worse", gate={"retries": -1})
     job = slurm.submit("--array=0-1", LAUNCH / "migrate.sbatch", bad, worse)
     for task, word in (("0", "num_workers"), ("1", "retries")):
-        end = finish(slurm, f"{job}_{task}", 180)
+        end = finish(slurm, f"{job}_{task}", 400)
         assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "2:0", "0")
         assert word in log_of(slurm, f"{job}_{task}")
     done = subprocess.run(["bash", LAUNCH / "migrate.sbatch"], capture_output=True, text=True)
