@@ -64,7 +64,8 @@ class ResourceConfig(Strict):
     gpus_per_actor: float = Field(default=0, ge=0)
     """GPUs per actor; 0 runs on the CPU. Above 1 a base's layers are spread over them, for one that no GPU can hold."""
     cpus_per_actor: float = Field(default=1, gt=0)
-    """CPUs that Ray reserves per actor, and its number of torch threads."""
+    """CPUs that Ray reserves per actor, and its number of torch threads; training workers on CPUs have as many threads
+    at most, and no more than their share of the machine."""
     worker_timeout_seconds: float = Field(default=3600, gt=0)
     """A worker that finishes no block, or in training no pass, for so long is taken to hang: it is ended, and its work
     tried again. Loading the base counts."""

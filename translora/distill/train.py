@@ -10,11 +10,13 @@ import functools
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ray.train
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
@@ -198,7 +200,8 @@ def train_worker(spec: dict[str, Any]) -> None:
     quiet_worker()
     if not spec["use_gpu"]:
         hide_gpus()
-        torch.set_num_threads(1)
+        share = len(os.sched_getaffinity(0)) // ray.train.get_context().get_local_world_size()
+        torch.set_num_threads(max(1, min(share, spec["max_threads"])))
     config = TrainConfig.model_validate(spec["train"])
     watchdog = Watchdog(spec["limit_seconds"])
     watchdog.alive()
