@@ -305,10 +305,13 @@ def test_students_learn_the_probabilities_of_teachers_of_the_same_vocabulary(wor
     first = [one["tokens"][0][0] == one["answer_ids"][0] for one in thoughts]
     assert sum(first) >= 0.8 * len(first), "the teacher's answers were its most likely ones"
     assert "sft for these" not in done.stderr
-    fleet["distill"]["loss"] = "sft"
+    fleet["distill"] |= {"loss": "sft", "warm_start": True}
     again = world.run("migrate", world.write("divergence.yaml", fleet))
     assert "generate" not in again.stderr and "ask the teachers" not in again.stderr, "the same set, another loss"
-    assert load_states(run_dir)[0].losses != state.losses
+    (warm,) = load_states(run_dir)
+    assert warm.status == "migrated" and warm.losses[0] < 0.5 * state.losses[0], "it begins as its source adapter"
+    moved = read_bundle(run_dir / warm.output)
+    assert moved.manifest.provenance["began_as"] == "the source adapter"
 
 
 def test_what_the_distillation_needs_is_checked_before_anything_is_generated(world: World) -> None:

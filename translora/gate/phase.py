@@ -106,6 +106,11 @@ def judges(run: Run, members: list[Member], template: str) -> dict[str, Judge]:
     return found
 
 
+def began_warm(run: Run, member: Member) -> bool:
+    """Whether the student was trained from its source adapter's weights."""
+    return run.config.distill.warm_start and is_in_bank(member.bundle.path)
+
+
 def publish(run: Run, member: Member, template: str, quality: DiscriminatorQuality | None) -> None:
     """Write the migrated adapter as a bundle of the target base, ready for the next hop."""
     manifest, gate = member.bundle.manifest, member.state.gate
@@ -126,7 +131,7 @@ def publish(run: Run, member: Member, template: str, quality: DiscriminatorQuali
             "source_bundle_sha256": member.bundle.digest,
             "agreement_with_teacher": gate.agreement_student,
             "agreement_of_bare_base": gate.agreement_base,
-            **({"warm_start": True} if run.config.distill.warm_start and is_in_bank(member.bundle.path) else {}),
+            **({"began_as": "the source adapter"} if began_warm(run, member) else {}),
         },
         model_card=model_card(
             member.state,
