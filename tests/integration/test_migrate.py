@@ -309,7 +309,8 @@ def test_students_learn_the_probabilities_of_teachers_of_the_same_vocabulary(wor
     again = world.run("migrate", world.write("divergence.yaml", fleet))
     assert "generate" not in again.stderr and "ask the teachers" not in again.stderr, "the same set, another loss"
     (warm,) = load_states(run_dir)
-    assert warm.status == "migrated" and warm.losses[0] < 0.5 * state.losses[0], "it begins as its source adapter"
+    # A random start's cross-entropy is no less than its divergence, and the source adapter's is less than that.
+    assert warm.status == "migrated" and warm.losses[0] < state.losses[0], "it begins as its source adapter"
     moved = read_bundle(run_dir / warm.output)
     assert moved.manifest.provenance["began_as"] == "the source adapter"
 
