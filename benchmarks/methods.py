@@ -7,17 +7,15 @@ of the adapters that are trained on the target with the real data. One `translor
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from translora.config import load_config
 from translora.evaluate.config import REAL, SOURCE_ADAPTER, EvaluateConfig, merge
-from translora.evaluate.render import points, ratio, read_results, table
+from translora.evaluate.render import points, ratio, table, write_results
 from translora.evaluate.results import Results
+from translora.evaluate.run import evaluate
+from translora.run.cluster import start_ray
+from translora.run.log import setup_logging
 
 HEAD = """\
 # Every PEFT method into every other
@@ -29,16 +27,16 @@ against which ρ is measured, are of the row's method.
 """
 
 
-def with_source(whole: dict[str, Any], arm: str, directory: Path) -> Path:
-    """Write the evaluate file whose source adapters are of an arm's method."""
-    settings = dict(whole)
-    settings["train"] = merge(whole.get("train", {}), whole["arms"][arm].get("distill", {}))
-    settings["run_dir"] = f"{whole['run_dir']}/from-{arm}"
-    output = Path(whole["output"])
-    settings["output"] = str(output.with_name(f"{output.stem}-from-{arm}.md"))
-    path = directory / f".{output.stem}-from-{arm}.yaml"
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    return path
+def with_source(config: EvaluateConfig, arm: str) -> EvaluateConfig:
+    """The same evaluation with source adapters of an arm's method."""
+    return EvaluateConfig.model_validate(
+        config.model_dump()
+        | {
+            "train": merge(config.train.model_dump(), config.arms[arm].get("distill", {})),
+            "run_dir": config.run_dir / f"from-{arm}",
+            "output": config.output.with_name(f"{config.output.stem}-from-{arm}.md"),
+        }
+    )
 
 
 def row(source: str, results: Results, arms: list[str]) -> list[str]:
@@ -58,15 +56,12 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="an evaluate file whose arms are methods")
     arguments = parser.parse_args()
     config = load_config(arguments.config, EvaluateConfig)
-    whole = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
+    setup_logging()
     arms, found = list(config.arms), dict[str, Results]()
     for arm in arms:
-        path = with_source(whole, arm, arguments.config.parent)
-        try:
-            subprocess.run([sys.executable, "-m", "translora", "evaluate", str(path)], check=True)
-            found[arm] = read_results(load_config(path, EvaluateConfig).output)
-        finally:
-            path.unlink()
+        own = with_source(config, arm)
+        found[arm] = evaluate(own, start_ray)
+        write_results(found[arm], own.output)
     setup = found[arms[0]].setup
     head = HEAD.format(
         source=setup.source.name,
