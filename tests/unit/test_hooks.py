@@ -12,7 +12,7 @@ from benchmarks.whole import WholeBase
 from tests.tiny import make_base
 from translora.config import LoraSettings, TrainConfig
 from translora.distill.gang import Gang
-from translora.distill.hooks import InputSketch, ModuleHook, StudentHooks, WeightNoise, row_norms, sketch_bytes
+from translora.distill.hooks import InputSketch, ModuleHook, WeightNoise, row_norms, sketch_bytes, student_hooks
 from translora.distill.job import TrainJob
 from translora.distill.memory import student_bytes
 from translora.distill.train import run_pass
@@ -30,7 +30,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_noise_is_that_of_perturbed_weights_in_both_passes() -> None:
     """A module with the noise in its weights, by autograd, has the same outputs and the same gradients."""
     linear = torch.nn.Linear(NUM_IN, NUM_OUT, bias=False).requires_grad_(False)
-    noise = WeightNoise(linear.weight.norm(dim=1), NUM_IN, seed=5)
+    noise = WeightNoise(linear.weight.norm(dim=1), NUM_IN, 0.3, seed=5)
     noise.step, noise.sigma = 4, 0.3
     lora_A, lora_B, x_1TI = random(RANK, NUM_IN), random(NUM_OUT, RANK, seed=1), random(1, 7, NUM_IN, seed=2)
     route, own = Route(), slice(2, 6)
@@ -57,7 +57,7 @@ def test_noise_is_that_of_perturbed_weights_in_both_passes() -> None:
 
 def test_noise_is_relative_to_the_rows_of_the_weights_and_new_in_each_step() -> None:
     norms_O = torch.tensor([1.0, 4.0, 0.5])
-    noise = WeightNoise(norms_O, 4000, seed=1)
+    noise = WeightNoise(norms_O, 4000, 0.2, seed=1)
     noise.sigma = 0.2
     drawn = []
     for step in range(3):
@@ -72,7 +72,7 @@ def test_noise_is_relative_to_the_rows_of_the_weights_and_new_in_each_step() -> 
 
 def test_noise_rises_along_half_a_cosine() -> None:
     lora = TrainConfig.model_validate({"lora": {"flat_sigma": 0.1}}).lora
-    hooks = StudentHooks(lora, {"a": (NUM_OUT, NUM_IN)}, {"a": torch.ones(NUM_OUT)}, 3, CPU)
+    hooks = student_hooks(lora, {"a": (NUM_OUT, NUM_IN)}, {"a": torch.ones(NUM_OUT)}, 3, CPU)
     noise = hooks.by_module["a"].noise
     assert noise is not None and hooks.by_module["a"].sketch is None
     found = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -35,6 +35,8 @@ VLLM_EXECUTION_ONLY = frozenset(
 class BaseModelConfig(Strict):
     """A base model: where it is and how it is loaded."""
 
+    added: ClassVar[frozenset[str]] = frozenset({"vllm"})
+
     model: str
     """Local directory (config.json, *.safetensors, tokenizer) or hub id."""
     dtype: DType = "auto"
@@ -49,8 +51,8 @@ class BaseModelConfig(Strict):
     max_model_len, ...); transformers when unset."""
 
     def decides(self) -> dict[str, Any]:
-        """What of it decides results, but for rounding; without `vllm` where it is unset, as before there was any."""
-        found = self.model_dump(exclude={"vllm"})
+        """What of it decides results, but for rounding."""
+        found = self.model_dump()
         if self.vllm is not None:
             found["vllm"] = {key: value for key, value in self.vllm.items() if key not in VLLM_EXECUTION_ONLY}
         return found

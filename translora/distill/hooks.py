@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -30,12 +31,17 @@ class WeightNoise:
     Args:
         norms_O: |W_i| of the module's rows, [out].
         num_in: columns of W.
+        sigma: at its greatest.
         seed: of the student and module.
     """
 
-    def __init__(self, norms_O: torch.Tensor, num_in: int, seed: int) -> None:
-        self.scale_O, self.num_in, self.seed = norms_O / math.sqrt(num_in), num_in, seed
-        self.step, self.sigma = 0, 0.0
+    def __init__(self, norms_O: torch.Tensor, num_in: int, sigma: float, seed: int) -> None:
+        self.scale_O, self.num_in, self.most, self.seed = norms_O / math.sqrt(num_in), num_in, sigma, seed
+        self.begin(0, 1)
+
+    def begin(self, step: int, num_steps: int) -> None:
+        """Begin a step: sigma rises from 0 along half a cosine."""
+        self.step, self.sigma = step, self.most * (1 - math.cos(math.pi * step / num_steps)) / 2
 
     def matrix(self, like: torch.Tensor) -> torch.Tensor:
         """E [out, in] of the present step, in the dtype and on the device of a tensor."""
@@ -127,46 +133,34 @@ class ModuleHook:
         return None if self.noise is None else grad_SO @ self.noise.matrix(grad_SO)
 
 
+@dataclass(frozen=True)
 class StudentHooks:
-    """The hooks of one student, by module.
+    """The hooks of one student by module; none where no option asks for any."""
 
-    Args:
-        lora: says which.
-        shapes: (out, in) by module.
-        norms: see `row_norms`; for the noise alone.
-        seed: the student's.
-    """
+    by_module: Mapping[str, ModuleHook] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        lora: LoraSettings,
-        shapes: Mapping[str, tuple[int, int]],
-        norms: Mapping[str, torch.Tensor],
-        seed: int,
-        place: torch.device,
-    ) -> None:
-        self.sigma = lora.flat_sigma
-        self.by_module: dict[str, ModuleHook] = {}
-        for name, (_, num_in) in shapes.items():
-            noise = WeightNoise(norms[name], num_in, derive_seed(seed, "flat", name)) if self.sigma else None
-            own = derive_seed(seed, "eva", name)
-            sketch = InputSketch(num_in, lora.total_rank, own, place) if lora.init == "eva" else None
-            self.by_module[name] = ModuleHook(noise, sketch)
+    @property
+    def have_sketches(self) -> bool:
+        """Whether the first step is to look at the inputs."""
+        return any(hook.sketch is not None for hook in self.by_module.values())
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What they hold between passes."""
+        return [tensor for hook in self.by_module.values() for tensor in hook.tensors()]
 
     def begin(self, step: int, num_steps: int) -> None:
-        """Begin a step: noise that rises from 0 to its full strength along half a cosine; inputs of the first alone."""
+        """Begin a step; the inputs of the first alone are looked at."""
         for hook in self.by_module.values():
             if hook.noise is not None:
-                hook.noise.step, hook.noise.sigma = step, self.sigma * (1 - math.cos(math.pi * step / num_steps)) / 2
+                hook.noise.begin(step, num_steps)
             if step > 0:
                 hook.sketch = None
 
-    def initialise(self, weights: Mapping[str, Factors], group: dist.ProcessGroup | None) -> int:
-        """Make each module's A the components of its inputs, of all ranks together; returns how many rows there are.
+    def initialise(self, weights: Mapping[str, Factors], group: dist.ProcessGroup | None) -> None:
+        """Make each module's A the components of its inputs, of all ranks together.
 
         Rows for which there is no component stay random.
         """
-        count = 0
         for name, hook in self.by_module.items():
             if hook.sketch is None:
                 continue
@@ -177,8 +171,6 @@ class StudentHooks:
             lora_A[: len(found_RI)] = found_RI
             if group is not None:  # a decomposition's signs are not the same on every device
                 dist.broadcast(lora_A, src=dist.get_global_rank(group, 0), group=group)
-            count += len(found_RI)
-        return count
 
 
 def student_hooks(
@@ -187,11 +179,24 @@ def student_hooks(
     norms: Mapping[str, torch.Tensor],
     seed: int,
     place: torch.device,
-) -> StudentHooks | None:
-    """What the options of a LoRA ask for; see StudentHooks."""
-    if not lora.flat_sigma and lora.init != "eva":
-        return None
-    return StudentHooks(lora, shapes, norms, seed, place)
+) -> StudentHooks:
+    """What the options of a LoRA ask for.
+
+    Args:
+        shapes: (out, in) by module.
+        norms: see `row_norms`; for the noise alone.
+        seed: the student's.
+    """
+    by_module = {}
+    for name, (_, num_in) in shapes.items():
+        noise = sketch = None
+        if lora.flat_sigma:
+            noise = WeightNoise(norms[name], num_in, lora.flat_sigma, derive_seed(seed, "flat", name))
+        if lora.init == "eva":
+            sketch = InputSketch(num_in, lora.total_rank, derive_seed(seed, "eva", name), place)
+        if noise is not None or sketch is not None:
+            by_module[name] = ModuleHook(noise, sketch)
+    return StudentHooks(by_module)
 
 
 def row_norms(bank: AdapterBank) -> dict[str, torch.Tensor]:

@@ -52,21 +52,13 @@ class TrainJob:
         Data that cannot be read makes a recipe that no output bears; `samples` says what is wrong with it.
         """
         settings = config.model_dump(exclude={*EXECUTION_ONLY, "warm_start", "lora" if self.peft else "peft"})
-        own: tuple[Any, ...] = (
-            self.seed,
-            self.epochs,
-            self.learning_rate,
-            self.template,
-            self.with_end,
-            self.peft,
-        )
+        own = (self.seed, self.epochs, self.learning_rate, self.template, self.with_end, self.peft)
+        begun = [Path(self.start) / name for name in (CONFIG, WEIGHTS)] if self.start is not None else []
         try:
-            data = sha256_file(Path(self.data))
-            if self.start is not None:
-                own += tuple(sha256_file(Path(self.start) / name) for name in (CONFIG, WEIGHTS))
+            data, *start = map(sha256_file, (Path(self.data), *begun))
         except OSError:
-            data = f"unreadable {self.name}"
-        return digest(own, data, settings, fingerprint)
+            data, start = f"unreadable {self.name}", []
+        return digest((*own, *start), data, settings, fingerprint)
 
     def is_made(self, recipe: str) -> bool:
         """Whether the output was made by this recipe."""

@@ -153,7 +153,7 @@ def make_trainer(
         "jobs": [dataclasses.asdict(job) for job in jobs],
         "directory": str(directory),
         "use_gpu": use_gpu,
-        "max_threads": max(1, int(resources.cpus_per_actor)),
+        "max_threads": int(resources.cpus_per_actor),
         "limit_seconds": resources.worker_timeout_seconds,
     }
     return TorchTrainer(

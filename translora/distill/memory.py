@@ -185,24 +185,13 @@ def known_gang_bytes(
         return estimated_gang_bytes(config.get_text_config(), dtype, train, shapes, num_samples * num_tokens)
 
 
-def known_activations(
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    train: TrainConfig,
-    shapes: dict[str, tuple[int, int]],
-    num_samples: int,
-    num_tokens: int,
-    *,
-    flash: bool,
-) -> float:
+def known_activations(config: PreTrainedConfig, dtype: torch.dtype, train: TrainConfig, size: PassSize) -> int:
     """`known_gang_bytes(...).activations` alone, for which nothing after the forward pass is run."""
-    size = PassSize(1, num_samples, num_tokens, num_tokens, flash)
     try:  # as there
         return pass_bytes(config, dtype, train, size, forward_only=True).activations
     except Exception as error:
         logger.info("%s: the activations of a pass are estimated (%s)", config.model_type, first_line(error))
-        text = config.get_text_config()
-        return estimated_gang_bytes(text, dtype, train, shapes, num_samples * num_tokens).activations
+        return estimated_activations(config.get_text_config(), dtype, train, size.num_samples * size.num_tokens)
 
 
 def loss_bytes(config: PreTrainedConfig, dtype: torch.dtype, num_positions: int) -> int:
@@ -216,10 +205,8 @@ def loss_bytes(config: PreTrainedConfig, dtype: torch.dtype, num_positions: int)
         return memory.peak
 
 
-def estimated_gang_bytes(
-    text: Any, dtype: torch.dtype, train: TrainConfig, shapes: dict[str, tuple[int, int]], num_tokens: int
-) -> GangBytes:
-    """The same from the shape of a decoder, for a base that cannot be run on fake tensors.
+def estimated_activations(text: Any, dtype: torch.dtype, train: TrainConfig, num_tokens: int) -> int:
+    """Activations from the shape of a decoder, for a base that cannot be run on fake tensors.
 
     A layer keeps about eight hidden states (residuals, norms, attention's in- and output), queries, keys and values,
     and four intermediate states of the MLP; with recomputation one hidden state, and one layer's all at a time.
@@ -232,7 +219,14 @@ def estimated_gang_bytes(
     heads, groups, head_dim = attention_shape(text)
     layer = 8 * hidden + 2 * (heads + groups) * head_dim + 4 * inner_size(text)
     kept = layers * hidden + layer if train.gradient_checkpointing else layers * layer
-    activations = num_tokens * kept * dtype.itemsize
+    return num_tokens * kept * dtype.itemsize
+
+
+def estimated_gang_bytes(
+    text: Any, dtype: torch.dtype, train: TrainConfig, shapes: dict[str, tuple[int, int]], num_tokens: int
+) -> GangBytes:
+    """The bytes of a gang from `estimated_activations`."""
+    activations = estimated_activations(text, dtype, train, num_tokens)
     own = student_bytes(shapes, train.lora, dtype)
     return GangBytes(backward=(3 * 4 * CHUNK_ELEMENTS, own + activations), activations=activations)
 
@@ -297,9 +291,8 @@ def open_zero_students(bank: AdapterBank, train: TrainConfig, count: int, dtype:
         }
         norms = {name: torch.zeros(num_out) for name, (num_out, _) in bank.shapes.items()}
         hooks = student_hooks(train.lora, bank.shapes, norms, slot, CPU)
-        by_module = None if hooks is None else hooks.by_module
-        bank.open_slot(slot, factors, train.lora.scaling, gradients, by_module)
-        own += [tensor for hook in (by_module or {}).values() for tensor in hook.tensors()]
+        bank.open_slot(slot, factors, train.lora.scaling, gradients, hooks.by_module)
+        own += hooks.tensors()
         own += [factor for pair in (*factors.values(), *gradients.values()) for factor in pair]
     return own
 

@@ -57,11 +57,12 @@ class PeftSlot:
         assert self.peft_model is not None
         return {name: one for name, one in self.peft_model.named_parameters() if one.requires_grad}
 
-    def hooks(self, seed: int) -> None:
+    def hooks(self, seed: int) -> StudentHooks:
         """None: they are of the bank."""
+        return StudentHooks()
 
     def open(
-        self, slot: int, weights: Mapping[str, Factors], gradients: Mapping[str, Factors], hooks: StudentHooks | None
+        self, slot: int, weights: Mapping[str, Factors], gradients: Mapping[str, Factors], hooks: StudentHooks
     ) -> None:
         """Have the parameters that `new_weights` made share their memory with the student's."""
         for name, parameter in self._trained().items():

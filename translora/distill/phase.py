@@ -78,25 +78,27 @@ def train_jobs(run: Run, member: Member, teacher: Sequence[Teacher] | None) -> l
 
 
 def warm_start(run: Run, member: Member) -> Path | None:
-    """The adapter that a student begins as, where the settings ask for it and there is one."""
+    """The adapter that a student begins as, where the settings ask for it and there is one; says what gets lost."""
+    start, remark = student_start(run, member)
+    if remark:
+        logger.warning("%s: %s", member.name, remark)
+    return start
+
+
+def student_start(run: Run, member: Member) -> tuple[Path | None, str]:
+    """As `warm_start`, with the remark instead of the log."""
     settings, path = run.config.distill, member.bundle.path
     if not settings.warm_start:
-        return None
+        return None, ""
     if not is_in_bank(path):
-        logger.warning("%s: is no plain LoRA: its student begins without it", member.name)
-        return None
+        return None, "is no plain LoRA: its student begins without it"
     source = read_lora(path)
     own = resolve_targets(linear_modules(run.target), settings.lora.target_modules, run.target.name, "distill.lora")
     if not source.modules.keys() & set(own):
-        logger.warning("%s: adapts none of the student's modules: its student begins without it", member.name)
-        return None
-    if lost := not_copied(source, own):
-        logger.warning(
-            "%s: adapts %s, which distill.lora.target_modules does not: its student begins without these",
-            member.name,
-            ", ".join(lost),
-        )
-    return path
+        return None, "adapts none of the student's modules: its student begins without it"
+    if lost := ", ".join(not_copied(source, own)):
+        return path, f"adapts {lost}, which distill.lora.target_modules does not: its student begins without these"
+    return path, ""
 
 
 def distill_phase(run: Run, members: list[Member]) -> None:

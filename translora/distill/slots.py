@@ -55,11 +55,11 @@ class Slots(Protocol):
     def new_weights(self, seed: int) -> dict[str, Factors]:
         """A new student's weights by name, float32; they depend on the seed alone."""
 
-    def hooks(self, seed: int) -> StudentHooks | None:
-        """What a new student has in its passes beside its weights, if anything."""
+    def hooks(self, seed: int) -> StudentHooks:
+        """What a new student has in its passes beside its weights."""
 
     def open(
-        self, slot: int, weights: Mapping[str, Factors], gradients: Mapping[str, Factors], hooks: StudentHooks | None
+        self, slot: int, weights: Mapping[str, Factors], gradients: Mapping[str, Factors], hooks: StudentHooks
     ) -> None:
         """Compute with these tensors for as long as the slot is open, and add to these gradients."""
 
@@ -99,16 +99,15 @@ class LoraSlots:
         """A [r, in] and B [out, r] by module."""
         return initial_weights(self.bank.shapes, self.lora.total_rank, seed)
 
-    def hooks(self, seed: int) -> StudentHooks | None:
+    def hooks(self, seed: int) -> StudentHooks:
         """Weight noise and a sketch of the inputs, where the options ask for them."""
         return student_hooks(self.lora, self.bank.shapes, self.norms, seed, self.base.place)
 
     def open(
-        self, slot: int, weights: Mapping[str, Factors], gradients: Mapping[str, Factors], hooks: StudentHooks | None
+        self, slot: int, weights: Mapping[str, Factors], gradients: Mapping[str, Factors], hooks: StudentHooks
     ) -> None:
         """Put the factors into the bank."""
-        by_module = None if hooks is None else hooks.by_module
-        self.bank.open_slot(slot, weights, self.lora.scaling, gradients, by_module)
+        self.bank.open_slot(slot, weights, self.lora.scaling, gradients, hooks.by_module)
 
     def close(self, slot: int) -> None:
         """Take them out."""

@@ -41,7 +41,7 @@ class Student:
         config: TrainConfig,
         place: torch.device,
         dtype: torch.dtype,
-        hooks: StudentHooks | None = None,
+        hooks: StudentHooks = StudentHooks(),  # noqa: B008 (has no state)
     ) -> None:
         self.job, self.recipe, self.samples, self.config = job, recipe, samples, config
         self.num_steps = num_steps(len(samples), job.epochs, config.batch_size)
@@ -55,7 +55,7 @@ class Student:
         chain = None if job.peft is not None else config.lora.chain
         self.num_links = 1 if chain is None else chain.links
         self.hooks = hooks
-        self.num_init_steps = int(hooks is not None and config.lora.init == "eva" and self.num_steps > 1)
+        self.num_init_steps = int(hooks.have_sketches and self.num_steps > 1)
         """Steps before the first update, which only see the inputs."""
         self.rates: torch.Tensor | None = None
         """What each weight's update is multiplied with, where an option asks for it (see translora.distill.options)."""
@@ -89,8 +89,7 @@ class Student:
 
     def begin_step(self) -> None:
         """Tell the hooks of the step whose passes come next."""
-        if self.hooks is not None:
-            self.hooks.begin(self.step, self.num_steps)
+        self.hooks.begin(self.step, self.num_steps)
 
     def batch(self) -> list[Sample]:
         """The samples of the next step."""
@@ -120,7 +119,6 @@ class Student:
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = self.job.learning_rate * (1 - self.step / self.num_steps)
         if self.step < self.num_init_steps:
-            assert self.hooks is not None
             self.hooks.initialise(self._views(self.flat), group)
         elif self.rates is None:
             self.optimizer.step()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 
 from translora.bundle import BundleError, write_bundle
-from translora.bundle.adapter import is_in_bank
 from translora.bundle.manifest import DiscriminatorQuality
-from translora.distill.phase import discriminator_inputs
+from translora.distill.phase import discriminator_inputs, student_start
 from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
 from translora.gate.agreement import GateMember, run_gate
@@ -106,15 +105,11 @@ def judges(run: Run, members: list[Member], template: str) -> dict[str, Judge]:
     return found
 
 
-def began_warm(run: Run, member: Member) -> bool:
-    """Whether the student was trained from its source adapter's weights."""
-    return run.config.distill.warm_start and is_in_bank(member.bundle.path)
-
-
 def publish(run: Run, member: Member, template: str, quality: DiscriminatorQuality | None) -> None:
     """Write the migrated adapter as a bundle of the target base, ready for the next hop."""
     manifest, gate = member.bundle.manifest, member.state.gate
     assert gate is not None
+    start, _ = student_start(run, member)
     output = run.config.run_dir / "bundles" / member.name
     write_bundle(
         output,
@@ -131,7 +126,7 @@ def publish(run: Run, member: Member, template: str, quality: DiscriminatorQuali
             "source_bundle_sha256": member.bundle.digest,
             "agreement_with_teacher": gate.agreement_student,
             "agreement_of_bare_base": gate.agreement_base,
-            **({"began_as": "the source adapter"} if began_warm(run, member) else {}),
+            **({"began_as": "the source adapter"} if start is not None else {}),
         },
         model_card=model_card(
             member.state,

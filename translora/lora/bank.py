@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -213,7 +214,7 @@ class AdapterBank:
         factors: Mapping[str, Factors],
         scaling: float,
         gradients: Mapping[str, Factors] | None = None,
-        hooks: Mapping[str, SegmentHook] | None = None,
+        hooks: Mapping[str, SegmentHook] = MappingProxyType({}),
     ) -> None:
         """Put an adapter into a slot: A [r, in] and B [out, r] by module name.
 
@@ -224,8 +225,7 @@ class AdapterBank:
         """
         for name, (lora_A, lora_B) in factors.items():
             grad_A, grad_B = (None, None) if gradients is None else gradients[name]
-            hook = None if hooks is None else hooks[name]
-            self.modules[name].slots[slot] = Slot(lora_A, lora_B, scaling, grad_A, grad_B, hook)
+            self.modules[name].slots[slot] = Slot(lora_A, lora_B, scaling, grad_A, grad_B, hooks.get(name))
 
     def close_slot(self, slot: int) -> None:
         """Take an adapter out of its slot."""

@@ -42,7 +42,10 @@ def not_copied(source: LoraWeights, student_modules: Iterable[str]) -> list[str]
 
 
 def truncated(lora_A: torch.Tensor, lora_B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [rank, in] and B [out, rank] whose B A is nearest to that of larger factors, its size shared between them."""
+    """A [rank, in] and B [out, rank] whose B A is nearest to that of larger factors, its size shared between them.
+
+    By a decomposition of the factors' own rank; PEFT's svd, which merges call, decomposes [out, in].
+    """
     Q_B, R_B = torch.linalg.qr(lora_B.double())
     Q_A, R_A = torch.linalg.qr(lora_A.double().T)
     U, sizes, Vh = torch.linalg.svd(R_B @ R_A.T)

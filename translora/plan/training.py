@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from translora.config import TrainConfig
-from translora.distill.memory import gathered_weights, known_activations, known_gang_bytes, student_bytes
+from translora.distill.memory import PassSize, gathered_weights, known_activations, known_gang_bytes, student_bytes
 from translora.distill.plan import TOKENS_PER_PASS, GangBytes, JobSize, choose_gang_size, lay_out
 from translora.plan.hardware import LINK_SHARE, Hardware
 from translora.plan.shape import Shape
@@ -88,10 +88,10 @@ def pass_memory(shape: Shape, train: str, num_samples: int, num_tokens: int) -> 
     """
     config = TrainConfig.model_validate_json(train)
     adapted = shape.adapted(config.lora.target_modules)
-    sizes = (adapted, num_samples, num_tokens)
-    need = known_gang_bytes(shape.config, shape.dtype, config, *sizes, flash=True)
+    need = known_gang_bytes(shape.config, shape.dtype, config, adapted, num_samples, num_tokens, flash=True)
     other = config.model_copy(update={"gradient_checkpointing": not config.gradient_checkpointing})
-    beside = known_activations(shape.config, shape.dtype, other, *sizes, flash=True)
+    size = PassSize(1, num_samples, num_tokens, num_tokens, flash=True)
+    beside = known_activations(shape.config, shape.dtype, other, size)
     kept, recomputed = (beside, need.activations) if config.gradient_checkpointing else (need.activations, beside)
     return need, {"kept": kept, "recomputed": recomputed}
 
