@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from scipy.stats import binomtest
 
 from tests.reports import fleet, full_stats, make_run, migrated, states, write_many, write_synthetic
 from translora.report.html import read_samples, write_report
-from translora.report.table import gain, note, notes, percent, render_table, summary, to_markdown
+from translora.report.table import interval, note, notes, percent, render_table, summary, to_markdown, wilson
 from translora.run.state import AdapterState
 
 VOID = {"meta", "br", "line", "polyline", "img", "input", "hr", "link"}
@@ -49,19 +50,26 @@ def printed(adapters: list[AdapterState], width: int = 120) -> str:
 
 def test_percentages_do_not_round_to_all_or_nothing() -> None:
     assert [percent(share) for share in (0.0, 0.001, 0.5, 0.999, 1.0, None)] == ["0%", "1%", "50%", "99%", "100%", "–"]
-    assert gain(0.125, 0.875) == "+76" and gain(0.5, 0.25) == "-25" and gain(0.001, 0.999) == "+98"
+
+
+def test_an_interval_is_wilsons_and_never_without_width() -> None:
+    """Reference: scipy.stats.binomtest(k, n).proportion_ci(method="wilson")."""
+    for right, count in ((0, 5), (3, 8), (21, 24), (50, 50), (431, 1000)):
+        expected = binomtest(right, count).proportion_ci(method="wilson")
+        assert wilson(right / count, count) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    assert interval(0.875, 24) == "69–96" and interval(1.0, 12) == "76–100" and interval(0.0, 12) == "0–24"
 
 
 def test_the_table_says_the_figures_of_each_adapter() -> None:
     text = printed(states())
     line = next(line for line in text.splitlines() if "routing" in line)
     assert line.split() == (
-        "routing migrated 120 144/200 (72%) 12% → 88% (+76, n=24) 10% → 90% 20% → 84%".split()  # noqa: SIM905
+        "routing migrated 120 144/200 (72%) 12% → 88% (69–96) 10% → 90% (79–96) 20% → 84% (71–92)".split()  # noqa: SIM905
     )
     assert "1 of 4 migrated, 1 failed gate, 1 quarantined, 1 pending" in text
     assert "in synthesis" in text
     assert max(map(len, text.splitlines())) <= 110
-    assert "12% → 88% (+76, n=24)" in to_markdown(states())
+    assert "12% → 88% (69–96)" in to_markdown(states())
     assert notes(states())[0] == "tone: failed gate: agreement 0.40 is below 0.60"
 
 
@@ -98,7 +106,7 @@ def test_the_page_is_whole_escaped_and_loads_nothing(tmp_path: Path) -> None:
         "2.000 → 0.050",
         "agreement 0.40 is below 0.60",
         "cats",
-        "(+76, n=24)",
+        "(69–96, n=24)",
     ):
         assert text in page
     for reason, count in migrated().synthesis.dropped.items():

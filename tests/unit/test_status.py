@@ -87,7 +87,7 @@ def test_what_failed_is_listed_with_its_reason(run_dir: Path) -> None:
     save_state(run_dir, failed)
     text = render_status(run_dir)
     assert f"old: quarantined: {reason}" in text and "tone: failed gate: too low" in text
-    assert "40% → 50% (+10)" in text and "0.250" in text
+    assert "40% → 50% (24–76)" in text and "0.250" in text
     value = json.loads(render_status(run_dir, as_json=True))
     assert value["statuses"] == {"quarantined": 1, "failed_gate": 1} and value["phases"] == {"verify": 1, "done": 1}
     assert value["adapters"][1]["gate"]["num_heldout"] == 10

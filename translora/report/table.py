@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
+from statistics import NormalDist
 
 from rich import box
 from rich.table import Table
@@ -48,9 +50,18 @@ def percent(share: float | None) -> str:
     return MISSING if share is None else f"{_points(share)}%"
 
 
-def gain(before: float, after: float) -> str:
-    """The signed difference of the two percentages as they are shown."""
-    return f"{_points(after) - _points(before):+d}"
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `count` (Wilson's, which is none of width zero where all or nothing is right)."""
+    z = NormalDist().inv_cdf(0.975)
+    centre = share + z**2 / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return max(0.0, (centre - spread) / (1 + z**2 / count)), min(1.0, (centre + spread) / (1 + z**2 / count))
+
+
+def interval(share: float, count: int) -> str:
+    """A share's 95 % interval in percent: 69–96."""
+    low, high = wilson(share, count)
+    return f"{_points(low)}–{_points(high)}"
 
 
 def _points(share: float) -> int:
@@ -66,13 +77,12 @@ def accepted_text(state: AdapterState) -> str:
     return f"{stats.accepted}/{stats.generated} ({percent(stats.acceptance)})" if stats.generated else MISSING
 
 
-def agreement_text(state: AdapterState, with_count: bool = False) -> str:
-    """Agreement of the bare target base → of the migrated student, the gain in points, and over how many prompts."""
+def agreement_text(state: AdapterState) -> str:
+    """Agreement of the bare target base → of the migrated student, with its 95 % interval."""
     if (gate := state.gate) is None:
         return MISSING
     before, after = gate.agreement_base, gate.agreement_student
-    count = f", n={gate.num_heldout}" if with_count else ""
-    return f"{percent(before)} → {percent(after)} ({gain(before, after)}{count})"
+    return f"{percent(before)} → {percent(after)} ({interval(after, gate.num_heldout)})"
 
 
 def status_text(state: AdapterState) -> str:
@@ -124,7 +134,7 @@ def render_table(states: Sequence[AdapterState]) -> Table:
         table.add_column("accuracy, target:\nbase → migrated", no_wrap=True)
     for state in states:
         status = Text(status_text(state), STATUS_STYLES[state.status])
-        cells = [str(state.num_samples or MISSING), accepted_text(state), agreement_text(state, with_count=True)]
+        cells = [str(state.num_samples or MISSING), accepted_text(state), agreement_text(state)]
         if with_accuracy:
             cells += accuracy_texts(state)
         table.add_row(Text(state.name), status, *map(Text, cells))
@@ -137,13 +147,14 @@ def notes(states: Sequence[AdapterState]) -> list[str]:
 
 
 def accuracy_texts(state: AdapterState) -> list[str]:
-    """Accuracy on real held-out data: of the source base → its adapter, and of the target base → the migrated one."""
+    """Accuracy on real held-out data: of the source base → its adapter, and of the target base → the migrated one.
+
+    The adapters' have their 95 % intervals.
+    """
     if (accuracy := state.accuracy) is None:
         return [MISSING, MISSING]
-    return [
-        f"{percent(accuracy.source_base)} → {percent(accuracy.source_adapter)}",
-        f"{percent(accuracy.target_base)} → {percent(accuracy.migrated)}",
-    ]
+    pairs = ((accuracy.source_base, accuracy.source_adapter), (accuracy.target_base, accuracy.migrated))
+    return [f"{percent(base)} → {percent(own)} ({interval(own, accuracy.num_items)})" for base, own in pairs]
 
 
 def to_markdown(states: Sequence[AdapterState]) -> str:
@@ -154,7 +165,7 @@ def to_markdown(states: Sequence[AdapterState]) -> str:
         shares = [getattr(state.accuracy, field) if state.accuracy else None for field in ACCURACY_FIELDS]
         samples = str(state.num_samples or MISSING)
         rows.append([state.name, status_text(state), samples, accepted_text(state)])
-        rows[-1] += [agreement_text(state, with_count=True), *map(percent, shares)]
+        rows[-1] += [agreement_text(state), *map(percent, shares)]
     if not any(state.accuracy for state in states):
         headers, rows = headers[:_ACCURACY_COLUMN], [row[:_ACCURACY_COLUMN] for row in rows]
     rule = ["---" if column < _TEXT_COLUMNS else "---:" for column in range(len(headers))]
