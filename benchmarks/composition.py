@@ -19,7 +19,7 @@ from benchmarks.facts import facts
 from benchmarks.merging import ROUTING, accuracy, cell, once, score, tests, train_tag
 from examples.bases import base_path, default_cache
 from translora.bundle import inspect_base, read_bundle, write_bundle
-from translora.config import BaseModelConfig
+from translora.config import OPEN_GATE, BaseModelConfig
 from translora.engine.transformers import TransformersEngine
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ def write_fleet(work: Path, tag: Path, num_samples: int) -> Path:
                 for method, settings in AFTER.items()
             ),
         ],
-        "gate": {"min_holdout": 8, "holdout_fraction": 0.1, "min_agreement": 0.0, "min_gain": -1.0},
+        "gate": {**OPEN_GATE, "min_holdout": 8, "holdout_fraction": 0.1},
     }
     path = work / "fleet.yaml"
     path.write_text(yaml.safe_dump(config))

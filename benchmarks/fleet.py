@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.plain import Result
+from translora.config import OPEN_GATE
 from translora.run.state import load_states
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +41,7 @@ def make_fleet(directory: Path, num_adapters: int, num_samples: int, num_heldout
         entries.append({"bundle": str(copy), "num_samples": num_samples})
     config = yaml.safe_load((ROOT / "examples" / "fleet.yaml").read_text())
     config |= {"run_dir": str(directory / "run"), "adapters": entries}
-    config["gate"] = {"min_holdout": num_heldout, "holdout_fraction": 0.01, "min_agreement": 0.0, "min_gain": -1.0}
+    config["gate"] = {**OPEN_GATE, "min_holdout": num_heldout, "holdout_fraction": 0.01}
     path = directory / "fleet.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

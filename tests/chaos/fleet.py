@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.integration.world import make_trained_base, sentence
 from tests.tiny import make_adapter
 from translora.bundle import inspect_base, write_bundle
+from translora.config import OPEN_GATE
 from translora.run.files import read_object, sha256_path
 from translora.run.state import load_states
 
@@ -86,7 +87,7 @@ def write_config(root: Path, run_dir: str) -> Path:
             "max_failures": 5,
         },
         "discriminator": {"epochs": 1, "learning_rate": 5e-3, "max_samples": 12},
-        "gate": {"min_holdout": NUM_HELDOUT, "min_agreement": 0.0, "min_gain": -1.0, "retries": 0},
+        "gate": {**OPEN_GATE, "min_holdout": NUM_HELDOUT, "retries": 0},
     }
     path = root / f"{Path(run_dir).name}.yaml"
     path.write_text(yaml.safe_dump(config))

@@ -13,6 +13,7 @@ from typing import Any
 
 from tests.integration.world import ROOT, World, environment, make_trained_base, sentence, train_settings
 from tests.tiny import make_bundle
+from translora.config import OPEN_GATE
 from translora.run.state import load_states
 
 NAMES = ("orders", "returns")
@@ -34,7 +35,7 @@ def fleet(world: World, name: str, **sections: Any) -> Path:
     config = world.fleet_config(name) | {
         "adapters": [{"bundle": f"bundles/{name}"} for name in NAMES],
         "distill": train_settings() | {"epochs": 6, "num_workers": 1},
-        "gate": {"min_holdout": 2, "min_agreement": 0.0, "min_gain": -1.0},
+        "gate": {**OPEN_GATE, "min_holdout": 2},
     }
     config["synthesis"] |= {"screen": "none"}
     for section, values in sections.items():

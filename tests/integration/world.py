@@ -22,6 +22,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import Family, make_base
+from translora.config import OPEN_GATE
 from translora.synthesis.prompts import discriminator_question
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,7 +128,7 @@ class World:
             "synthesis": synthesis_settings(),
             "distill": train_settings(),
             "discriminator": {"epochs": 1, "learning_rate": 5e-3, "max_samples": 24},
-            "gate": {"min_holdout": 4, "min_agreement": 0.0, "min_gain": -1.0},
+            "gate": {**OPEN_GATE, "min_holdout": 4},
         }
 
 

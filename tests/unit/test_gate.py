@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sklearn.metrics import balanced_accuracy_score
 
 from translora.config import BaseModelConfig, GateConfig, ResourceConfig
 from translora.gate import agreement
-from translora.gate.agreement import GateMember, _judge_member, judge, run_gate, share_equal
+from translora.gate.agreement import GateMember, _judge_member, informedness, judge, run_gate, share_equal
 from translora.run.state import Accuracy, GateResult
 from translora.synthesis.actors import Hosts
 
@@ -44,18 +47,56 @@ def test_agreement_is_exact_match_after_normalising() -> None:
     assert share_equal([" Red ", "blue", "red  hat", None], ["red", "red", "Red hat", "x"]) == 0.5
 
 
+def measured(student: float, base: float, **more: Any) -> GateResult:
+    return GateResult(num_heldout=20, agreement_student=student, agreement_base=base, passed=False, **more)
+
+
 def test_the_gate_names_each_limit_that_was_missed() -> None:
     config = GateConfig(min_agreement=0.6, min_gain=0.1)
-    assert judge(0.9, 0.2, 20, config).passed
-    low = judge(0.5, 0.0, 20, config)
+    assert judge(measured(0.9, 0.2), config).passed
+    low = judge(measured(0.5, 0.0), config)
     assert not low.passed and low.reason == "agreement 0.50 < gate.min_agreement 0.60"
-    no_gain = judge(0.8, 0.75, 20, config)
+    no_gain = judge(measured(0.8, 0.75), config)
     assert not no_gain.passed and no_gain.reason == "gain over the target base +0.05 < gate.min_gain +0.10"
 
 
 def test_agreement_with_a_teacher_of_one_answer_does_not_pass() -> None:
-    verdict = judge(1.0, 0.0, 20, GateConfig(), only_answer="no")
+    verdict = judge(measured(1.0, 0.0, only_answer="no"), GateConfig())
     assert not verdict.passed and "answers 'no' to every sample, so agreement says nothing" in verdict.reason
+    open_gate = GateConfig(min_agreement=0.0, min_gain=-1.0, min_informedness=-1.0)
+    assert not judge(verdict, open_gate).passed, "whatever the thresholds"
+
+
+def test_informedness_is_the_adjusted_balanced_accuracy() -> None:
+    """Reference: scikit-learn."""
+    rng = random.Random(0)
+    for num_classes in (2, 3, 5):
+        references = [str(rng.randrange(num_classes)) for _ in range(40)]
+        answers = [reference if rng.random() < 0.6 else str(rng.randrange(num_classes)) for reference in references]
+        expected = balanced_accuracy_score(references, answers, adjusted=True)
+        assert informedness(answers, references) == pytest.approx(expected)
+    assert informedness([" No", "yes", None, "no"], ["no", "Yes", "yes", "NO"]) == pytest.approx(0.5)
+    assert informedness(["a"] * 4, ["a"] * 4) == 0, "nothing is shown"
+
+
+def classified(labels: list[str]) -> GateMember:
+    heldout = [{"input": f"held out {index}", "answer": label} for index, label in enumerate(labels)]
+    return dataclasses.replace(member(), heldout=heldout, eval_rows=[], classes=("yes", "no"))
+
+
+def test_a_student_of_one_answer_does_not_pass_however_well_it_agrees() -> None:
+    labels = ["yes"] * 22 + ["no"] * 2
+    arms: dict[tuple[str, str], list[str | None]] = {("paint", "gate_base"): [None] * 24}
+    constant, _ = _judge_member(classified(labels), arms | {("paint", "gate_student"): ["yes"] * 24}, {}, GateConfig())
+    assert constant.agreement_student > 0.9 and constant.informedness == 0 and not constant.passed
+    assert "gate.min_informedness 0.10" in constant.reason
+    one = ["yes"] * 20 + ["no"] * 3 + ["yes"]
+    some, _ = _judge_member(classified(labels), arms | {("paint", "gate_student"): one}, {}, GateConfig())
+    assert some.agreement_student < constant.agreement_student and some.passed
+    unseen, _ = _judge_member(
+        classified(["yes"] * 24), arms | {("paint", "gate_student"): ["yes"] * 24}, {}, GateConfig()
+    )
+    assert unseen.agreement_student == 1 and not unseen.passed, "no prompt that shows the other answer"
 
 
 def test_a_member_is_judged_by_its_student_and_measured_by_every_arm() -> None:

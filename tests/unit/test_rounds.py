@@ -281,3 +281,14 @@ def test_the_gate_gets_every_answer_in_its_share_and_free_text_at_random() -> No
     assert len(draw_heldout(free, 20, seed=1)) == 20
     assert draw_heldout(free, 10, seed=1) != draw_heldout(free, 10, seed=2)
     assert draw_heldout(["yes", "no"], 1, seed=0) < {0, 1}
+
+
+def test_the_gate_gets_a_rare_answer_too_unless_the_training_would_have_none() -> None:
+    for seed in range(20):
+        answers = ["yes"] * 50 + ["no"] * 2
+        drawn = draw_heldout(answers, 12, seed)
+        assert len(drawn) == 12 and sum(answers[index] == "no" for index in drawn) == 1
+        alone = draw_heldout(["yes"] * 51 + ["no"], 2, seed)
+        assert len(alone) == 2
+        few = [letter for letter in "abcdef" for _ in range(3)]
+        assert len({few[index] for index in draw_heldout(few, 3, seed)}) == 3, "room for three of six"

@@ -11,13 +11,14 @@ refused.
 """
 
 from translora.config.base import VLLM_EXECUTION_ONLY, BaseModelConfig, ResourceConfig
-from translora.config.fleet import AdapterEntry, FleetConfig, GateConfig, TrackingConfig
+from translora.config.fleet import OPEN_GATE, AdapterEntry, FleetConfig, GateConfig, TrackingConfig
 from translora.config.prepare import PrepareConfig, PrepareEntry, refuse_same_names, refuse_teacher
 from translora.config.synthesis import SamplingConfig, Screen, SynthesisConfig
 from translora.config.train import ChainSettings, Count, DiscriminatorConfig, LoraSettings, TrainConfig
 from translora.config_file import load_config
 
 __all__ = [
+    "OPEN_GATE",
     "VLLM_EXECUTION_ONLY",
     "AdapterEntry",
     "BaseModelConfig",

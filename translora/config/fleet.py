@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -31,8 +31,14 @@ class AdapterEntry(Strict):
     """This adapter's own distill.learning_rate."""
 
 
+OPEN_GATE = {"min_agreement": 0.0, "min_gain": -1.0, "min_informedness": -1.0}
+"""Of a gate that holds back nothing but what learnt from a teacher of one answer."""
+
+
 class GateConfig(Strict):
     """The acceptance check on held-out synthetic prompts."""
+
+    added: ClassVar[frozenset[str]] = frozenset({"min_informedness"})
 
     holdout_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Share of additional synthetic samples kept out of training (on top of |D_syn|)."""
@@ -42,6 +48,9 @@ class GateConfig(Strict):
     """Least share of held-out prompts on which the migrated student gives the teacher's answer."""
     min_gain: float = Field(default=0.0, ge=-1, le=1)
     """Least (student - bare target base) agreement."""
+    min_informedness: float = Field(default=0.1, ge=-1, le=1)
+    """Where the teacher's answers are few: least informedness of the student's, of which 0 is one answer to everything,
+    the commonest included, and 1 the teacher's every time."""
     retries: int = Field(default=1, ge=0, le=3)
     """Times that an adapter which did not pass is distilled again, from more samples, before it is given up."""
     retry_factor: float = Field(default=2.0, gt=1, le=4)

@@ -190,16 +190,6 @@ def migrations(config: EvaluateConfig, repetition: Repetition) -> list[Migration
         thresholds = config.fleet(repetition.seed, arm).gate
         for state in states:
             good, source = repetition.correct(state.name, arm), repetition.correct(state.name, SOURCE_ADAPTER) or []
-            judged = gate = state.gate
-            if gate is not None:
-                judged = judge(
-                    gate.agreement_student,
-                    gate.agreement_base,
-                    gate.num_heldout,
-                    thresholds,
-                    only_answer=state.synthesis.only_answer,
-                    logliks=(gate.loglik_student, gate.loglik_base),
-                )
             found.append(
                 Migration(
                     task=state.name,
@@ -207,7 +197,7 @@ def migrations(config: EvaluateConfig, repetition: Repetition) -> list[Migration
                     arm=arm,
                     note=state.reason or state.synthesis.shortfall or state.synthesis.warning,
                     synthesis=state.synthesis,
-                    gate=judged,
+                    gate=judge(state.gate, thresholds) if state.gate else None,
                     accuracy=sum(good) / len(good) if good else None,
                     source_accuracy=sum(source) / len(source),
                 )

@@ -12,6 +12,7 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from translora.config import (
+    OPEN_GATE,
     AdapterEntry,
     BaseModelConfig,
     DiscriminatorConfig,
@@ -173,7 +174,7 @@ class EvaluateConfig(ConfigFile):
 
 def without_gate(fleet: FleetConfig) -> FleetConfig:
     """The same migration with thresholds that hold nothing back and no second attempts, so that all is measured."""
-    gate = fleet.gate.model_copy(update={"min_agreement": 0.0, "min_gain": -1.0, "retries": 0})
+    gate = fleet.gate.model_copy(update={**OPEN_GATE, "retries": 0})
     return fleet.model_copy(update={"gate": gate})
 
 

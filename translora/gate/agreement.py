@@ -6,6 +6,7 @@ normalising case and white space.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,8 @@ class GateMember:
     """Held-out synthetic samples: `input`, and the teacher's `answer`."""
     eval_rows: list[dict[str, str]]
     """Real held-out data: `input`, `target`; empty where there is none."""
-    only_answer: str | None = None
-    """The teacher's answer to every synthetic sample, where it has only one."""
+    classes: Sequence[str] = ()
+    """The teacher's different answers to the synthetic samples, where they are few; empty for free text."""
 
 
 def is_equal(answer: str | None, reference: str) -> bool:
@@ -47,42 +48,45 @@ def share_equal(answers: Sequence[str | None], references: Sequence[str]) -> flo
     return sum(is_equal(*pair) for pair in zip(answers, references, strict=True)) / len(references)
 
 
-def judge(
-    agreement_student: float,
-    agreement_base: float,
-    num_heldout: int,
-    config: GateConfig,
-    *,
-    only_answer: str | None = None,
-    logliks: tuple[float | None, float | None] = (None, None),
-) -> GateResult:
-    """The verdict on one adapter: enough agreement, and enough of it beyond the bare target base's.
+def informedness(answers: Sequence[str | None], references: Sequence[str]) -> float:
+    """How far the answers follow the references: 0 is one answer to everything, 1 the reference every time.
 
-    Args:
-        only_answer: what the teacher answers to every sample, if it has one answer only. Agreement with it is no sign
-            that anything but that answer was learnt, and the adapter does not pass.
-        logliks: mean log-likelihood of a token of the teacher's answers under student and bare base.
+    The mean over the different references of the share of them that is answered so, adjusted for what one answer
+    reaches: scikit-learn's `balanced_accuracy_score(adjusted=True)`, for two references Youden's J. Unlike agreement
+    it is not raised by references of which nearly all are the same; where all are, it is 0, for nothing is shown.
+    """
+    found: defaultdict[str, list[bool]] = defaultdict(list)
+    for answer, reference in zip(answers, references, strict=True):
+        found[normalise(reference)].append(is_equal(answer, reference))
+    if len(found) < 2:
+        return 0.0
+    chance = 1 / len(found)
+    return (sum(sum(right) / len(right) for right in found.values()) * chance - chance) / (1 - chance)
+
+
+def judge(measured: GateResult, config: GateConfig) -> GateResult:
+    """The verdict on one adapter: enough agreement, beyond that of the bare target base and that of one fixed answer.
+
+    Agreement with a teacher that gave one answer to every sample is no sign that anything but that answer was learnt,
+    and such an adapter does not pass, whatever the thresholds.
     """
     reasons = []
-    if only_answer is not None:
+    agreement, gain = measured.agreement_student, measured.agreement_student - measured.agreement_base
+    if measured.only_answer is not None:
         reasons.append(
-            f"the teacher answers {only_answer!r} to every sample, so agreement says nothing; "
+            f"the teacher answers {measured.only_answer!r} to every sample, so agreement says nothing; "
             "ship seeds of every answer"
         )
-    if agreement_student < config.min_agreement:
-        reasons.append(f"agreement {agreement_student:.2f} < gate.min_agreement {config.min_agreement:.2f}")
-    if agreement_student - agreement_base < config.min_gain:
-        gain = agreement_student - agreement_base
+    if agreement < config.min_agreement:
+        reasons.append(f"agreement {agreement:.2f} < gate.min_agreement {config.min_agreement:.2f}")
+    if gain < config.min_gain:
         reasons.append(f"gain over the target base {gain:+.2f} < gate.min_gain {config.min_gain:+.2f}")
-    return GateResult(
-        num_heldout=num_heldout,
-        agreement_student=agreement_student,
-        agreement_base=agreement_base,
-        loglik_student=logliks[0],
-        loglik_base=logliks[1],
-        passed=not reasons,
-        reason="; ".join(reasons),
-    )
+    if measured.informedness is not None and measured.informedness < config.min_informedness:
+        reasons.append(
+            f"informedness {measured.informedness:.2f} < gate.min_informedness {config.min_informedness:.2f}, of which "
+            "one answer to everything has 0; ship seeds of every answer"
+        )
+    return measured.model_copy(update={"passed": not reasons, "reason": "; ".join(reasons)})
 
 
 def answer_rows(
@@ -235,14 +239,18 @@ def _judge_member(
     config: GateConfig,
 ) -> tuple[GateResult, Accuracy | None]:
     labels = [sample["answer"] for sample in member.heldout]
-    gate = judge(
-        share_equal(answers[member.name, "gate_student"], labels),
-        share_equal(answers[member.name, "gate_base"], labels),
-        len(labels),
-        config,
-        only_answer=member.only_answer,
-        logliks=(logliks.get((member.name, "gate_student")), logliks.get((member.name, "gate_base"))),
+    student, base = answers[member.name, "gate_student"], answers[member.name, "gate_base"]
+    measured = GateResult(
+        num_heldout=len(labels),
+        agreement_student=share_equal(student, labels),
+        agreement_base=share_equal(base, labels),
+        only_answer=member.classes[0] if len(member.classes) == 1 else None,
+        informedness=informedness(student, labels) if member.classes else None,
+        loglik_student=logliks.get((member.name, "gate_student")),
+        loglik_base=logliks.get((member.name, "gate_base")),
+        passed=False,
     )
+    gate = judge(measured, config)
     if not member.eval_rows:
         return gate, None
     targets = [row["target"] for row in member.eval_rows]

@@ -30,7 +30,7 @@ def gate_phase(run: Run, members: list[Member]) -> None:
             teacher_template=member.bundle.manifest.prompt_template,
             heldout=member.samples("heldout"),
             eval_rows=member.eval_rows,
-            only_answer=member.state.synthesis.only_answer,
+            classes=list(member.state.synthesis.classes),
         )
         for member in members
     ]

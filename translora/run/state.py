@@ -62,6 +62,10 @@ class GateResult(BaseModel):
     num_heldout: int
     agreement_student: float
     agreement_base: float
+    only_answer: str | None = None
+    """The teacher's answer to every synthetic sample, where it has only one."""
+    informedness: float | None = None
+    """Of the student's answers, where the teacher's are few: 0 is one answer to everything, 1 the teacher's."""
     loglik_student: float | None = None
     loglik_base: float | None = None
     """Mean log-likelihood of a token of the teacher's answers."""

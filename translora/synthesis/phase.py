@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -87,15 +88,27 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
 def draw_heldout(answers: Sequence[str], count: int, seed: int) -> set[int]:
     """Indices of samples for the gate, at random; where the answers are few, with the same share of each as in all.
 
+    Of each of these answers that two samples have, one is drawn if there is room: a gate that saw one answer alone
+    would pass a student that gives no other.
+
     Args:
         answers: the teacher's, of all samples.
         count: of them for the gate.
     """
     order = list(range(len(answers)))
     random.Random(seed).shuffle(order)
-    if answer_classes(answers):
-        order.sort(key=lambda index: normalise(answers[index]))
-    return {order[(2 * place + 1) * len(order) // (2 * count)] for place in range(count)}
+    keys = [normalise(answer) for answer in answers]
+    few = bool(answer_classes(answers))
+    if few:
+        order.sort(key=keys.__getitem__)
+    drawn = [order[(2 * place + 1) * len(order) // (2 * count)] for place in range(count)]
+    for key, total in Counter(keys).items() if few else ():
+        held = Counter(keys[index] for index in drawn)
+        commonest, most = held.most_common(1)[0]
+        if not held[key] and total > 1 and most > 1:
+            drawn.remove(next(index for index in drawn if keys[index] == commonest))
+            drawn.append(next(index for index in order if keys[index] == key))
+    return set(drawn)
 
 
 def write_synthetic(member: Member, pool: Pool, seed: int, min_holdout: int) -> None:
