@@ -10,8 +10,9 @@ import argparse
 from pathlib import Path
 
 from translora.config import load_config
+from translora.evaluate.cells import points, ratio, table
 from translora.evaluate.config import REAL, SOURCE_ADAPTER, EvaluateConfig, merge
-from translora.evaluate.render import points, ratio, table, write_results
+from translora.evaluate.render import write_results
 from translora.evaluate.results import Results
 from translora.evaluate.run import evaluate
 from translora.run.cluster import start_ray

@@ -135,7 +135,7 @@ def test_the_verdict_is_that_of_each_arms_own_thresholds(config: EvaluateConfig,
 
 def test_a_teacher_of_one_answer_passes_no_gate(config: EvaluateConfig, answers: agreement.Answers) -> None:
     stats = SynthesisStats(classes={"red": 40}, warning="one answer")
-    (found,) = migrations(config, repetition(answers, plain=state(gate=gate(1.0), synthesis=stats)))
+    (found,) = migrations(config, repetition(answers, plain=state(gate=gate(1.0, only_answer="red"), synthesis=stats)))
     assert found.gate is not None and not found.gate.passed and "answers 'red' to every sample" in found.gate.reason
     assert found.accuracy == 4 / 7 and found.note == "one answer"
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from html import escape
 
 from translora.evaluate.results import Results
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 420, 62, 16, 58, 46
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 420, 62, 16, 34, 46
 _COLOURS = (("#2f6db5", "#6aa5e8"), ("#b8560f", "#f0964a"), ("#2b7d4f", "#5cc08a"), ("#8a4a9e", "#c690d8"))
 """Of the arms in turn, on a light and on a dark page."""
 _SHAPES = ("circle", "square", "triangle", "diamond")
 _SIZE = 5.0
+_ROW = 20
+"""Height of a row of the legend."""
 
 
 def draw_calibration(results: Results) -> str:
@@ -36,8 +39,8 @@ def draw_calibration(results: Results) -> str:
         tip = f"{one.task}, seed {one.seed}, {one.arm}: agreement {x:.2f}, accuracy {y:+.2f}"
         shape = _shape(arms.index(one.arm), _x(x), _y(y, low, high))
         parts.append(f'<g class="{style}"><title>{escape(tip)}</title>{shape}</g>')
-    parts += _legend(arms, any(one.task not in counted for one, _, _ in points), [word for word, _ in thresholds])
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    parts += _lines_legend([word for word, _ in thresholds], any(one.task not in counted for one, _, _ in points))
+    return "\n".join([*parts, *_arms_legend(arms), "</svg>"]) + "\n"
 
 
 def _head(results: Results) -> list[str]:
@@ -51,9 +54,10 @@ def _head(results: Results) -> list[str]:
         f"{''.join(dark)}}}"
         "[class^=arm]{fill-opacity:.7}.apart{fill-opacity:0}"
     )
+    height = _HEIGHT + _ROW * (_arms_places(list(results.arms))[-1][1] + 1) + 6
     title = f"Agreement with the teacher and accuracy kept, {results.setup.source.name} to {results.setup.target.name}"
     return [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img">',
         f"<title>{escape(title)}</title>",
         f"<style>{style}</style>",
     ]
@@ -82,25 +86,42 @@ def _axes(low: float, high: float) -> list[str]:
     ]
 
 
-def _legend(arms: list[str], any_apart: bool, lines: list[str]) -> list[str]:
-    """The arms in the first row; below them what hollow points and the lines are."""
+def _lines_legend(lines: list[str], any_apart: bool) -> list[str]:
+    """Above the plot: what the lines and hollow points are."""
     parts, x = [], float(_LEFT)
-    for index, arm in enumerate(arms):
-        parts.append(f'<g class="arm{index % len(_COLOURS)}">{_shape(index, x + 6, 16)}</g>')
-        parts.append(f'<text x="{x + 17}" y="20">{escape(arm)}</text>')
-        x += 17 + 7.5 * len(arm) + 18
-    x = float(_LEFT)
     for kind in lines:
         word = f"min_agreement, {kind}"
-        parts.append(f'<path class="{kind}" d="M{x} 38h22"/><text x="{x + 28}" y="42">{word}</text>')
+        parts.append(f'<path class="{kind}" d="M{x} 16h22"/><text x="{x + 28}" y="20">{word}</text>')
         x += 28 + 6.6 * len(word) + 18
     if any_apart:
-        parts.append(f'<text x="{x}" y="42">hollow: task listed apart</text>')
+        parts.append(f'<text x="{x}" y="20">hollow: task listed apart</text>')
+    return parts
+
+
+def _arms_places(arms: Sequence[str]) -> list[tuple[float, int]]:
+    """Where each arm of the legend stands: x, and its row."""
+    places, x, row = [], float(_LEFT), 0
+    for arm in arms:
+        width = 17 + 7.5 * len(arm) + 18
+        if x > _LEFT and x + width > _WIDTH - _RIGHT:
+            x, row = float(_LEFT), row + 1
+        places.append((x, row))
+        x += width
+    return places
+
+
+def _arms_legend(arms: Sequence[str]) -> list[str]:
+    """Below the plot: the arms, in as many rows as they take."""
+    parts = []
+    for index, (arm, (x, row)) in enumerate(zip(arms, _arms_places(arms), strict=True)):
+        y = _HEIGHT + 14 + _ROW * row
+        parts.append(f'<g class="arm{index % len(_COLOURS)}">{_shape(index, x + 6, y - 4)}</g>')
+        parts.append(f'<text x="{x + 17}" y="{y}">{escape(arm)}</text>')
     return parts
 
 
 def _shape(index: int, x: float, y: float) -> str:
-    kind = _SHAPES[index % len(_SHAPES)]
+    kind = _SHAPES[(index + index // len(_COLOURS)) % len(_SHAPES)]  # no two of sixteen arms look alike
     if kind == "circle":
         return f'<circle cx="{x}" cy="{y}" r="{_SIZE}"/>'
     corners = {

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from translora.evaluate.cells import MISSING, correlation, counted_noun, points, ratio, table
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, TARGET_BASE
 from translora.evaluate.plot import draw_calibration
 from translora.evaluate.results import KEPT_SHARE, ArmResult, BaseSize, Migration, Results, Setup, TaskResult
-from translora.evaluate.statistics import Estimate, Separation
-from translora.report.markdown import escape, one_line
+from translora.evaluate.statistics import Estimate
+from translora.report.markdown import escape
 from translora.run.files import write_bytes, write_json
 
-MISSING = "–"
-_PIPE = re.compile(r"(?<!\\)\|")
-"""One that is not escaped yet."""
 ARM_WORDS = {
     "source_base": "source base",
     SOURCE_ADAPTER: "source adapter",
@@ -86,18 +84,20 @@ def _setup(setup: Setup, tasks: Sequence[TaskResult], json_name: str) -> list[st
     rows = "; ".join(f"{num_train} training rows and {num_test} test items" for num_train, num_test in sizes)
     seeds = ", ".join(map(str, setup.seeds))
     return [
-        f"**{_base(setup.source)} → {_base(setup.target)}, {_count(len(tasks), 'task')}, "
-        f"{_count(len(setup.seeds), 'seed')} ({seeds}), \\|D_syn\\| = {setup.num_samples}.** "
+        f"**{_base(setup.source)} → {_base(setup.target)}, {counted_noun(len(tasks), 'task')}, "
+        f"{counted_noun(len(setup.seeds), 'seed')} ({seeds}), \\|D_syn\\| = {setup.num_samples}.** "
         f"Per task and seed: {rows}, no input in both, and a source adapter, seed examples and migrations of its own.",
         "",
         f"Accuracy is exact match, case and white space aside, in percent{_harness(tasks)}; a bare base is cut at its "
-        "first line. In "
-        f"brackets are 95 % bootstrap intervals ({setup.num_replicates} replicates): of accuracies over the test "
-        "items, of retention and differences over seeds and the items within, the same items for all arms. Retention "
-        "ρ = (migrated − target base) / (real-data LoRA on the target − target base): 0 is nothing kept, 1 is as "
-        "good as training on the real data, and the source adapter's own ρ is that of a perfect copy: what is missing "
-        "from 1 there is the teacher's, not the migration's. An arm that answers all items alike right or wrong has an "
-        "interval of width zero, which is the bootstrap's limit, not certainty.",
+        f"first line. In brackets are 95 % bootstrap intervals ({setup.num_replicates} replicates): of accuracies over "
+        "the test items, of retention and differences over seeds and the items within, the same items for all arms; "
+        "with few seeds that differ they are somewhat too narrow. Retention ρ = (migrated − target base) / (real-data "
+        "LoRA on the target − target base): 0 is the bare target base, 1 is as good as training on the real data, and "
+        "the source adapter's own ρ is that of a perfect copy: what is missing from 1 there is the teacher's, not the "
+        "migration's. Where the bare base does not know the form of the answers, an adapter that learnt the form alone "
+        "is above 0; *ρ above the majority class* therefore has the accuracy of one answer to everything in the target "
+        "base's place, where that is greater. An arm that answers all items alike right or wrong has an interval of "
+        "width zero, which is the bootstrap's limit, not certainty.",
         "",
         f"Source adapter and real-data LoRA: {_training(setup.train)}. Students: {_training(setup.distill)}. "
         f"Written by `translora evaluate` from [`{json_name}`]({json_name}); "
@@ -119,10 +119,6 @@ def _base(base: BaseSize) -> str:
     return f"{base.name} ({base.num_parameters / 1e6:,.{1 if base.num_parameters < 1e7 else 0}f} M parameters)"
 
 
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}" + ("" if number == 1 else "s")
-
-
 def _training(settings: dict[str, object]) -> str:
     if settings.get("peft"):
         peft = settings["peft"]
@@ -140,28 +136,37 @@ def _training(settings: dict[str, object]) -> str:
 
 
 def _headline(results: Results, num_counted: int) -> list[str]:
-    of_tasks = f"{num_counted} of {_count(len(results.tasks), 'task')} count"
+    of_tasks = f"{num_counted} of {counted_noun(len(results.tasks), 'task')} count"
     if num_counted == 0:
         return [f"{of_tasks}: no source adapter beats the majority class beyond its interval."]
     rows = []
     for arm in REFERENCE_ARMS:
         fixed = {
-            SOURCE_ADAPTER: ratio(results.copy_retention),
-            TARGET_BASE: "0, by definition",
-            REAL: "1, by definition",
+            SOURCE_ADAPTER: [ratio(results.copy_retention), ratio(results.copy_skill)],
+            TARGET_BASE: ["0, by definition", MISSING],
+            REAL: ["1, by definition"] * 2,
         }
-        rows.append([ARM_WORDS[arm], points(results.references[arm]), fixed.get(arm, MISSING), MISSING, MISSING])
+        rho = fixed.get(arm, [MISSING] * 2)
+        rows.append([ARM_WORDS[arm], points(results.references[arm]), *rho, MISSING, MISSING])
     for arm, found in results.arms.items():
         rows.append(
             [
                 f"migrated: {arm}",
                 points(found.accuracy),
                 ratio(found.retention),
+                ratio(found.skill),
                 f"{found.num_defined} of {num_counted}",
                 f"{found.num_not_below_source} of {num_counted}",
             ]
         )
-    headers = ["", "mean accuracy", "mean retention ρ", "tasks with ρ", "tasks ≥ source adapter"]
+    headers = [
+        "",
+        "mean accuracy",
+        "mean retention ρ",
+        "ρ above the majority class",
+        "tasks with ρ",
+        "tasks ≥ source adapter",
+    ]
     lines = [
         f"{of_tasks}: their source adapter beats the majority class beyond its interval. Means are over these tasks.",
         "",
@@ -169,12 +174,17 @@ def _headline(results: Results, num_counted: int) -> list[str]:
     ]
     if any(found.num_defined < num_counted for found in results.arms.values()):
         lines += ["", UNDEFINED]
+    counted = {task.name for task in results.tasks if task.counted}
+    lost = Counter(one.arm for one in results.migrations if one.accuracy is None and one.task in counted)
+    if lost:
+        arms = ", ".join(f"{counted_noun(number, 'adapter')} of {arm}" for arm, number in lost.items())
+        lines += ["", f"Not made, and counted as the bare target base, which their owners are left with: {arms}."]
     return lines
 
 
 UNDEFINED = (
-    "ρ is left undefined where the real-data LoRA does not beat the target base beyond its interval: there is no gain "
-    "of which a share could be kept."
+    "ρ is left undefined where the real-data LoRA does not beat the target base (or the majority class) beyond its "
+    "interval: there is no gain of which a share could be kept."
 )
 
 
@@ -194,11 +204,15 @@ def _retentions(setup: Setup, tasks: Sequence[TaskResult]) -> list[str]:
     headers = ["retention ρ", "gain of the real-data LoRA", ARM_WORDS[SOURCE_ADAPTER], *setup.arms]
     rows = []
     for task in tasks:
-        undefined = "undefined" if task.gain.low <= 0 else MISSING
-        kept = [task.retention.get(arm) for arm in arms]
-        rows.append([task.name, points(task.gain, signed=True), *(ratio(one, undefined) for one in kept)])
+        for word, kept in (("", task.retention), (", above the majority class", task.skill)):
+            gain = MISSING if word else points(task.gain, signed=True)
+            rows.append([task.name + word, gain, *(ratio(kept[arm], "undefined") for arm in arms)])
     lines = table(headers, rows)
-    return [*lines, "", UNDEFINED] if any(task.gain.low <= 0 for task in tasks) else lines
+    return [*lines, "", UNDEFINED] if any(None in kept for task in tasks for kept in _kept(task)) else lines
+
+
+def _kept(task: TaskResult) -> tuple[list[Estimate | None], list[Estimate | None]]:
+    return list(task.retention.values()), list(task.skill.values())
 
 
 def _arms(results: Results) -> list[str]:
@@ -249,21 +263,19 @@ def _arm_cells(found: ArmResult) -> list[str]:
 
 def _calibration(results: Results, plot: str) -> list[str]:
     found, gate = results.calibration, results.setup.gate
-    num_points = sum(one.gate is not None and one.accuracy is not None for one in results.migrations)
     kept = f"{100 * KEPT_SHARE:.0f} %"
     lines = [
         f"![Agreement with the teacher against migrated − source accuracy, one point per adapter]({plot})",
         "",
-        f"{_count(num_points, 'migrated adapter')} (tasks × seeds × arms), nothing withheld, one attempt each. "
-        "Agreement is what the gate sees: the share of held-out synthetic prompts on which the student gives the "
-        "teacher's answer. "
-        "Intervals of the correlations draw whole tasks.",
+        f"{counted_noun(found.num_points, 'migrated adapter')} of the tasks that count (tasks × seeds × arms), nothing "
+        "withheld, one attempt each. Agreement is what the gate sees: the share of held-out synthetic prompts on which "
+        "the student gives the teacher's answer. Intervals of the correlations draw whole tasks.",
         "",
         *table(
             ["Spearman correlation of the agreement with", ""],
             [
-                ["accuracy of the migrated adapter", ratio(found.with_accuracy, "undefined")],
-                ["accuracy, migrated − source adapter", ratio(found.with_difference, "undefined")],
+                ["accuracy of the migrated adapter", correlation(found.with_accuracy)],
+                ["accuracy, migrated − source adapter", correlation(found.with_difference)],
             ],
         ),
         "",
@@ -279,17 +291,17 @@ def _calibration(results: Results, plot: str) -> list[str]:
         f"{found.num_kept} adapters kept at least {kept} of their source adapter's accuracy, {found.num_lost} did not.",
         "",
         *table(
-            ["gate.min_agreement", "threshold", "balanced accuracy of its verdicts"],
+            ["the gate", "min_agreement", "balanced accuracy of its verdicts"],
             [
-                ["configured", f"{gate['min_agreement']:.2f}", _balanced(found.configured)],
-                ["best on these adapters, chosen after the fact", f"{found.best.threshold:.2f}", _balanced(found.best)],
+                ["as configured", f"{gate['min_agreement']:.2f}", f"{100 * found.configured:.0f} %"],
+                [
+                    "by agreement alone, best on these adapters, chosen after the fact",
+                    f"{found.best.threshold:.2f}",
+                    f"{100 * found.best.balanced_accuracy:.0f} %",
+                ],
             ],
         ),
     ]
-
-
-def _balanced(found: Separation) -> str:
-    return f"{100 * found.balanced_accuracy:.0f} %"
 
 
 def _remarks(migrations: Sequence[Migration]) -> list[str]:
@@ -298,27 +310,3 @@ def _remarks(migrations: Sequence[Migration]) -> list[str]:
         for one in migrations
     ]
     return table(["task", "seed", "arm", "measured", "remark"], rows, num_text=5)
-
-
-def points(found: Estimate | None, signed: bool = False) -> str:
-    """A share in percent with its interval."""
-    return _interval(found, 100.0, 1, "+" if signed else "")
-
-
-def ratio(found: Estimate | None, undefined: str = MISSING) -> str:
-    """A ratio or a correlation with its interval."""
-    return _interval(found, 1.0, 2, "") if found is not None else undefined
-
-
-def _interval(found: Estimate | None, scale: float, digits: int, sign: str) -> str:
-    if found is None:
-        return MISSING
-    value, low, high = (round(scale * part, digits) + 0.0 for part in (found.value, found.low, found.high))
-    return f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
-
-
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]], num_text: int = 1) -> list[str]:
-    """A Markdown table; the first columns are text, the others are set to the right."""
-    rule = ["---" if column < num_text else "---:" for column in range(len(headers))]
-    cells = [[_PIPE.sub(r"\|", one_line(cell)) for cell in row] for row in (headers, *rows)]
-    return ["| " + " | ".join(row) + " |" for row in (cells[0], rule, *cells[1:])]

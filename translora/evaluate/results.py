@@ -14,17 +14,18 @@ from pydantic import BaseModel, ConfigDict
 
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, TARGET_BASE
 from translora.evaluate.statistics import (
+    Correlation,
     Estimate,
     Floats,
     Resample,
     Retention,
     Separation,
+    balanced_accuracy,
     best_separation,
     mean_estimate,
     mean_retention,
+    rank_correlation,
     retention,
-    separation,
-    spearman_estimate,
 )
 from translora.run.state import GateResult, SynthesisStats
 
@@ -99,6 +100,8 @@ class TaskResult(Record):
     """Real-data LoRA minus target base; the interval draws seeds, then items."""
     retention: dict[str, Estimate | None]
     """By arm, and of the source adapter itself; None where the gain is not positive beyond its interval."""
+    skill: dict[str, Estimate | None] = {}
+    """Retention above the majority class: what one answer to everything can reach is in the target base's place."""
 
 
 class ArmResult(Record):
@@ -107,6 +110,8 @@ class ArmResult(Record):
     accuracy: Estimate | None
     retention: Estimate | None
     """Mean of the tasks' retention, where it is defined."""
+    skill: Estimate | None = None
+    """Mean of the tasks' retention above the majority class, where it is defined."""
     num_defined: int
     """Tasks whose retention is defined."""
     num_not_below_source: int
@@ -116,31 +121,34 @@ class ArmResult(Record):
 
 
 class Calibration(Record):
-    """The gate's agreement against real accuracy, over all migrated adapters of all tasks."""
+    """The gate's agreement against real accuracy, over all migrated adapters of the tasks that count."""
 
-    with_accuracy: Estimate | None
+    num_points: int
+    with_accuracy: Correlation | None
     """Spearman correlation of agreement and the migrated adapter's accuracy."""
-    with_difference: Estimate | None
+    with_difference: Correlation | None
     """Spearman correlation of agreement and migrated minus source adapter."""
     num_kept: int
     """Adapters with KEPT_SHARE of their source adapter's accuracy."""
     num_lost: int
     best: Separation | None
     """The threshold of agreement that best separates the two."""
-    configured: Separation | None
-    """The configured min_agreement."""
+    configured: float | None
+    """Balanced accuracy of the gate's verdicts, by each arm's own thresholds."""
 
 
 class Results(Record):
     """results.json."""
 
-    schema_version: int = 1
+    schema_version: int = 2
     setup: Setup
     tasks: list[TaskResult]
     references: dict[str, Estimate | None]
     """Mean accuracy over the tasks that count, by reference arm."""
     copy_retention: Estimate | None = None
     """Mean retention of the source adapter itself: of a student that answers exactly as its teacher does."""
+    copy_skill: Estimate | None = None
+    """The same above the majority class."""
     arms: dict[str, ArmResult]
     calibration: Calibration
     migrations: list[Migration]
@@ -148,7 +156,7 @@ class Results(Record):
 
 @dataclass(frozen=True)
 class TaskItems:
-    """One task's test items: what every arm got right, and in which seeds it has an adapter."""
+    """One task's test items: what every arm got right."""
 
     name: str
     num_train: int
@@ -159,39 +167,38 @@ class TaskItems:
     """By arm and seed, in the order of the items: 1 is right, 0 wrong."""
     metric: str = ""
 
-    def arrays(self, *arms: str) -> tuple[list[Floats], list[int]]:
-        """The arms' [S, N] over the seeds that all of them have, and these seeds."""
-        seeds = sorted(set.intersection(*(set(self.correct.get(arm, {})) for arm in arms)))
-        return [np.asarray([self.correct[arm][seed] for seed in seeds], dtype=float) for arm in arms], seeds
+    @property
+    def floor(self) -> float:
+        """The most that answers which do not depend on the input can reach."""
+        return max(self.majority, self.chance)
 
-    def resample(self, seeds: Sequence[int], *, over_seeds: bool) -> Resample:
-        """The draws of these seeds, the same whoever asks."""
-        return Resample(len(seeds), self.num_test, f"{self.name}/{list(seeds)}", over_seeds=over_seeds)
+    def array(self, arm: str) -> Floats:
+        """An arm's [S, N]; without an adapter in a seed it is the bare target base, which its owner is left with."""
+        own, base = self.correct.get(arm, {}), self.correct[TARGET_BASE]
+        return np.asarray([own.get(seed, base[seed]) for seed in sorted(base)], dtype=float)
 
-    def mean(self, first: str, second: str | None = None, *, over_seeds: bool) -> tuple[float, Floats] | None:
-        """Mean and replicates of an arm's accuracy, or of one arm's minus another's; None without a common seed."""
-        arrays, seeds = self.arrays(*([first] if second is None else [first, second]))
-        if not seeds:
-            return None
-        values_SN = arrays[0] if second is None else arrays[0] - arrays[1]
-        return float(values_SN.mean()), self.resample(seeds, over_seeds=over_seeds).means(values_SN)
+    def resample(self, *, over_seeds: bool) -> Resample:
+        """The draws of the items, the same whoever asks."""
+        seeds = sorted(self.correct[TARGET_BASE])
+        return Resample(len(seeds), self.num_test, f"{self.name}/{seeds}", over_seeds=over_seeds)
 
-    def retention(self, arm: str) -> Retention | None:
-        """What an arm kept, over the seeds in which it has an adapter."""
-        (base_SN, real_SN, migrated_SN), seeds = self.arrays(TARGET_BASE, REAL, arm)
-        if not seeds:
-            return None
-        return retention(base_SN, real_SN, migrated_SN, self.resample(seeds, over_seeds=True))
+    def mean(self, first: str, second: str | None = None, *, over_seeds: bool) -> tuple[float, Floats]:
+        """Mean and replicates of an arm's accuracy, or of one arm's minus another's."""
+        values_SN = self.array(first) if second is None else self.array(first) - self.array(second)
+        return float(values_SN.mean()), self.resample(over_seeds=over_seeds).means(values_SN)
+
+    def retention(self, arm: str, *, above_floor: bool = False) -> Retention:
+        """What an arm kept of the gain over the target base, or over `floor` where that is greater."""
+        base_SN = self.array(TARGET_BASE)
+        if above_floor and base_SN.mean() < self.floor:
+            base_SN = np.full_like(base_SN, self.floor)
+        return retention(base_SN, self.array(REAL), self.array(arm), self.resample(over_seeds=True))
 
     def result(self, arms: Sequence[str]) -> TaskResult:
         """The task's line of the tables."""
-        accuracy = {}
-        for arm in (*REFERENCE_ARMS, *arms):
-            (values_SN,), seeds = self.arrays(arm)
-            if seeds:
-                accuracy[arm] = self.resample(seeds, over_seeds=False).estimate(values_SN)
-        (base_SN, real_SN), seeds = self.arrays(TARGET_BASE, REAL)
-        found = {arm: self.retention(arm) for arm in (SOURCE_ADAPTER, *arms)}
+        items = self.resample(over_seeds=False)
+        accuracy = {arm: items.estimate(self.array(arm)) for arm in (*REFERENCE_ARMS, *arms)}
+        adapters = (SOURCE_ADAPTER, *arms)
         return TaskResult(
             name=self.name,
             num_train=self.num_train,
@@ -199,54 +206,55 @@ class TaskItems:
             majority=self.majority,
             chance=self.chance,
             metric=self.metric,
-            counted=accuracy[SOURCE_ADAPTER].low > max(self.majority, self.chance),
+            counted=accuracy[SOURCE_ADAPTER].low > self.floor,
             accuracy=accuracy,
-            gain=self.resample(seeds, over_seeds=True).estimate(real_SN - base_SN),
-            retention={arm: one.estimate if one else None for arm, one in found.items()},
+            gain=self.retention(SOURCE_ADAPTER).gain,
+            retention={arm: self.retention(arm).estimate for arm in adapters},
+            skill={arm: self.retention(arm, above_floor=True).estimate for arm in adapters},
         )
 
 
 def mean_over(tasks: Sequence[TaskItems], first: str, second: str | None = None) -> Estimate | None:
     """Mean over tasks of an arm's accuracy (items drawn), or of a difference of arms (seeds and items drawn)."""
-    found = [one for task in tasks if (one := task.mean(first, second, over_seeds=second is not None)) is not None]
+    found = [task.mean(first, second, over_seeds=second is not None) for task in tasks]
     return mean_estimate([value for value, _ in found], [replicates for _, replicates in found])
+
+
+def retention_over(tasks: Sequence[TaskItems], arm: str, *, above_floor: bool = False) -> Estimate | None:
+    """Mean over tasks of what an arm kept."""
+    return mean_retention([task.retention(arm, above_floor=above_floor) for task in tasks])
 
 
 def arm_result(arm: str, first: str, tasks: Sequence[TaskItems]) -> ArmResult:
     """One arm over the tasks that count."""
-    found = [one for task in tasks if (one := task.retention(arm)) is not None]
     differences = [task.mean(arm, SOURCE_ADAPTER, over_seeds=True) for task in tasks]
     return ArmResult(
         accuracy=mean_over(tasks, arm),
-        retention=mean_retention(found),
-        num_defined=sum(one.value is not None for one in found),
-        num_not_below_source=sum(one is not None and one[0] >= 0 for one in differences),
+        retention=retention_over(tasks, arm),
+        skill=retention_over(tasks, arm, above_floor=True),
+        num_defined=sum(task.retention(arm).value is not None for task in tasks),
+        num_not_below_source=sum(value >= 0 for value, _ in differences),
         against_first=None if arm == first else mean_over(tasks, arm, first),
     )
 
 
-def calibrate(migrations: Sequence[Migration], min_agreement: float) -> Calibration:
-    """Whether the gate's agreement tells how good a migrated adapter really is."""
+def calibrate(migrations: Sequence[Migration]) -> Calibration:
+    """Whether the gate tells how good a migrated adapter really is; `migrations` are of the tasks that count."""
     points = [
-        (one.gate.agreement_student, one.accuracy, one.source_accuracy, one.task)
+        (one.gate.agreement_student, one.accuracy, one.source_accuracy, one.task, one.gate.passed)
         for one in migrations
         if one.gate is not None and one.accuracy is not None
     ]
     agreements, tasks = [point[0] for point in points], [point[3] for point in points]
-    # Of nothing, everything is kept: an adapter whose source was always wrong says nothing about the threshold.
-    judged = [
-        (agreement, migrated >= KEPT_SHARE * source - ROUNDING)
-        for agreement, migrated, source, _ in points
-        if source > 0
-    ]
-    kept = [good for _, good in judged]
+    kept = [migrated >= KEPT_SHARE * source - ROUNDING for _, migrated, source, _, _ in points]
     return Calibration(
-        with_accuracy=spearman_estimate(agreements, [migrated for _, migrated, _, _ in points], tasks),
-        with_difference=spearman_estimate(agreements, [migrated - source for _, migrated, source, _ in points], tasks),
+        num_points=len(points),
+        with_accuracy=rank_correlation(agreements, [point[1] for point in points], tasks),
+        with_difference=rank_correlation(agreements, [point[1] - point[2] for point in points], tasks),
         num_kept=sum(kept),
         num_lost=len(kept) - sum(kept),
-        best=best_separation([agreement for agreement, _ in judged], kept),
-        configured=separation([agreement for agreement, _ in judged], kept, min_agreement),
+        best=best_separation(agreements, kept),
+        configured=balanced_accuracy([point[4] for point in points], kept),
     )
 
 
@@ -259,8 +267,9 @@ def summarise(setup: Setup, tasks: Sequence[TaskItems], migrations: Sequence[Mig
         setup=setup,
         tasks=lines,
         references={arm: mean_over(counted, arm) for arm in REFERENCE_ARMS},
-        copy_retention=mean_retention([one for task in counted if (one := task.retention(SOURCE_ADAPTER)) is not None]),
+        copy_retention=retention_over(counted, SOURCE_ADAPTER),
+        copy_skill=retention_over(counted, SOURCE_ADAPTER, above_floor=True),
         arms={arm: arm_result(arm, arms[0], counted) for arm in arms},
-        calibration=calibrate(migrations, setup.gate["min_agreement"]),
+        calibration=calibrate([one for one in migrations if one.task in {task.name for task in counted}]),
         migrations=list(migrations),
     )

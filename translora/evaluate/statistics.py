@@ -22,6 +22,8 @@ Floats = npt.NDArray[np.floating[Any]]
 NUM_REPLICATES = 2000
 TAILS = (0.025, 0.975)
 """Quantiles of the replicates that end a 95 % interval."""
+MIN_GROUPS = 5
+"""Fewest tasks of which a correlation's interval is drawn."""
 
 
 @dataclass(frozen=True)
@@ -94,18 +96,17 @@ def retention(base_SN: Floats, real_SN: Floats, migrated_SN: Floats, resample: R
 
 def mean_retention(retentions: Sequence[Retention]) -> Estimate | None:
     """Mean of the tasks' rho where it is defined; None where it is nowhere."""
-    defined = [found for found in retentions if found.value is not None]
-    if not defined:
-        return None
-    return _mean([found.value or 0.0 for found in defined], [found.replicates_R for found in defined])
+    defined = [(found.value, found.replicates_R) for found in retentions if found.value is not None]
+    return mean_estimate([value for value, _ in defined], [replicates_R for _, replicates_R in defined])
 
 
 def mean_estimate(values: Sequence[float], replicates: Sequence[Floats]) -> Estimate | None:
-    """Mean over tasks, with the interval of the replicates' means: the tasks are given, their items are drawn."""
-    return _mean(values, replicates) if values else None
+    """Mean over tasks, with the interval of the replicates' means: the tasks are given, their items are drawn.
 
-
-def _mean(values: Sequence[float], replicates: Sequence[Floats]) -> Estimate:
+    A task whose replicate is NaN is left out of that replicate's mean; None without tasks.
+    """
+    if not values:
+        return None
     stacked = np.stack(replicates)
     counts_R = np.maximum((~np.isnan(stacked)).sum(axis=0), 1)
     means_R = np.where(np.isnan(stacked).all(axis=0), np.nan, np.nansum(stacked, axis=0) / counts_R)
@@ -137,17 +138,27 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
     return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
 
 
-def spearman_estimate(x: Sequence[float], y: Sequence[float], groups: Sequence[str]) -> Estimate | None:
+@dataclass(frozen=True)
+class Correlation:
+    """A rank correlation and the 95 % interval that draws whole groups, where there are enough of them."""
+
+    value: float
+    interval: tuple[float, float] | None
+    num_groups: int
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float], groups: Sequence[str]) -> Correlation | None:
     """Spearman's correlation with an interval that draws whole groups (tasks), whose points belong together.
 
-    None where there is no correlation, or one group alone: nothing could be said of its uncertainty.
+    None where there is no correlation. With fewer than MIN_GROUPS groups there is no interval: its ends would be the
+    correlations of single groups.
     """
     value = spearman(x, y)
     members: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)
-    if value is None or len(members) < 2:
-        return None
+    if value is None or len(members) < MIN_GROUPS:
+        return None if value is None else Correlation(value, None, len(members))
     rng = np.random.default_rng(derive_seed("spearman", len(x), *members))
     parts = list(members.values())
     replicates = []
@@ -155,7 +166,8 @@ def spearman_estimate(x: Sequence[float], y: Sequence[float], groups: Sequence[s
         indices = list(itertools.chain.from_iterable(parts[index] for index in chosen))
         drawn = spearman([x[index] for index in indices], [y[index] for index in indices])
         replicates.append(np.nan if drawn is None else drawn)
-    return None if np.isnan(replicates).all() else estimate(value, np.asarray(replicates))
+    found = estimate(value, np.asarray(replicates))
+    return Correlation(value, (found.low, found.high), len(members))
 
 
 @dataclass(frozen=True)
@@ -164,21 +176,26 @@ class Separation:
 
     threshold: float
     balanced_accuracy: float
-    """Mean of the share of kept adapters that pass and of lost adapters that do not; 0.5 is no better than chance."""
 
 
-def separation(agreements: Sequence[float], kept: Sequence[bool], threshold: float) -> Separation | None:
-    """The balanced accuracy of one threshold; None where all adapters kept their accuracy, or all lost it."""
+def balanced_accuracy(passed: Sequence[bool], kept: Sequence[bool]) -> float | None:
+    """Mean of the share of kept adapters that pass and of lost ones that do not; 0.5 is no better than chance.
+
+    None where all adapters kept their accuracy, or all lost it.
+    """
     if len(set(kept)) < 2:
         return None
-    passed, good = np.asarray(agreements) >= threshold, np.asarray(kept)
-    return Separation(threshold, float((passed[good].mean() + (~passed[~good]).mean()) / 2))
+    through, good = np.asarray(passed), np.asarray(kept)
+    return float((through[good].mean() + (~through[~good]).mean()) / 2)
 
 
 def best_separation(agreements: Sequence[float], kept: Sequence[bool]) -> Separation | None:
     """The best threshold, of equals the lowest: 0, which lets all pass, or half-way between neighbouring agreements."""
     values = sorted(set(agreements))
     thresholds = [0.0, *((low + high) / 2 for low, high in itertools.pairwise(values))]
-    found = [separation(agreements, kept, threshold) for threshold in thresholds]
-    rated = [one for one in found if one is not None]
+    rated = [
+        Separation(threshold, balanced)
+        for threshold in thresholds
+        if (balanced := balanced_accuracy([agreement >= threshold for agreement in agreements], kept)) is not None
+    ]
     return max(rated, key=lambda one: one.balanced_accuracy) if rated else None
