@@ -4,9 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from translora.synthesis.prompts import normalise
 from translora.synthesis.quality import (
     MOST_CLASSES,
     KnownInputs,
+    SeedCopies,
     answer_classes,
     distinct_ngrams,
     is_copy,
@@ -29,6 +31,18 @@ def test_seeds_of_one_template_raise_the_cutoff() -> None:
     assert not is_copy(template[1], {template[0]}, cutoff), "as similar as the seeds are to each other is no copy"
     assert is_copy(template[0], {template[0]}, cutoff)
     assert own_cutoff(0.9, ["a seed", "A  seed"]) == 1.0 and own_cutoff(0.9, ["one"]) == 0.9
+
+
+def test_an_input_that_holds_a_seed_or_nearly_is_one_repeats_it() -> None:
+    seed = "Please close my account at the branch in Leeds."
+    seeds = SeedCopies([seed, "Is 3 + 4 equal to 7?", "Is 3 + 5 equal to 7?", "lost card"], 0.9)
+    for text in (seed, f"{seed} And what does that cost me?", f"Hello, {seed} Thank you very much.", seed[:-1]):
+        assert normalise(text) in seeds, text
+    near = "please close my account at the branch of leeds."
+    assert 0.94 < similarity(near, normalise(seed)) < 0.96 and near in seeds, "the sums' likeness does not excuse it"
+    assert "is 3 + 6 equal to 7?" not in seeds, "as like the seeds as they are to each other"
+    assert "say: is 3 + 4 equal to 7?" not in seeds and "is 3 + 4 equal to 7?" in seeds
+    assert "i have lost card and key" not in seeds, "a turn of phrase"
 
 
 @given(st.text(max_size=30), st.lists(st.text(max_size=30), max_size=5), st.floats(0.01, 1))

@@ -12,6 +12,7 @@ import pytest
 from translora.bundle.bundle import Bundle
 from translora.bundle.manifest import Manifest
 from translora.config import BaseModelConfig, ResourceConfig, SynthesisConfig
+from translora.run.state import ScreenName
 from translora.synthesis import rounds
 from translora.synthesis.actors import Row, cut_blocks, read_block
 from translora.synthesis.phase import draw_heldout
@@ -114,6 +115,21 @@ def test_what_repeats_a_seed_or_an_earlier_input_but_for_a_trifle_is_dropped() -
     off.bundle = one.bundle
     strict = SynthesisConfig(seed_similarity=1, duplicate_similarity=1)
     assert len(clean(generated("task", *texts), {"task": off}, strict)) == 4
+
+
+@pytest.mark.parametrize("screen", ["none", "discriminator", "excess"])
+def test_what_is_over_is_laid_aside_whatever_the_screen_and_all_is_counted(screen: ScreenName) -> None:
+    one = pool(needed=3)
+    one.screen, one.stats.generated = screen, 6
+    admit([*labelled("task", 5, 1.0), *labelled("task", 1, -1.0, start=5)], {"task": one})
+    close(one)
+    assert len(one.accepted) == 3 and len(one.refused) == 3
+    assert one.stats.dropped == {"refused": 1, "outranked": 2} and one.stats.accepted == 5
+    assert len(one.accepted) + sum(one.stats.dropped.values()) == one.stats.generated
+    rows = [row | {"split": "train"} for row in one.accepted] + [row | {"split": "refused"} for row in one.refused]
+    more = pool(needed=5)
+    more.carry_on(one.stats, rows)
+    assert len(more.accepted) == 5 and plan_round([more], SynthesisConfig(), seed=0) == [], "nothing to be generated"
 
 
 def test_of_a_surplus_those_with_the_greatest_excess_are_kept() -> None:

@@ -41,7 +41,8 @@ class SynthesisConfig(Strict):
     excess_surplus: float = Field(default=1.5, ge=1)
     """Excess screen: collect |D_syn| times this, and keep those with the greatest excess."""
     seed_similarity: float = Field(default=0.9, gt=0, le=1)
-    """An input as similar as this to a seed (edit similarity, 1 is equal) is dropped: it would leak the seed."""
+    """An input as similar as this to a seed (edit similarity, 1 is equal) is dropped: it would leak the seed. So is one
+    that holds a seed of five words or more. Where all inputs of a task have one form it takes more than that form."""
     duplicate_similarity: float = Field(default=0.97, gt=0, le=1)
     """An input as similar as this to an earlier one, with the same numbers in it, is dropped; 1 drops equal ones."""
     num_orderings: int = Field(default=5, ge=1)

@@ -102,7 +102,7 @@ def describe(run_dir: Path, state: AdapterState) -> dict[str, Any]:
     stats, gate, accuracy = state.synthesis, state.gate, state.accuracy
     rows = read_samples(run_dir / "adapters" / state.name / "synthetic.parquet")
     kept, refused = ([row for row in rows if (row["split"] == "refused") == wanted] for wanted in (False, True))
-    flow = [("accepted", stats.accepted, "good")] if stats.generated else []
+    flow = [("kept", stats.accepted - stats.dropped.get("outranked", 0), "good")] if stats.generated else []
     flow += [(reason.replace("_", " "), count, "bad") for reason, count in sorted(stats.dropped.items(), key=_falling)]
     return {
         "state": state,

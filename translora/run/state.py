@@ -29,6 +29,7 @@ class SynthesisStats(BaseModel):
     rounds: int = 0
     generated: int = 0
     accepted: int = 0
+    """Passed the screen, those that were not needed in the end (outranked) included."""
     needed: int = 0
     """|D_syn| plus the held-out samples."""
     dropped: dict[str, int] = {}

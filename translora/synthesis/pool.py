@@ -125,21 +125,21 @@ def admit(labelled: Sequence[Row], pools: Mapping[str, Pool]) -> None:
 
 
 def choose(pool: Pool) -> list[Row]:
-    """As many as were asked for, those of the greatest score."""
+    """As many as were asked for: those of the greatest score where a surplus was collected, else the first."""
+    if pool.surplus <= 1:
+        return pool.accepted[: pool.needed]
     return sorted(pool.accepted, key=lambda row: (-(row["score"] or 0.0), row["sample_id"]))[: pool.needed]
 
 
 def close(pool: Pool) -> None:
-    """Cut a pool to what was asked for, the best by score where there is a surplus, and say what it is like."""
+    """Cut a pool to what was asked for and say what it is like; what is over is laid aside, a retry goes on with it."""
     stats = pool.stats
-    if pool.surplus > 1:
-        kept = {row["sample_id"] for row in choose(pool)}
-        outranked = [row for row in pool.accepted if row["sample_id"] not in kept]
-        pool.refused += outranked
-        pool.accepted = [row for row in pool.accepted if row["sample_id"] in kept]
-        if outranked:
-            stats.dropped["outranked"] = len(outranked)
-    pool.accepted = pool.accepted[: pool.needed]
+    kept = {row["sample_id"] for row in choose(pool)}
+    outranked = [row for row in pool.accepted if row["sample_id"] not in kept]
+    pool.refused += outranked
+    pool.accepted = [row for row in pool.accepted if row["sample_id"] in kept]
+    if outranked:
+        stats.dropped["outranked"] = len(outranked)
     if len(pool.accepted) < pool.needed:
         stats.shortfall = (
             f"{stats.accepted} of {pool.needed} samples after {stats.rounds} rounds and {stats.generated} "

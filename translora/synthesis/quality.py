@@ -13,6 +13,8 @@ from translora.synthesis.prompts import normalise
 
 MOST_CLASSES = 20
 """More different answers than this are free text."""
+PHRASE_WORDS = 5
+"""From so many words on a seed within an input is the seed, not a turn of phrase."""
 _NUMBER = re.compile(r"\d+")
 _WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -44,6 +46,33 @@ def is_copy(text: str, known: Collection[str], cutoff: float) -> bool:
     if cutoff >= 1:
         return text in known
     return process.extractOne(text, known, scorer=fuzz.ratio, score_cutoff=100 * cutoff) is not None
+
+
+class SeedCopies:
+    """Finds the inputs that would leak a seed: those as similar to one as `cutoff`, or that hold one word for word.
+
+    A seed that resembles another seed more than that is of a template that the task's inputs share. It takes more than
+    this resemblance then, and holding it is no sign (`not A` holds `A`); nor is it for a seed of a few words.
+
+    Args:
+        seeds: as the bundle has them.
+        cutoff: in 0..1; 1 finds equal texts and those that hold a seed.
+    """
+
+    def __init__(self, seeds: Sequence[str], cutoff: float) -> None:
+        texts = sorted({normalise(seed) for seed in seeds})
+        self._cutoffs: dict[str, float] = {}
+        self._phrases: list[str] = []
+        for text in texts:
+            own = max((own_cutoff(cutoff, (text, other)) for other in texts if other != text), default=cutoff)
+            self._cutoffs[text] = own
+            if own == cutoff and len(text.split()) >= PHRASE_WORDS:
+                self._phrases.append(text)
+
+    def __contains__(self, text: str) -> bool:
+        """Whether a normalised input repeats a seed."""
+        similar = any(is_copy(text, (seed,), own) for seed, own in self._cutoffs.items())
+        return similar or any(phrase in text for phrase in self._phrases)
 
 
 class KnownInputs:

@@ -16,7 +16,7 @@ from translora.synthesis.actors import Hosts, run_rows
 from translora.synthesis.calls import Row
 from translora.synthesis.pool import Pool, admit, close, read_outcomes, restore, write_outcomes
 from translora.synthesis.prompts import generation_order, generation_row, normalise
-from translora.synthesis.quality import is_copy, own_cutoff
+from translora.synthesis.quality import SeedCopies, own_cutoff
 from translora.synthesis.stages import generate_block, screen_and_label_block
 
 
@@ -37,22 +37,18 @@ def plan_round(pools: Sequence[Pool], config: SynthesisConfig, seed: int) -> lis
 def clean(generated: Sequence[Row], pools: Mapping[str, Pool], config: SynthesisConfig) -> list[Row]:
     """Drop malformed inputs, copies of seeds and duplicates, also those that differ in a trifle; each is counted."""
     candidates = []
-    seed_texts = {name: {normalise(text) for text in pool.bundle.seeds} for name, pool in pools.items()}
-    cutoffs = {
-        name: tuple(own_cutoff(c, pool.bundle.seeds) for c in (config.seed_similarity, config.duplicate_similarity))
-        for name, pool in pools.items()
-    }
+    leaks = {name: SeedCopies(pool.bundle.seeds, config.seed_similarity) for name, pool in pools.items()}
+    cutoffs = {name: own_cutoff(config.duplicate_similarity, pool.bundle.seeds) for name, pool in pools.items()}
     for row in sorted(generated, key=lambda row: (row["adapter"], row["sample_id"])):
         pool = pools[row["adapter"]]
         key = normalise(row["text"])
-        leak, duplicate = cutoffs[pool.name]
         if not row["finished"] or not key:
             pool.drop("malformed")
-        elif is_copy(key, seed_texts[pool.name], leak):
+        elif key in leaks[pool.name]:
             pool.drop("seed_copy")
         elif key in pool.seen:
             pool.drop("duplicate")
-        elif pool.seen.has_near(key, duplicate):
+        elif pool.seen.has_near(key, cutoffs[pool.name]):
             pool.drop("near_duplicate")
         else:
             pool.seen.add(key)
