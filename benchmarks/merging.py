@@ -42,7 +42,7 @@ from translora.evaluate.statistics import Estimate, Resample
 from translora.gate.agreement import is_equal
 from translora.merge.config import METHODS, CatSettings, IterisSettings
 from translora.merge.data import pad_batch
-from translora.run.files import digest, replace_directory, write_json, write_jsonl
+from translora.run.files import digest, replace_directory, sha256_file, sha256_path, write_json, write_jsonl
 from translora.synthesis.prompts import generation_row
 
 TAG = "Answer as a tag: "
@@ -144,12 +144,13 @@ def synthesise(base: Path, adapters: dict[str, Path], seeds: dict[str, list[str]
                 text = one.text.strip()
                 if one.finished and text and text not in texts and text not in seeds[skill]:
                     texts.append(text)
-            if len(texts) >= num:
+            if len(texts) >= num + num // 8:  # an answer may be empty
                 break
-        texts = texts[:num]
         answers = complete(engine, skill, texts, 16)
         pairs = [{"input": text, "answer": answer} for text, answer in zip(texts, answers, strict=True) if answer]
-        write_jsonl(work / f"{skill}.synthetic.jsonl", pairs)
+        if len(pairs) < num:
+            raise SystemExit(f"{skill}: {len(pairs)} of {num} synthetic samples; ask for fewer --samples")
+        write_jsonl(work / f"{skill}.synthetic.jsonl", pairs[:num])
 
 
 def run_command(arguments: Sequence[str]) -> tuple[float, float]:
@@ -193,8 +194,16 @@ def once(path: Path, work: Callable[[], object]) -> None:
 
 
 def prepare(arguments: argparse.Namespace, base: Path) -> dict[str, Path]:
-    """Skills and their data, real and synthetic."""
+    """Skills and their data, real and synthetic; other sizes need another --work.
+
+    Raises:
+        SystemExit: the directory is of other sizes.
+    """
     work: Path = arguments.work
+    sizes = {"samples": arguments.samples, "epochs": arguments.epochs}
+    if (work / "sizes.json").exists() and json.loads((work / "sizes.json").read_text()) != sizes:
+        raise SystemExit(f"{work} was made with other --samples or --epochs; name another --work")
+    write_json(work / "sizes.json", sizes)
     adapters = {"routing": ROUTING, "tag": work / "tag"}
     once(adapters["tag"], lambda: train_tag(base, adapters["tag"], arguments.epochs))
     train = {"routing": split("ticket-routing", NUM_TRAIN, NUM_TEST, seed=0)[0], "tag": facts("train")}
@@ -217,8 +226,14 @@ def measure(arguments: argparse.Namespace) -> None:
     work.mkdir(parents=True, exist_ok=True)
     adapters = prepare(arguments, base)
     sets = tests(arguments.tests)
+    files = [work / f"{skill}.{source}.jsonl" for skill in adapters for source in ("real", "synthetic")]
     made_from = digest(
-        sets, arguments.samples, arguments.set, CatSettings().model_dump(), IterisSettings().model_dump()
+        sets,
+        [sha256_file(path) for path in files],
+        [sha256_path(path) for path in adapters.values()],
+        arguments.set,
+        CatSettings().model_dump(),
+        IterisSettings().model_dump(),
     )
     engine: TransformersEngine | None = None
     for arm in arguments.arms:
@@ -291,7 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/merging"), help="default: %(default)s")
     parser.add_argument("--samples", type=int, default=40, help="rows of data a skill (default: %(default)s)")
-    parser.add_argument("--tests", type=int, default=200, help="rows of each test set (default: %(default)s)")
+    parser.add_argument("--tests", type=int, default=298, help="rows of each test set (default: %(default)s)")
     parser.add_argument("--epochs", type=float, default=3, help="of the tag skill (default: %(default)s)")
     parser.add_argument(
         "--arms", nargs="+", default=ARMS, choices=ARMS, metavar="ARM", help=f"any of: {'; '.join(ARMS)}"

@@ -102,7 +102,9 @@ def add_merge(merge: argparse.ArgumentParser) -> None:
     """The flags of `translora merge`; each is a field of MergeConfig."""
     merge.add_argument("method", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
     merge.add_argument("--adapters", type=Path, nargs="+", required=True, help="PEFT directories (bundles too)")
-    merge.add_argument("--data", type=Path, nargs="+", help="JSONL or synthetic.parquet: one for each adapter")
+    merge.add_argument(
+        "--data", type=Path, nargs="+", help="JSONL or synthetic.parquet: one for each adapter, for cat any number"
+    )
     merge.add_argument("--out", type=Path, required=True, help="directory of the merged adapter")
     merge.add_argument("--base", help="model directory or hub id; default: what the adapters name")
     merge.add_argument("--weights", type=float, nargs="+", help="one for each adapter")

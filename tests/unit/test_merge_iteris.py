@@ -260,6 +260,42 @@ def test_one_solve_with_equal_weights_is_regmean(llama) -> None:
         assert np.abs((B @ A).numpy() - regmean).max() < 1e-6, name
 
 
+def test_the_second_solve_takes_the_inputs_of_the_model_merged_so_far(llama) -> None:
+    """Reference: numpy, on inputs by plain arithmetic on the weights; every ingredient at a value of its own."""
+    model, loras = llama
+    data = [causal_batches(0), causal_batches(1)]
+    a1, a2, rho = 1e-3, 1e-2, 0.3
+    solves = []
+    settings = IterisSettings(max_iter=2, reg_coef=rho, norm="delta", a1=a1, a2=a2)
+    run_iteris(model, loras, data, settings, lambda _, merged: solves.append(merged))
+    so_far = LoraWeights(modules=solves[0], scaling=dict.fromkeys(solves[0], 1.0), config={})
+    own = [inputs_with_peft(model, lora, batches[0]) for lora, batches in zip(loras, data, strict=True)]
+    merged = [inputs_with_peft(model, so_far, batches[0]) for batches in data]
+    for name in solves[1]:
+        left = right = 0
+        for lora, x_of, y_of in zip(loras, own, merged, strict=True):
+            A, B = (factor.double().numpy() for factor in lora.modules[name])
+            W, x = lora.scaling[name] * B @ A, x_of[name].numpy()
+            y = (1 - rho) * y_of[name].numpy() + rho * x
+            weight = (W**2).sum() / ((x @ W.T) ** 2).sum()
+            G, H = x.T @ y, y.T @ y
+            right = right + weight * W @ (G + a1 * np.linalg.norm(G) * np.eye(len(G)))
+            left = left + weight * (H + a2 * np.linalg.norm(H) * np.eye(len(H)))
+        expected = right @ np.linalg.inv(left)
+        A, B = solves[1][name]
+        # The bank keeps scalings in float32: the inputs differ in the eighth digit.
+        assert np.abs((B @ A).numpy() - expected).max() < 1e-5 * np.abs(expected).max(), name
+        change = np.abs((solves[0][name][1] @ solves[0][name][0]).numpy() - expected).max()
+        assert bool(change > 1e-3 * np.abs(expected).max()) == (".layers.0." not in name), "behind the first layer"
+
+
+def test_a_task_without_inputs_is_refused(llama) -> None:
+    model, loras = llama
+    for data in ([[], causal_batches(0)], [causal_batches(0), []]):
+        with pytest.raises(ValueError, match=f"adapter {1 + data.index([])}: there are no inputs for it"):
+            run_iteris(model, loras, data, IterisSettings(max_iter=1))
+
+
 def merge_share(rank: int, root: str, base: str, dirs: list[str]) -> None:
     """One of two ranks: half of each task's batches."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).eval()

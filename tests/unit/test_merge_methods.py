@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
+import typing
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from peft import LoraModel, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import SEEDS, make_adapter, make_base
 from translora.cli import main
+from translora.engine.prompts import prompt_format
 from translora.lora.peft_io import LoraWeights, read_lora
 from translora.merge.aggregate import component_mean, fedex
 from translora.merge.config import COMBINATIONS, METHODS, merge_config
+from translora.merge.data import read_samples
 from translora.merge.peft_methods import ELEMENTWISE, combine, truncate
 from translora.run.files import write_jsonl
 
-QUICK = ["iteris.max_iter=2", "cat.learning_rate=0.1", "cat.batch_size=4", "dtype=float32"]
+QUICK = ["cat.learning_rate=0.1", "cat.batch_size=4", "dtype=float32"]
 WITH_DATA = ("cat", "iteris", "regmean")
 
 
@@ -47,7 +51,8 @@ def run(root: Path, method: str, names: list[str], out: str, *flags: str) -> dic
     arguments += ["--adapters", *(str(root / name) for name in names)]
     if method in WITH_DATA:  # the adapters of one first letter are those of one task
         arguments += ["--data", *(str(root / f"{name[0]}.jsonl") for name in names)]
-    assert main([*arguments, "--set", *QUICK]) == 0
+    solves = ["iteris.max_iter=2"] if method == "iteris" else []
+    assert main([*arguments, "--set", *QUICK, *solves]) == 0
     return updates(read_lora(root / out))
 
 
@@ -107,6 +112,9 @@ def test_static_cat_and_svd_are_the_weighted_sum_whatever_the_ranks(world: Path)
         assert lora.max_rank == 7 and len({len(A) for A, _ in lora.modules.values()}) == 1
 
 
+CARDS = ("cut", "whole", "svd-card", "linear-card")
+
+
 def test_truncation_is_the_best_of_its_rank(world: Path) -> None:
     whole = run(world, "iteris", ["a", "b"], "whole")
     cut = run(world, "iteris", ["a", "b"], "cut", "--rank", "3")
@@ -114,8 +122,10 @@ def test_truncation_is_the_best_of_its_rank(world: Path) -> None:
     for name, update in whole.items():
         U, S, Vh = torch.linalg.svd(update)
         assert torch.allclose(cut[name], U[:, :3] * S[:3] @ Vh[:3], atol=1e-4 * float(S[0])), name
-    assert "truncated" in (world / "cut/README.md").read_text()
-    assert "truncated" not in (world / "whole/README.md").read_text()
+    run(world, "svd", ["a", "b"], "svd-card")  # rank 2 of 4
+    run(world, "linear", ["a", "b"], "linear-card", "--rank", "2")  # which it has anyway
+    truncated = {name: "truncated" in (world / name / "README.md").read_text() for name in CARDS}
+    assert truncated == {"cut": True, "whole": False, "svd-card": True, "linear-card": False}
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ELEMENTWISE])
@@ -249,4 +259,59 @@ def test_what_is_no_merged_adapter_is_not_replaced(world: Path, capsys: pytest.C
 
 
 def test_every_combination_of_peft_is_offered() -> None:
+    hints = typing.get_type_hints(LoraModel.add_weighted_adapter)
+    assert {"cat" if name == "static_cat" else name for name in COMBINATIONS} == set(
+        typing.get_args(hints["combination_type"])
+    )
     assert set(itertools.chain(COMBINATIONS, WITH_DATA, ("fedex", "component_mean"))) == set(METHODS)
+
+
+@pytest.mark.parametrize("method", ["iteris", "cat"])
+def test_what_is_not_finite_is_not_written(world: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Factors that are finite by themselves, and whose outputs are not."""
+    make_adapter(world / "huge", world / "base", 1, 2, scale=1e38)
+    write_jsonl(world / "h.jsonl", [{"input": text, "answer": "yes"} for text in SEEDS])
+    arguments = ["merge", method, "--base", str(world / "base"), "--out", str(world / "never"), "--adapters"]
+    arguments += [str(world / "a"), str(world / "huge")]
+    arguments += ["--data", str(world / "a.jsonl"), str(world / "h.jsonl")]
+    assert main([*arguments, "--set", "dtype=float32"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("translora: ") and ("/huge: the inputs of" in last or "loss is nan" in last), last
+    assert not (world / "never").exists()
+
+
+def test_too_great_a_rank_is_refused_before_the_base_runs(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"rank-{index}" for index in range(3)]
+    for index, name in enumerate(names):
+        make_adapter(world / name, world / "base", index, 400)
+        write_jsonl(world / f"{name}.jsonl", [{"input": text, "answer": "yes"} for text in SEEDS])
+    arguments = ["merge", "iteris", "--base", str(world / "base"), "--out", str(world / "never"), "--adapters"]
+    data = ["--data", *(str(world / f"{name}.jsonl") for name in names)]
+    started = time.monotonic()
+    assert main([*arguments, *(str(world / name) for name in names), *data]) == 2
+    error = capsys.readouterr().err
+    assert "would have rank 1200, the limit is 1024; give --rank" in error and "solve" not in error
+    assert time.monotonic() - started < 60
+
+
+def test_of_many_rows_a_few_are_drawn_whatever_the_files_are_called(world: Path) -> None:
+    rows = [{"input": f"{number} {text}", "answer": "yes"} for number in range(40) for text in SEEDS]
+    for name in ("a", "b"):
+        write_jsonl(world / f"many-{name}.jsonl", rows)
+    prompts = prompt_format(AutoTokenizer.from_pretrained(world / "base"))
+    first, second, other = (
+        read_samples(world / f"many-{name}.jsonl", prompts, 512, 16, seed)
+        for name, seed in (("a", 0), ("b", 0), ("a", 1))
+    )
+    assert len(first) == 16 and first == second != other
+    assert len(read_samples(world / "many-a.jsonl", prompts, 512, 512, 0)) == len(rows)
+
+
+def test_regmean_takes_no_setting_that_it_would_not_follow() -> None:
+    settings = {"method": "regmean", "adapters": ["a", "b"], "out": "o", "data": ["x", "y"]}
+    for assignment in ("iteris.a2=0.01", "iteris.max_iter=3", "iteris.norm=base+delta", "iteris.reg_coef=0.5"):
+        with pytest.raises(ValueError, match=r"regmean is iteris with one solve, equal weights"):
+            merge_config(settings, [assignment])
+    config = merge_config(settings, ["iteris.num_threads=2"])
+    assert (config.solving.max_iter, config.solving.a2, config.solving.norm) == (1, 0, "equal")
+    assert config.solving.num_threads == 2

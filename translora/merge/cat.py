@@ -109,7 +109,7 @@ def train_coefficients(
     """Learn alpha_i of every module on `data`: Delta W = sum_i alpha_i s_i B_i A_i, alpha uniform (1/N) at first.
 
     Args:
-        model: the frozen causal LM, whole on its device(s); left as it was.
+        model: the causal LM, whole on its device(s); frozen, else left as it was.
         adapters: N of them, any ranks, scalings and modules.
         data: the mixture: a small share of each skill's samples (paper: 5 %), the loss is on the answers.
         settings: AdamW without weight decay, linear decay of the learning rate.

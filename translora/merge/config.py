@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -49,9 +49,14 @@ class IterisSettings(Strict):
     norm: Literal["delta", "base+delta", "equal"] = "delta"
     """Whose norm weighs a task: the LoRA's (paper), base and LoRA together, or every task alike."""
     max_gram_gigabytes: float = Field(default=16.0, gt=0)
-    """Most memory for Grams; more modules than fit take turns, with a pass over the data each."""
+    """Most memory for Grams; more modules than fit take turns, with a pass over the data each. Solving takes about two
+    matrices of a module's width more for each thread."""
     num_threads: int = Field(default=4, ge=1)
     """Modules that are solved side by side."""
+
+
+REGMEAN: dict[str, Any] = {"max_iter": 1, "a1": 0.0, "a2": 0.0, "norm": "equal"}
+"""What makes RegMean of IterIS."""
 
 
 class CatSettings(Strict):
@@ -70,6 +75,8 @@ class CatSettings(Strict):
 class MergeSettings(Strict):
     """What a merge by the command and one of a fleet file have in common."""
 
+    added: ClassVar[frozenset[str]] = frozenset({"max_samples"})
+
     method: Method
     """How the adapters are merged."""
     weights: list[float] | None = None
@@ -84,8 +91,10 @@ class MergeSettings(Strict):
     """Longest prompt plus answer, in tokens; longer rows are dropped with a warning."""
     batch_size: int = Field(default=8, ge=1)
     """Rows of a forward pass of iteris and regmean."""
+    max_samples: int = Field(default=512, ge=1)
+    """Most rows of each file, drawn at random: a merge learns from few (paper: 20 to 60 for iteris, 5 % for cat)."""
     iteris: IterisSettings = IterisSettings()
-    """Settings of iteris."""
+    """Settings of iteris, and of regmean those of its memory."""
     cat: CatSettings = CatSettings()
     """Settings of cat."""
 
@@ -93,6 +102,11 @@ class MergeSettings(Strict):
     def needs_data(self) -> bool:
         """Whether the method runs the base over data."""
         return self.method in ("cat", *NEED_OWN_DATA)
+
+    @property
+    def solving(self) -> IterisSettings:
+        """IterIS's settings as the method uses them."""
+        return self.iteris.model_copy(update=REGMEAN if self.method == "regmean" else {})
 
     def check(self, num_adapters: int, num_files: int) -> None:
         """Compare weights and data with the adapters.
@@ -104,6 +118,13 @@ class MergeSettings(Strict):
             raise ValueError(f"weights: {len(self.weights)} for {num_adapters} adapters; give one for each")
         if self.weights is not None and self.needs_data:
             raise ValueError(f"weights: {self.method} finds its own; leave them out, or use another method")
+        default = IterisSettings()
+        for key in (*REGMEAN, "reg_coef") if self.method == "regmean" else ():
+            if getattr(self.iteris, key) != getattr(default, key):
+                raise ValueError(
+                    f"iteris.{key}: regmean is iteris with one solve, equal weights and no regularisation; leave it "
+                    "out, or use iteris with max_iter 1 and norm equal"
+                )
         averages = self.method in ("fedex", "component_mean")
         if self.weights is not None and averages and (min(self.weights) <= 0 or abs(sum(self.weights) - 1) > 1e-6):
             raise ValueError(f"weights: {self.method} is an average; give positive weights that sum to 1")

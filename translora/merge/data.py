@@ -6,6 +6,7 @@ Shapes: B rows of T tokens, filled up on the right.
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from translora.distill.data import Sample
 from translora.engine.prompts import PromptFormat
-from translora.run.files import check_row, read_jsonl
+from translora.run.files import check_row, derive_seed, read_jsonl, sha256_file
 
 logger = logging.getLogger(__name__)
 ANSWERS = ("answer", "target")
@@ -42,8 +43,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [check_row(row, ("input",), f"{path}, row {number}") for number, row in enumerate(rows, 1)]
 
 
-def read_samples(path: Path, prompts: PromptFormat, max_length: int) -> list[Sample]:
-    """Tokens of a file's rows; those longer than `max_length` are dropped with a warning.
+def read_samples(path: Path, prompts: PromptFormat, max_length: int, max_samples: int, seed: int) -> list[Sample]:
+    """Tokens of a file's rows, those longer than `max_length` dropped with a warning.
+
+    Of more than `max_samples` as many are drawn, by the file's contents and the seed alone.
 
     Raises:
         ValueError: names the file; no row is left.
@@ -59,6 +62,10 @@ def read_samples(path: Path, prompts: PromptFormat, max_length: int) -> list[Sam
     if len(samples) < len(rows):
         dropped = len(rows) - len(samples)
         logger.warning("%s: %d of %d rows exceed max_length %d", path, dropped, len(rows), max_length)
+    if len(samples) > max_samples:
+        logger.info("%s: %d of %d rows are taken (max_samples)", path, max_samples, len(samples))
+        rng = random.Random(derive_seed(seed, "merge", sha256_file(path)))
+        samples = [samples[index] for index in sorted(rng.sample(range(len(samples)), max_samples))]
     if not samples:
         raise ValueError(f"{path}: no row of at most {max_length} tokens; raise max_length")
     return samples

@@ -13,6 +13,7 @@ token alone.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -43,18 +44,24 @@ def run_iteris(
     batches: Sequence[Sequence[Batch]],
     settings: IterisSettings,
     on_solve: Callable[[int, Merged], None] | None = None,
+    names: Sequence[str] = (),
 ) -> Merged:
     """Merge adapters by IterIS: A* [R, in] and [B_1 .. B_N] [out, R] by module, R = sum r_i, float64, scaling 1.
 
     Args:
-        model: the frozen base in eval mode, on one device; left as it was.
+        model: the frozen base in eval mode, on one device, where the Grams lie too; left as it was.
         loras: two or more adapters of it; they may differ in ranks, scaling and modules.
         batches: each task's inputs, for the adapter of the same place. Where torch.distributed is up, every rank calls
             this with its own share of them and gets the same result; under ZeRO-3 the shares are of equal number.
         settings: schedule, regularisation, weights.
         on_solve: called after each solve with its number, from 1, and the adapter so far.
+        names: what errors call the adapters.
+
+    Raises:
+        ValueError: a task has no inputs, or they are not finite in one of the models.
     """
     tasks = [str(index) for index in range(len(loras))]
+    names = names or [f"adapter {number}" for number, _ in enumerate(loras, 1)]
     factors = {name: _factors(loras, name) for name in sorted({name for lora in loras for name in lora.modules})}
     empty = LoraWeights(
         modules={
@@ -66,7 +73,8 @@ def run_iteris(
     )
     bank = load_bank(model, {**dict(zip(tasks, loras, strict=True)), MERGED: empty})
     try:
-        leaders = shared_inputs(model, bank, batches[0][0])
+        check_batches(batches, names, next(iter(bank.modules.values())).base.weight.device)
+        leaders = shared_inputs(model, bank, next(batch for own in batches for batch in own))
         weights: dict[str, list[float]] = {}
         merged: Merged = {}
         for iteration in range(settings.max_iter):
@@ -76,6 +84,7 @@ def run_iteris(
                     collect(model, bank, task_batches, task, block, with_merged=iteration > 0, rho=settings.reg_coef)
                     for task, task_batches in zip(tasks, batches, strict=True)
                 ]
+                check_grams(grams, names)
                 if iteration == 0:
                     weights |= {name: _weights(bank, name, factors[name], grams, block, settings) for name in block}
                 solved |= _solve(block, factors, weights, grams, settings)
@@ -178,6 +187,39 @@ def collect(
             for sums in (gram.G,) if gram.G is gram.H else (gram.G, gram.H):
                 dist.all_reduce(sums)
     return grams
+
+
+def check_grams(grams: Sequence[Mapping[str, Grams]], names: Sequence[str]) -> None:
+    """Refuse sums that nothing can be solved from; they are those of all ranks, so all refuse.
+
+    Raises:
+        ValueError: names the adapter and the module.
+    """
+    for adapter, by_module in zip(names, grams, strict=True):
+        for name, gram in by_module.items():
+            if not math.isfinite(float(gram.H.diagonal().sum() + gram.G.diagonal().sum())):
+                raise ValueError(
+                    f"{adapter}: the inputs of {name} are not finite, with it or with what is merged so far; look at "
+                    "its weights, or set dtype to float32"
+                )
+
+
+def check_batches(batches: Sequence[Sequence[Batch]], names: Sequence[str], place: torch.device) -> None:
+    """Refuse a task without a token, and a rank without a batch, on all ranks alike.
+
+    Raises:
+        ValueError: names the adapter.
+    """
+    tokens = [sum(int(batch["attention_mask"].sum()) for batch in own) for own in batches]
+    counts = torch.tensor([*tokens, int(not any(batches))], device=place)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(counts)
+    *of_tasks, num_idle = counts.tolist()
+    for adapter, count in zip(names, of_tasks, strict=True):
+        if count == 0:
+            raise ValueError(f"{adapter}: there are no inputs for it; give it some data")
+    if num_idle:
+        raise ValueError(f"{num_idle} ranks have no batch at all; give every rank some, or take fewer ranks")
 
 
 def _masks(batch: Batch) -> dict[tuple[int, int], torch.Tensor]:

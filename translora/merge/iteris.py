@@ -145,21 +145,13 @@ def solve_module(
         a2: regularisation of H.
     """
     like = grams[0].H
-    rows = [
-        (weight * s) * (A.to(like) @ _regularised(gram.G, a1))
-        for A, s, weight, gram in zip(lora_A, scaling, weights, grams, strict=True)
-    ]
-    total = torch.zeros_like(like)
-    for weight, gram in zip(weights, grams, strict=True):
-        total += weight * _regularised(gram.H, a2)
+    rows, total = [], torch.zeros_like(like)
+    for A, s, weight, gram in zip(lora_A, scaling, weights, grams, strict=True):
+        A64 = A.to(like)
+        rows.append((weight * s) * (A64 @ gram.G + a1 * torch.linalg.matrix_norm(gram.G) * A64))
+        total.add_(gram.H, alpha=weight)
+        total.diagonal().add_(weight * a2 * torch.linalg.matrix_norm(gram.H))
     return _times_inverse(torch.cat(rows), total), torch.cat([B.to(like) for B in lora_B], dim=1)
-
-
-def _regularised(gram: torch.Tensor, coefficient: float) -> torch.Tensor:
-    if coefficient == 0:
-        return gram
-    ridge = coefficient * torch.linalg.matrix_norm(gram)
-    return gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
 def _times_inverse(rows_RI: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from translora.bundle import inspect_base
 from translora.bundle.adapter import check_adapter, check_recorded_base, recorded_base
 from translora.bundle.base import BaseInfo, linear_modules
@@ -21,14 +23,17 @@ from translora.engine.prompts import prompt_format
 from translora.lora.kinds import MAX_RANK
 from translora.lora.peft_io import LoraWeights, pad_rank, read_lora, write_lora
 from translora.merge import aggregate, cat
-from translora.merge.config import COMBINATIONS, Combination, MergeConfig
+from translora.merge.config import COMBINATIONS, NEED_OWN_DATA, Combination, MergeConfig
 from translora.merge.data import batches, read_samples
 from translora.merge.features import run_iteris
 from translora.merge.peft_methods import Merged, combine, fingerprint, truncate
 from translora.report.merge_card import Ingredient, merge_card
 from translora.run.files import replace_directory, sha256_file, sha256_path, write_bytes, write_json
+from translora.run.redact import first_line
 
 logger = logging.getLogger(__name__)
+STACKED = ("cat", "static_cat", "iteris", "regmean")
+"""Methods whose result has the sum of the ranks."""
 SETTINGS_FILE = "merge.json"
 """Beside the adapter: settings, hashes and coefficients, and the mark of a directory that may be replaced."""
 
@@ -59,16 +64,33 @@ def merge(config: MergeConfig) -> Path:
         check_recorded_base(path, base.name, "merge adapters of one base")
         check_adapter(path, base)
     tasks = read_tasks(config)
+    if (rank := whole_rank(config.method, tasks)) > MAX_RANK and config.rank is None:
+        raise ValueError(f"the merged adapter would have rank {rank}, the limit is {MAX_RANK}; give --rank")
     started = time.monotonic()
-    merged, learnt = run_method(config, tasks, base)
-    merged = {name: (A.float(), B.float()) for name, (A, B) in merged.items()}
-    if config.rank is not None and config.rank < max(len(A) for A, _ in merged.values()):
-        merged = truncate(merged, config.rank)
-    if (rank := max(len(A) for A, _ in merged.values())) > MAX_RANK:
-        raise ValueError(f"the merged adapter has rank {rank}, the limit is {MAX_RANK}; give --rank")
+    try:
+        merged, learnt = run_method(config, tasks, base)
+        merged = {name: (A.float(), B.float()) for name, (A, B) in merged.items()}
+        if config.rank is not None and config.rank < max(len(A) for A, _ in merged.values()):
+            merged = truncate(merged, config.rank)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ValueError(f"{config.method}: {first_line(error)}; look at the adapters' weights") from error
+    for name, factors in merged.items():
+        if not all(bool(factor.isfinite().all()) for factor in factors):
+            raise ValueError(
+                f"{config.method}: the merged update of {name} is not finite; look at the adapters' weights"
+            )
     logger.info("%s: %d adapters, rank %d, %.1f s", config.method, len(tasks), rank, time.monotonic() - started)
     write_result(config, tasks, base, merged, learnt)
     return config.out
+
+
+def whole_rank(method: str, tasks: Sequence[Task]) -> int:
+    """Greatest rank of a module that the merge has before it is truncated."""
+    names = {name for task in tasks for name in task.lora.modules}
+    by_module = [[len(task.lora.modules[name][0]) for task in tasks if name in task.lora.modules] for name in names]
+    if method in STACKED:
+        return max(map(sum, by_module))
+    return max(map(max, by_module)) * (len(tasks) if method == "fedex" else 1)
 
 
 def find_base(config: MergeConfig) -> BaseInfo:
@@ -92,8 +114,7 @@ def read_tasks(config: MergeConfig) -> list[Task]:
     """The adapters with their weights and data, in an order that depends on their contents alone."""
     num = len(config.adapters)
     alike = 1.0 if "ties" in config.method else 1 / num
-    own = config.data if config.method != "cat" else [None] * num
-    files: Sequence[Path | None] = own or [None] * num
+    files: Sequence[Path | None] = config.data if config.method in NEED_OWN_DATA else [None] * num
     tasks = [
         Task(path, read_lora(path), weight, file)
         for path, weight, file in zip(config.adapters, config.weights or [alike] * num, files, strict=True)
@@ -131,19 +152,18 @@ def run_method(config: MergeConfig, tasks: Sequence[Task], base: BaseInfo) -> tu
     tokenizer = load_tokenizer(settings)
     prompts = prompt_format(tokenizer, config.prompt_template)
     pad = int(tokenizer.pad_token_id)
+    chosen = config.max_length, config.max_samples, config.seed
     if config.method == "cat":
         files = sorted(config.data, key=sha256_file)
-        mixture = [sample for path in files for sample in read_samples(path, prompts, config.max_length)]
+        mixture = [sample for path in files for sample in read_samples(path, prompts, *chosen)]
         model = load_model(settings, resolve_dtype(config.dtype), device())
         found = cat.train_coefficients(model, loras, mixture, config.cat, pad_token_id=pad, seed=config.seed)
-        return cat.export(loras, found.by_module), {"coefficients": found.by_module, "losses": found.losses}
+        learnt = {"coefficients": found.by_module, "initial": 1 / len(loras), "losses": found.losses}
+        return cat.export(loras, found.by_module), learnt
     files = [task.data for task in tasks if task.data is not None]
-    inputs = [batches(read_samples(path, prompts, config.max_length), config.batch_size, pad) for path in files]
-    iteris = config.iteris
-    if config.method == "regmean":
-        iteris = iteris.model_copy(update={"max_iter": 1, "a1": 0.0, "a2": 0.0, "norm": "equal"})
+    inputs = [batches(read_samples(path, prompts, *chosen), config.batch_size, pad) for path in files]
     model = load_model(settings, resolve_dtype(config.dtype), device())
-    return run_iteris(model, loras, inputs, iteris), {}
+    return run_iteris(model, loras, inputs, config.solving, names=[str(task.path) for task in tasks]), {}
 
 
 def write_result(
@@ -164,6 +184,7 @@ def write_result(
     ]
     data = sorted(sha256_file(path) for path in config.data) if config.method == "cat" else []
     shown = config.model_dump(mode="json", exclude={"adapters", "data", "out", "base", "weights", "trust_remote_code"})
+    shown |= {"iteris": config.solving.model_dump(mode="json"), "max_samples": config.max_samples}
     with replace_directory(config.out) as directory:
         write_lora(
             directory,
@@ -177,7 +198,7 @@ def write_result(
             method=config.method,
             base=base.name,
             rank=rank,
-            truncated=config.rank == rank,
+            truncated=rank < whole_rank("static_cat" if config.method.endswith("svd") else config.method, tasks),
             ingredients=ingredients,
             mixture=data,
         )
