@@ -133,10 +133,20 @@ def test_means_are_over_the_tasks_that_count(results: Results) -> None:
 def test_the_gate_is_calibrated_on_the_tasks_that_count() -> None:
     more = [migration("skill", "other", 1, 0.7, 0.5), migration("trivial", "other", 1, 0.1, 0.8)]
     found = summarise(setup(), [SKILL, TRIVIAL, NO_GAIN], [*MIGRATIONS, *more]).calibration
-    assert (found.num_points, found.num_kept, found.num_lost) == (4, 2, 2), "at least 0.72 of 0.8; not the trivial task"
+    agreement, likelihood = found.signals["agreement"], found.signals["likelihood"]
+    assert (agreement.num_points, found.num_kept, found.num_lost) == (4, 2, 2), "0.72 of 0.8; the trivial task apart"
     assert found.best is not None and found.best.threshold == pytest.approx(0.75)
     assert found.best.balanced_accuracy == 1 and found.configured == 0.75, "the verdict let one that was lost pass"
-    assert found.with_accuracy is not None and found.with_accuracy.interval is None, "one task"
+    assert agreement.with_accuracy is not None and agreement.with_accuracy.interval is None, "one task"
+    assert agreement.with_accuracy.value == pytest.approx(0.95, abs=0.01)
+    assert likelihood.num_points == 0 and likelihood.with_accuracy is None
+    rated = [one.model_copy(deep=True) for one in (*MIGRATIONS, *more)]
+    for one, loglik in zip(rated, (-3.0, -2.0, -1.0, 0.0, 0.0, -0.5, 0.0), strict=True):
+        assert one.gate is not None
+        one.gate.loglik_student = loglik
+    found = summarise(setup(), [SKILL, TRIVIAL, NO_GAIN], rated).calibration
+    against = found.signals["likelihood"].with_accuracy
+    assert against is not None and against.value < -0.9 and found.signals["likelihood"].num_points == 4
     refused = migration("skill", "other", 1, 0.7, 0.5)
     assert refused.gate is not None
     refused.gate.passed = False

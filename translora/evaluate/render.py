@@ -9,10 +9,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from translora.evaluate.cells import MISSING, correlation, counted_noun, points, ratio, table
+from translora.evaluate.calibration import calibration_page
+from translora.evaluate.cells import MISSING, counted_noun, points, ratio, table
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, TARGET_BASE
 from translora.evaluate.plot import draw_calibration
-from translora.evaluate.results import KEPT_SHARE, ArmResult, BaseSize, Migration, Results, Setup, TaskResult
+from translora.evaluate.results import ArmResult, BaseSize, Migration, Results, Setup, TaskResult
 from translora.evaluate.statistics import Estimate
 from translora.report.markdown import escape
 from translora.run.files import write_bytes, write_json
@@ -73,7 +74,8 @@ def to_markdown(results: Results, name: str) -> str:
             *_retentions(setup, apart),
         ]
     lines += ["", "## The arms side by side", "", *_arms(results)]
-    lines += ["", "## What the gate's agreement says about real accuracy", "", *_calibration(results, f"{name}.svg")]
+    lines += ["", "## What the gate's agreement says about real accuracy", ""]
+    lines += calibration_page(results.calibration, setup.gate["min_agreement"], f"{name}.svg")
     if remarks := [one for one in results.migrations if one.note]:
         lines += ["", "## Remarks on single adapters", "", *_remarks(remarks)]
     return "\n".join(lines) + "\n"
@@ -259,49 +261,6 @@ def _migration_cells(migrations: Sequence[Migration]) -> list[str]:
 
 def _arm_cells(found: ArmResult) -> list[str]:
     return [points(found.accuracy), ratio(found.retention), points(found.against_first, signed=True)]
-
-
-def _calibration(results: Results, plot: str) -> list[str]:
-    found, gate = results.calibration, results.setup.gate
-    kept = f"{100 * KEPT_SHARE:.0f} %"
-    lines = [
-        f"![Agreement with the teacher against migrated − source accuracy, one point per adapter]({plot})",
-        "",
-        f"{counted_noun(found.num_points, 'migrated adapter')} of the tasks that count (tasks × seeds × arms), nothing "
-        "withheld, one attempt each. Agreement is what the gate sees: the share of held-out synthetic prompts on which "
-        "the student gives the teacher's answer. Intervals of the correlations draw whole tasks.",
-        "",
-        *table(
-            ["Spearman correlation of the agreement with", ""],
-            [
-                ["accuracy of the migrated adapter", correlation(found.with_accuracy)],
-                ["accuracy, migrated − source adapter", correlation(found.with_difference)],
-            ],
-        ),
-        "",
-    ]
-    if found.best is None or found.configured is None:
-        return [
-            *lines,
-            f"{found.num_kept} adapters kept at least {kept} of their source adapter's accuracy and {found.num_lost} "
-            "did not: no threshold of agreement can be told from these.",
-        ]
-    return [
-        *lines,
-        f"{found.num_kept} adapters kept at least {kept} of their source adapter's accuracy, {found.num_lost} did not.",
-        "",
-        *table(
-            ["the gate", "min_agreement", "balanced accuracy of its verdicts"],
-            [
-                ["as configured", f"{gate['min_agreement']:.2f}", f"{100 * found.configured:.0f} %"],
-                [
-                    "by agreement alone, best on these adapters, chosen after the fact",
-                    f"{found.best.threshold:.2f}",
-                    f"{100 * found.best.balanced_accuracy:.0f} %",
-                ],
-            ],
-        ),
-    ]
 
 
 def _remarks(migrations: Sequence[Migration]) -> list[str]:

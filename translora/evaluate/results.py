@@ -12,28 +12,18 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from translora.evaluate.calibration import Calibration, Point, calibrate
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, TARGET_BASE
 from translora.evaluate.statistics import (
-    Correlation,
     Estimate,
     Floats,
     Resample,
     Retention,
-    Separation,
-    balanced_accuracy,
-    best_separation,
     mean_estimate,
     mean_retention,
-    rank_correlation,
     retention,
 )
 from translora.run.state import GateResult, SynthesisStats
-
-KEPT_SHARE = 0.9
-"""An adapter kept its skill if it has this share of the source adapter's accuracy."""
-
-
-ROUNDING = 1e-9
 
 
 class Record(BaseModel):
@@ -118,23 +108,6 @@ class ArmResult(Record):
     """Tasks on which the migrated adapter is at least as good as the source adapter."""
     against_first: Estimate | None
     """Accuracy minus that of the first arm, paired by item; None for the first arm."""
-
-
-class Calibration(Record):
-    """The gate's agreement against real accuracy, over all migrated adapters of the tasks that count."""
-
-    num_points: int
-    with_accuracy: Correlation | None
-    """Spearman correlation of agreement and the migrated adapter's accuracy."""
-    with_difference: Correlation | None
-    """Spearman correlation of agreement and migrated minus source adapter."""
-    num_kept: int
-    """Adapters with KEPT_SHARE of their source adapter's accuracy."""
-    num_lost: int
-    best: Separation | None
-    """The threshold of agreement that best separates the two."""
-    configured: float | None
-    """Balanced accuracy of the gate's verdicts, by each arm's own thresholds."""
 
 
 class Results(Record):
@@ -238,26 +211,6 @@ def arm_result(arm: str, first: str, tasks: Sequence[TaskItems]) -> ArmResult:
     )
 
 
-def calibrate(migrations: Sequence[Migration]) -> Calibration:
-    """Whether the gate tells how good a migrated adapter really is; `migrations` are of the tasks that count."""
-    points = [
-        (one.gate.agreement_student, one.accuracy, one.source_accuracy, one.task, one.gate.passed)
-        for one in migrations
-        if one.gate is not None and one.accuracy is not None
-    ]
-    agreements, tasks = [point[0] for point in points], [point[3] for point in points]
-    kept = [migrated >= KEPT_SHARE * source - ROUNDING for _, migrated, source, _, _ in points]
-    return Calibration(
-        num_points=len(points),
-        with_accuracy=rank_correlation(agreements, [point[1] for point in points], tasks),
-        with_difference=rank_correlation(agreements, [point[1] - point[2] for point in points], tasks),
-        num_kept=sum(kept),
-        num_lost=len(kept) - sum(kept),
-        best=best_separation(agreements, kept),
-        configured=balanced_accuracy([point[4] for point in points], kept),
-    )
-
-
 def summarise(setup: Setup, tasks: Sequence[TaskItems], migrations: Sequence[Migration]) -> Results:
     """All tables of an evaluation from its items."""
     arms = list(setup.arms)
@@ -270,6 +223,12 @@ def summarise(setup: Setup, tasks: Sequence[TaskItems], migrations: Sequence[Mig
         copy_retention=retention_over(counted, SOURCE_ADAPTER),
         copy_skill=retention_over(counted, SOURCE_ADAPTER, above_floor=True),
         arms={arm: arm_result(arm, arms[0], counted) for arm in arms},
-        calibration=calibrate([one for one in migrations if one.task in {task.name for task in counted}]),
+        calibration=calibrate(
+            [
+                Point(one.gate, one.accuracy, one.source_accuracy, one.task)
+                for one in migrations
+                if one.task in {task.name for task in counted} and one.gate is not None and one.accuracy is not None
+            ]
+        ),
         migrations=list(migrations),
     )
