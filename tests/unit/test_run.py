@@ -6,21 +6,23 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.tiny import make_base, make_bundle
 from translora.bundle import BaseInfo, Bundle, inspect_base
-from translora.config import AdapterEntry, BaseModelConfig, FleetConfig, TrainConfig, load_config
+from translora.config import AdapterEntry, BaseModelConfig, FleetConfig, GateConfig, TrainConfig, load_config
 from translora.distill.phase import warm_start
 from translora.engine.loading import load_tokenizer
+from translora.gate.phase import fail
 from translora.report.table import note
 from translora.run.files import read_jsonl, replace_directory, sha256_path, write_json
 from translora.run.member import Member, Run, attempt_size, expand_entries
 from translora.run.recipes import Seals, recipes
 from translora.run.resume import continue_state
 from translora.run.rundir import check_free, open_run
-from translora.run.state import AdapterState, Phase, load_state, save_state
+from translora.run.state import AdapterState, GateResult, Phase, load_state, save_state
 from translora.run.tracker import Tracker
 from translora.run.verify import check_training, refused, verify, verify_fleet
 
@@ -214,17 +216,49 @@ def test_another_attempt_lays_the_first_set_aside_and_survives_a_kill(
     tmp_path: Path, run: Run, bundle: Bundle, finished: AdapterState, target: BaseInfo
 ) -> None:
     judged = {"phase": "gate", "status": "pending", "reason": "", "losses": [1.0], "step": 1, "num_steps": 1}
-    state = finished.model_copy(update=judged)
+    state = finished.model_copy(update=judged | {"gate": verdict(0.4)})
     first = (tmp_path / "adapters/a/synthetic.parquet").read_bytes()
     member = Member(bundle, state, tmp_path / "adapters/a", 4, 2, [], AdapterEntry(bundle="x"))
     run.send_back(member)
     assert member.waits_for("synthesis") and member.num_samples == 8 and state.losses == []
     assert member.earlier_set.read_bytes() == first and not (tmp_path / "adapters/a/synthetic.parquet").exists()
     assert "attempt 2: the gate sent it back for more samples" in note(state)
+    assert (state.gate, state.accuracy, state.earlier_agreement) == (None, None, 0.4), "the verdict was on the first"
     again = continue_state(tmp_path, fresh(), target)
     assert again == state and attempt_size(again, run.config.gate) == 8
     member.earlier_set.write_bytes(b"damaged")
     assert continue_state(tmp_path, fresh(), target) == fresh(), "without the first set everything is made anew"
+
+
+def verdict(agreement: float) -> GateResult:
+    return GateResult(num_heldout=10, agreement_student=agreement, agreement_base=0, passed=False, reason="too low")
+
+
+@pytest.mark.parametrize(
+    ("retries", "agreements", "attempts"),
+    [
+        (1, (0.4, 0.5), 2),  # one retry, which helped and was not enough
+        (3, (0.4, 0.5, 0.5), 3),  # the third attempt brought nothing: the fourth is not made
+        (3, (0.4, 0.3), 2),
+        (3, (0.1, 0.2, 0.3, 0.4), 4),
+        (0, (0.4,), 1),
+    ],
+)
+def test_attempts_end_when_more_samples_help_no_more(
+    tmp_path: Path, run: Run, bundle: Bundle, finished: AdapterState, retries: int, agreements: Any, attempts: int
+) -> None:
+    settings = run.config.model_copy(update={"gate": GateConfig(retries=retries)})
+    run = dataclasses.replace(run, config=settings)
+    state = finished.model_copy(update={"phase": "gate", "status": "pending", "reason": ""})
+    synthetic = (tmp_path / "adapters/a/synthetic.parquet").read_bytes()
+    member = Member(bundle, state, tmp_path / "adapters/a", 4, 2, [], AdapterEntry(bundle="x"))
+    for number, agreement in enumerate(agreements, 1):
+        (tmp_path / "adapters/a/synthetic.parquet").write_bytes(synthetic)
+        state.gate = verdict(agreement)
+        fail(run, member)
+        assert (state.status == "failed_gate") is (number == attempts)
+    assert state.attempt == attempts == len(agreements) and state.reason.startswith("too low")
+    assert ("more samples do not help" in state.reason) is (attempts > 1 and agreements[-1] <= agreements[-2])
 
 
 @pytest.mark.parametrize("content", ["", '{"name": "a", "bun', '{"name": "a", "bundle": "x", "of_the_future": 1}'])

@@ -52,7 +52,8 @@ class GateConfig(Strict):
     """Where the teacher's answers are few: least informedness of the student's, of which 0 is one answer to everything,
     the commonest included, and 1 the teacher's every time."""
     retries: int = Field(default=1, ge=0, le=3)
-    """Times that an adapter which did not pass is distilled again, from more samples, before it is given up."""
+    """Times that an adapter which did not pass is distilled again, from more samples, before it is given up.
+    It is given up sooner where the last samples brought no more agreement."""
     retry_factor: float = Field(default=2.0, gt=1, le=4)
     """|D_syn| of a retry, as a multiple of that of the attempt before; what was accepted then is kept."""
 

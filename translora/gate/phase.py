@@ -77,14 +77,22 @@ def gate_phase(run: Run, members: list[Member]) -> None:
         except BundleError as error:
             run.quarantine(member.state, f"cannot be published: {error}")
     for member in failed:
-        state = member.state
-        assert state.gate is not None
-        if state.attempt <= config.gate.retries:
-            logger.warning("%s: did not pass the gate (%s): again with more samples", member.name, state.gate.reason)
-            run.send_back(member)
-        else:
-            state.status, state.reason = "failed_gate", state.gate.reason
-            run.advance(member, "done")
+        fail(run, member)
+
+
+def fail(run: Run, member: Member) -> None:
+    """Another attempt from more samples, where there is one left and those of the last one helped; else the end."""
+    state = member.state
+    assert state.gate is not None
+    reason, agreement, before = state.gate.reason, state.gate.agreement_student, state.earlier_agreement
+    if before is not None and agreement <= before:
+        reason += f"; more samples do not help: agreement {agreement:.2f} after {before:.2f}"
+    elif state.attempt <= run.config.gate.retries:
+        logger.warning("%s: did not pass the gate (%s): again with more samples", member.name, reason)
+        run.send_back(member)
+        return
+    state.status, state.reason = "failed_gate", reason
+    run.advance(member, "done")
 
 
 def artifacts(run: Run, members: list[Member], kind: str) -> dict[str, str]:

@@ -109,6 +109,8 @@ class AdapterState(BaseModel):
     losses: list[float] = []
     """Training loss per step."""
     gate: GateResult | None = None
+    earlier_agreement: float | None = None
+    """The student's of the attempt before this one."""
     accuracy: Accuracy | None = None
     seconds: dict[str, float] = {}
     """Wall seconds by phase (shared phases: the whole phase)."""
