@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sklearn.metrics import balanced_accuracy_score
 
-from translora.config import BaseModelConfig, GateConfig, ResourceConfig
+from translora.config import OPEN_GATE, BaseModelConfig, GateConfig, ResourceConfig
 from translora.gate import agreement
 from translora.gate.agreement import GateMember, _judge_member, informedness, judge, run_gate, share_equal
 from translora.run.state import Accuracy, GateResult
@@ -63,8 +63,9 @@ def test_the_gate_names_each_limit_that_was_missed() -> None:
 def test_agreement_with_a_teacher_of_one_answer_does_not_pass() -> None:
     verdict = judge(measured(1.0, 0.0, only_answer="no"), GateConfig())
     assert not verdict.passed and "answers 'no' to every sample, so agreement says nothing" in verdict.reason
-    open_gate = GateConfig(min_agreement=0.0, min_gain=-1.0, min_informedness=-1.0)
+    open_gate = GateConfig(**OPEN_GATE)
     assert not judge(verdict, open_gate).passed, "whatever the thresholds"
+    assert judge(measured(0.0, 0.5, informedness=-0.2), open_gate).passed
 
 
 def test_informedness_is_the_adjusted_balanced_accuracy() -> None:

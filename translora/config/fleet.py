@@ -31,7 +31,7 @@ class AdapterEntry(Strict):
     """This adapter's own distill.learning_rate."""
 
 
-OPEN_GATE = {"min_agreement": 0.0, "min_gain": -1.0, "min_informedness": -1.0}
+OPEN_GATE = {"min_agreement": 0.0, "min_gain": -1.0}
 """Of a gate that holds back nothing but what learnt from a teacher of one answer."""
 
 
@@ -50,7 +50,7 @@ class GateConfig(Strict):
     """Least (student - bare target base) agreement."""
     min_informedness: float = Field(default=0.1, ge=-1, le=1)
     """Where the teacher's answers are few: least informedness of the student's, of which 0 is one answer to everything,
-    the commonest included, and 1 the teacher's every time."""
+    the commonest included, and 1 the teacher's every time. With `min_agreement` 0 none is asked for."""
     retries: int = Field(default=1, ge=0, le=3)
     """Times that an adapter which did not pass is distilled again, from more samples, before it is given up.
     It is given up sooner where the last samples brought no more agreement."""

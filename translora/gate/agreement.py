@@ -81,7 +81,8 @@ def judge(measured: GateResult, config: GateConfig) -> GateResult:
         reasons.append(f"agreement {agreement:.2f} < gate.min_agreement {config.min_agreement:.2f}")
     if gain < config.min_gain:
         reasons.append(f"gain over the target base {gain:+.2f} < gate.min_gain {config.min_gain:+.2f}")
-    if measured.informedness is not None and measured.informedness < config.min_informedness:
+    asked = config.min_informedness if config.min_agreement > 0 else -1.0
+    if measured.informedness is not None and measured.informedness < asked:
         reasons.append(
             f"informedness {measured.informedness:.2f} < gate.min_informedness {config.min_informedness:.2f}, of which "
             "one answer to everything has 0; ship seeds of every answer"
