@@ -11,7 +11,8 @@ from tests.tiny import make_base
 from translora.bundle import inspect_base
 from translora.config import PrepareConfig, TrainConfig
 from translora.distill.gang import Gang
-from translora.distill.job import TrainJob
+from translora.distill.job import TrainJob, make_job
+from translora.distill.train import train
 from translora.lora.bank import initial_weights
 from translora.lora.peft_io import LoraWeights, read_lora, write_lora
 from translora.lora.warm_start import check_warm_start, copy_adapter
@@ -80,6 +81,29 @@ def test_a_student_in_a_gang_begins_as_the_adapter_on_disk(tmp_path: Path) -> No
     assert before != job.recipe(config, "f")
     write_lora(tmp_path / "source", source, alpha=8, base_model="base")
     assert warm.recipe(config, "f") != before, "a student is made anew when its source is another"
+
+
+@pytest.mark.usefixtures("process_group")
+def test_of_no_epochs_a_student_is_a_copy(tmp_path: Path) -> None:
+    path = make_base(tmp_path / "base", std=0.1)
+    base = WholeBase(path, torch.float32, ("q_proj", "v_proj"))
+    source = initial_weights(base.bank.shapes, 4, seed=1)
+    for _, lora_B in source.values():
+        lora_B.normal_()
+    (tmp_path / "source").mkdir()
+    write_lora(tmp_path / "source", source, alpha=8, base_model="base")
+    config = TrainConfig.model_validate({"lora": {"rank": 4, "alpha": 8}, "warm_start": True, "epochs": 0})
+    rows = [{"input": f"Please send {index}", "answer": str(index)} for index in range(12)]
+    places = {"output": tmp_path / "out", "work_dir": tmp_path / "work", "start": tmp_path / "source"}
+    job = make_job("a", "student", rows, config, root_seed=0, with_end=True, **places)
+    gang = Gang(base, [job], config, 1, base_name="base", group=None)
+    train(base, gang, tmp_path / "gang-0000.safetensors", every_steps=100)
+    made, known = read_lora(tmp_path / "out"), read_lora(tmp_path / "source")
+    for name, pair in made.modules.items():
+        for factor, own in zip(pair, known.modules[name], strict=True):
+            assert torch.equal(factor, own)
+    with pytest.raises(ValueError, match="epochs: 0 trains nothing"):
+        TrainConfig.model_validate({"epochs": 0})
 
 
 def test_bases_of_two_shapes_are_refused(tmp_path: Path) -> None:

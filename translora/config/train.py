@@ -89,8 +89,8 @@ class TrainConfig(Strict):
     warm_start: bool = False
     """Each student begins as its source adapter, where that is a LoRA and both bases are of one shape (as an update of
     one base is); an adapter of another kind begins as without."""
-    epochs: float = Field(default=20, gt=0)
-    """Passes over the training samples."""
+    epochs: float = Field(default=20, ge=0)
+    """Passes over the training samples; 0 leaves a student as its warm start made it, a copy of its source adapter."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak learning rate."""
     batch_size: int = Field(default=8, ge=1)
@@ -137,6 +137,8 @@ class TrainConfig(Strict):
     def _begins_in_one_way(self) -> Self:
         if self.warm_start and (self.peft is not None or self.lora.chain is not None or self.lora.init != "kaiming"):
             raise ValueError("warm_start: copies a LoRA as a whole; leave peft, lora.chain and lora.init out")
+        if self.epochs == 0 and not self.warm_start:
+            raise ValueError("epochs: 0 trains nothing; give some, or copy the source adapters with warm_start")
         return self
 
     @property

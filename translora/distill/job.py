@@ -106,10 +106,12 @@ def make_job(
     Args:
         owner: name of the adapter or task, and `kind` of this training of it; both decide the seed.
         rows: `input` and `answer`, and `teacher` for a student of the loss kl.
-        settings: epochs and learning rate, where the job has none of its own.
+        settings: epochs and learning rate, where the job has none of its own; of 0 epochs there is one step that
+            changes nothing.
     """
     data = work_dir / "data.jsonl"
     write_jsonl(data, rows)
+    epochs = settings.epochs if epochs is None else epochs
     (work_dir / FAILURE).unlink(missing_ok=True)
     return TrainJob(
         name=f"{owner}/{kind}",
@@ -117,8 +119,8 @@ def make_job(
         output=str(output),
         work_dir=str(work_dir),
         seed=derive_seed(root_seed, owner, kind),
-        epochs=epochs or settings.epochs,
-        learning_rate=learning_rate or settings.learning_rate,
+        epochs=epochs,
+        learning_rate=(learning_rate or settings.learning_rate) if epochs else 0.0,
         template=template,
         with_end=with_end,
         peft=peft,
