@@ -71,7 +71,16 @@ CASES = [
     ),
     Case("a missing key", fleet(FLEET.replace("target: {model: ./new-base}\n", "")), "target: Field required"),
     Case("a wrong type", fleet(FLEET + "distill: {epochs: many}\n"), "distill.epochs: Input should be a valid number"),
-    Case("a value out of range", fleet(FLEET + "distill: {epochs: 0}\n"), "distill.epochs: Input should be greater"),
+    Case(
+        "a value out of range",
+        fleet(FLEET + "distill: {learning_rate: 0}\n"),
+        "distill.learning_rate: Input should be greater",
+    ),
+    Case(
+        "no epoch and nothing to copy",
+        fleet(FLEET + "distill: {epochs: 0}\n"),
+        "distill: epochs: 0 trains nothing; give some, or copy the source adapters with warm_start",
+    ),
     Case(
         "a number without end",
         fleet(FLEET + "synthesis: {max_generated_factor: .inf}\n"),
