@@ -14,7 +14,7 @@ from translora.engine.transformers import TransformersEngine
 from translora.evaluate.answers import Repetition, item_rows
 from translora.evaluate.config import EvaluateTask
 from translora.evaluate.data import Split, load_task, split
-from translora.synthesis.stages import answer_block, choice_block
+from translora.synthesis.stages import choice_block
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 COLOURS = ("red", "blue", "green", "grey")
@@ -153,9 +153,38 @@ def test_a_bare_base_scores_what_the_harness_itself_gives_it(folder: Path, tmp_p
     scores = found.score([row["logliks"] for row in rated])
     assert scores == [samples[document["question"]]["acc"] for document in found.documents]
     assert 0 < sum(scores) < len(scores), "the base guesses"
-    words = split(load_task(entry(folder, "box_words")), seed=0)
-    answered = answer_block(engine, item_rows("boxes", "base", words, None, "chat"), {"max_answer_tokens": 4})
-    assert set(words.score([row["answer"] for row in answered])) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize("name", ["box_words", "box_filtered"])
+def test_written_answers_are_worth_what_they_are_worth_to_the_harness(folder: Path, name: str) -> None:
+    """The harness's own loop over a model that says what it is told to, right and wrong in several ways."""
+    from lm_eval.api.model import LM
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    ways = ("{}", "{}!", "Red", "{} it is", "", "{} or {}", "the {}")
+
+    def reply(document: dict[str, Any]) -> str:
+        number = int(re.findall(r"\d+", document["question"])[0])
+        text = ways[number % len(ways)].replace("{}", document["options"][document["answer"]])
+        return text.upper() if number % 2 else text
+
+    class Scripted(LM):
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            return [reply(request.doc) for request in requests]
+
+        def loglikelihood(self, requests: Any) -> Any:
+            raise AssertionError("asked for by no task of written answers")
+
+        loglikelihood_rolling = loglikelihood
+
+    manager = TaskManager(include_path=str(folder))
+    whole = simple_evaluate(Scripted(), tasks=[name], task_manager=manager, bootstrap_iters=0, verbosity="ERROR")
+    expected = {one["doc"]["question"]: one["exact_match"] for one in whole["samples"][name]}
+    found = split(load_task(entry(folder, name, num_test=10)), seed=0)
+    scores = found.score([reply(document) for document in found.documents])
+    assert scores == [expected[document["question"]] for document in found.documents]
+    assert 0 < sum(scores) < len(scores)
 
 
 @pytest.mark.parametrize(
