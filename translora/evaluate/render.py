@@ -14,7 +14,6 @@ from translora.evaluate.cells import MISSING, counted_noun, points, ratio, table
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, TARGET_BASE
 from translora.evaluate.plot import draw_calibration
 from translora.evaluate.results import ArmResult, BaseSize, Migration, Results, Setup, TaskResult
-from translora.evaluate.statistics import Estimate
 from translora.report.markdown import escape
 from translora.run.files import write_bytes, write_json
 
@@ -210,11 +209,8 @@ def _retentions(setup: Setup, tasks: Sequence[TaskResult]) -> list[str]:
             gain = MISSING if word else points(task.gain, signed=True)
             rows.append([task.name + word, gain, *(ratio(kept[arm], "undefined") for arm in arms)])
     lines = table(headers, rows)
-    return [*lines, "", UNDEFINED] if any(None in kept for task in tasks for kept in _kept(task)) else lines
-
-
-def _kept(task: TaskResult) -> tuple[list[Estimate | None], list[Estimate | None]]:
-    return list(task.retention.values()), list(task.skill.values())
+    undefined = any(None in (*task.retention.values(), *task.skill.values()) for task in tasks)
+    return [*lines, "", UNDEFINED] if undefined else lines
 
 
 def _arms(results: Results) -> list[str]:

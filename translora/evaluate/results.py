@@ -90,7 +90,7 @@ class TaskResult(Record):
     """Real-data LoRA minus target base; the interval draws seeds, then items."""
     retention: dict[str, Estimate | None]
     """By arm, and of the source adapter itself; None where the gain is not positive beyond its interval."""
-    skill: dict[str, Estimate | None] = {}
+    skill: dict[str, Estimate | None]
     """Retention above the majority class: what one answer to everything can reach is in the target base's place."""
 
 
@@ -100,7 +100,7 @@ class ArmResult(Record):
     accuracy: Estimate | None
     retention: Estimate | None
     """Mean of the tasks' retention, where it is defined."""
-    skill: Estimate | None = None
+    skill: Estimate | None
     """Mean of the tasks' retention above the majority class, where it is defined."""
     num_defined: int
     """Tasks whose retention is defined."""
@@ -120,7 +120,7 @@ class Results(Record):
     """Mean accuracy over the tasks that count, by reference arm."""
     copy_retention: Estimate | None = None
     """Mean retention of the source adapter itself: of a student that answers exactly as its teacher does."""
-    copy_skill: Estimate | None = None
+    copy_skill: Estimate | None
     """The same above the majority class."""
     arms: dict[str, ArmResult]
     calibration: Calibration
@@ -200,12 +200,13 @@ def retention_over(tasks: Sequence[TaskItems], arm: str, *, above_floor: bool = 
 
 def arm_result(arm: str, first: str, tasks: Sequence[TaskItems]) -> ArmResult:
     """One arm over the tasks that count."""
+    found = [task.retention(arm) for task in tasks]
     differences = [task.mean(arm, SOURCE_ADAPTER, over_seeds=True) for task in tasks]
     return ArmResult(
         accuracy=mean_over(tasks, arm),
-        retention=retention_over(tasks, arm),
+        retention=mean_retention(found),
         skill=retention_over(tasks, arm, above_floor=True),
-        num_defined=sum(task.retention(arm).value is not None for task in tasks),
+        num_defined=sum(one.value is not None for one in found),
         num_not_below_source=sum(value >= 0 for value, _ in differences),
         against_first=None if arm == first else mean_over(tasks, arm, first),
     )
@@ -216,6 +217,7 @@ def summarise(setup: Setup, tasks: Sequence[TaskItems], migrations: Sequence[Mig
     arms = list(setup.arms)
     lines = [task.result(arms) for task in tasks]
     counted = [task for task, line in zip(tasks, lines, strict=True) if line.counted]
+    names = {task.name for task in counted}
     return Results(
         setup=setup,
         tasks=lines,
@@ -227,7 +229,7 @@ def summarise(setup: Setup, tasks: Sequence[TaskItems], migrations: Sequence[Mig
             [
                 Point(one.gate, one.accuracy, one.source_accuracy, one.task)
                 for one in migrations
-                if one.task in {task.name for task in counted} and one.gate is not None and one.accuracy is not None
+                if one.task in names and one.gate is not None and one.accuracy is not None
             ]
         ),
         migrations=list(migrations),
