@@ -1,6 +1,6 @@
 """Merge and migrate, in both orders, from one fleet file: `python -m benchmarks.composition --work runs/composition`.
 
-The skills and the test sets are those of benchmarks/merging.py, SmolLM2-135M-Instruct is the source and Gemma 3 270M
+The skills and the test sets are those of benchmarks/skills.py, SmolLM2-135M-Instruct is the source and Gemma 3 270M
 the target. No real data is used after the skills' own training: the tag skill is a bundle of five seeds without a
 discriminator. A rerun goes on where the last one stopped.
 """
@@ -15,14 +15,14 @@ from typing import Any
 
 import yaml
 
-from benchmarks.facts import facts
-from benchmarks.merging import ROUTING, accuracy, cell, once, score, tests, train_tag
+from benchmarks.skills import accuracy, bundle, cell, once, score, seeds, tests, train_tag
 from examples.bases import base_path, default_cache
 from translora.bundle import inspect_base, read_bundle, write_bundle
 from translora.config import OPEN_GATE, BaseModelConfig
 from translora.engine.transformers import TransformersEngine
 
 ROOT = Path(__file__).parents[1]
+ROUTING = bundle("routing")
 AFTER = {"static_cat": {}, "iteris": {"iteris": {"max_iter": 5}}, "cat": {}}
 
 
@@ -37,7 +37,7 @@ def make_tag_bundle(work: Path, source: Path) -> Path:
             bundle,
             adapter_dir=work / "tag",
             discriminator_dir=None,
-            seeds=[row["input"] for row in facts("train")[:5]],
+            seeds=seeds("tag"),
             task_name="tag",
             base=inspect_base(str(source)),
             num_samples=60,
@@ -89,7 +89,7 @@ def main() -> None:
     done = subprocess.run([sys.executable, "-m", "translora", "migrate", str(fleet)], cwd=ROOT, check=False)
     if done.returncode:
         raise SystemExit(f"translora migrate ended with {done.returncode}")
-    sets = tests(arguments.tests)
+    sets = tests(arguments.tests, ["routing"])
     arms = {
         "source base: routing": (source, ROUTING),
         "source base: tag": (source, work / "tag"),

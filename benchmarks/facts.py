@@ -1,4 +1,4 @@
-"""Questions with answers of one word, for the tag skill of benchmarks.merging."""
+"""Questions with answers of one word, for the tag skill of benchmarks.skills."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Round three bases and back: `python -m benchmarks.hops examples/evaluate-options.yaml --third DIRECTORY`.
 
-The source adapters, test rows and settings are those of the evaluate file, in its first seed. Each hop is
-a `translora migrate` from the bundles that the one before wrote: source -> target -> third -> source. A rerun goes on.
+The source adapters, test rows and settings are those of the evaluate file, of one arm and in its first seed. Each hop
+is a `translora migrate` from the bundles that the one before wrote: source -> target -> third -> source.
 """
 
 from __future__ import annotations
@@ -10,20 +10,35 @@ import argparse
 import itertools
 from pathlib import Path
 
-from benchmarks.merging import accuracy, cell
 from translora.bundle.base import name_of_path
 from translora.config import AdapterEntry, BaseModelConfig, load_config
+from translora.evaluate.cells import table
 from translora.evaluate.config import EvaluateConfig, without_gate
 from translora.evaluate.data import load_task, split
 from translora.fleet import migrate
 from translora.prepare import prepare
+from translora.report.table import interval
 from translora.run.cluster import start_ray
 from translora.run.files import write_jsonl
 from translora.run.log import setup_logging
 
+HEAD = """\
+# Round three bases and back
 
-def hops(config: EvaluateConfig, third: BaseModelConfig) -> None:
-    """Migrate round the bases and print the table."""
+**{bases}, {tasks}, seed {seed}, \\|D_syn\\| = {num_samples} at each hop.** Each hop is a `translora migrate` from the
+bundles that the hop before wrote; only the owner's adapter has seen real data. Accuracy in percent on the same test
+items, the bare base beside it, in brackets 95 % intervals (Wilson). *agreement* is the gate's: with the adapter of the
+hop before, on invented prompts. Made by `python -m benchmarks.hops {config} --arm {arm} --third ...`.
+"""
+
+
+def percent(share: float, num_items: int) -> str:
+    """A share of items with its interval."""
+    return f"{100 * share:.0f} ({interval(share, num_items)})"
+
+
+def rows(config: EvaluateConfig, arm: str, third: BaseModelConfig) -> list[list[str]]:
+    """Migrate round the bases: a line for the owner's adapters and for each hop."""
     seed, work = config.seeds[0], config.run_dir.with_name(f"{config.run_dir.name}-hops")
     tests = {}
     for task in config.tasks:
@@ -35,12 +50,9 @@ def hops(config: EvaluateConfig, third: BaseModelConfig) -> None:
     prepare(config.prepare(seed))
     bundles = {task.name: config.bundle_dir(seed, task.name) for task in config.tasks}
     bases = (config.source, config.target, third, config.source)
-    lines = [
-        f"| hop | {' | '.join(f'{task}: before | after' for task in tests)} |",
-        f"| --- |{' ---: | ---: |' * len(tests)}",
-    ]
+    lines = []
     for number, (source, target) in enumerate(itertools.pairwise(bases), start=1):
-        fleet = without_gate(config.fleet(seed, next(iter(config.arms)))).model_copy(
+        fleet = without_gate(config.fleet(seed, arm)).model_copy(
             update={
                 "run_dir": work / f"hop-{number}",
                 "source": source,
@@ -52,27 +64,46 @@ def hops(config: EvaluateConfig, third: BaseModelConfig) -> None:
                 ],
             }
         )
-        cells = []
+        owner, hop = [f"the owner's, {name_of_path(source.model)}"], [f"hop {number}, {name_of_path(target.model)}"]
         for state in sorted(migrate(fleet), key=lambda state: list(tests).index(state.name)):
-            if state.status != "migrated" or state.accuracy is None:
+            found, gate = state.accuracy, state.gate
+            if state.status != "migrated" or found is None or gate is None:
                 raise SystemExit(f"hop {number}: {state.name} was not migrated: {state.reason}")
-            for share in (state.accuracy.source_adapter, state.accuracy.migrated):
-                num_right = round(share * state.accuracy.num_items)
-                answers = [index < num_right for index in range(state.accuracy.num_items)]
-                cells.append(cell(accuracy(answers, state.name)))
+            items = found.num_items
+            owner += [percent(share, items) for share in (found.source_base, found.source_adapter)] + ["–"]
+            hop += [percent(share, items) for share in (found.target_base, found.migrated)]
+            hop += [percent(gate.agreement_student, gate.num_heldout)]
             bundles[state.name] = fleet.run_dir / state.output
-        lines.append(f"| {name_of_path(source.model)} → {name_of_path(target.model)} | {' | '.join(cells)} |")
-    print("\n".join(lines))
+        lines += [owner, hop] if number == 1 else [hop]
+    return lines
 
 
 def main() -> None:
     """Read the files and go."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="an evaluate file")
+    parser.add_argument("--arm", help="one of the file's (default: its first)")
     parser.add_argument("--third", required=True, help="the third base")
+    parser.add_argument("--out", type=Path, default=Path("docs/results-hops.md"), help="default: %(default)s")
     arguments = parser.parse_args()
     setup_logging()
-    hops(load_config(arguments.config, EvaluateConfig), BaseModelConfig(model=arguments.third))
+    config, third = load_config(arguments.config, EvaluateConfig), BaseModelConfig(model=arguments.third)
+    arm = arguments.arm or next(iter(config.arms))
+    if arm not in config.arms:
+        parser.error(f"--arm {arm}: {arguments.config} has {', '.join(config.arms)}")
+    found = rows(config, arm, third)
+    bases = (config.source, config.target, third, config.source)
+    head = HEAD.format(
+        bases=" → ".join(name_of_path(base.model) for base in bases),
+        tasks=", ".join(task.name for task in config.tasks),
+        seed=config.seeds[0],
+        num_samples=config.num_samples,
+        config=arguments.config,
+        arm=arm,
+    )
+    columns = [f"{task.name}: {what}" for task in config.tasks for what in ("bare base", "adapter", "agreement")]
+    arguments.out.write_text("\n".join([head, *table(["adapter", *columns], found), ""]), encoding="utf-8")
+    print(arguments.out)
 
 
 if __name__ == "__main__":
