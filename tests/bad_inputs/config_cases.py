@@ -171,6 +171,11 @@ CASES = [
         fleet(FLEET + "distill: {peft: {peft_type: PREFIX}}\n"),
         "distill.peft: peft_type is 'PREFIX'; supported are C3A",
     ),
+    Case(
+        "tokens chosen by a source adapter where there is only the owner's data",
+        prepare(PREPARE + "train: {token_share: 0.7}\n"),
+        "train.token_share: is by the source adapter, and training on real data has none; set it to 1",
+    ),
     Case("an unknown loss", fleet(FLEET + "distill: {loss: mse}\n"), "distill.loss: Input should be 'sft' or 'kl'"),
     Case("a task name twice", prepare(PREPARE + "  - {name: orders, data: b.jsonl}\n"), "task names appear twice"),
     Case("a task name with a slash", prepare(PREPARE.replace("name: orders", "name: a/b")), "tasks.0.name: String"),

@@ -294,7 +294,7 @@ def test_students_learn_the_probabilities_of_teachers_of_the_same_vocabulary(wor
     fleet = world.fleet_config("divergence")
     fleet["target"] = {"model": "./sibling"}
     fleet["adapters"] = [{"bundle": "source-bundles/thing", "num_samples": 8}]
-    fleet["distill"] |= {"loss": "kl", "kl_top_k": 4}
+    fleet["distill"] |= {"loss": "kl", "kl_top_k": 4, "token_share": 0.7}
     done = world.run("migrate", world.write("divergence.yaml", fleet))
     run_dir = world.root / "runs" / "divergence"
     (state,) = load_states(run_dir)
@@ -302,10 +302,12 @@ def test_students_learn_the_probabilities_of_teachers_of_the_same_vocabulary(wor
     rows = read_jsonl(next((run_dir / "adapters/thing/train/student").glob("data.jsonl")), ("input", "answer"))
     thoughts = [row["teacher"] for row in rows]
     assert all([len(tokens) for tokens in one["tokens"]] == [4] * len(one["answer_ids"]) for one in thoughts)
+    assert all(len(one["spans"]) == len(one["excess"]) == len(one["answer_ids"]) for one in thoughts)
+    assert sum(max(one["excess"]) for one in thoughts) > 0, "the adapter knows more than its base"
     first = [one["tokens"][0][0] == one["answer_ids"][0] for one in thoughts]
     assert sum(first) >= 0.8 * len(first), "the teacher's answers were its most likely ones"
     assert "sft for these" not in done.stderr
-    fleet["distill"] |= {"loss": "sft", "warm_start": True}
+    fleet["distill"] |= {"loss": "sft", "token_share": 1, "warm_start": True}
     again = world.run("migrate", world.write("divergence.yaml", fleet))
     assert "generate" not in again.stderr and "ask the teachers" not in again.stderr, "the same set, another loss"
     (warm,) = load_states(run_dir)

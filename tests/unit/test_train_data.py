@@ -1,4 +1,5 @@
 import logging
+import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from tests.tiny import make_base, make_tokenizer
 from translora.bundle import inspect_base
 from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
-from translora.distill.data import batch_indices, encode_samples, num_steps, pack
+from translora.distill.data import batch_indices, chosen_tokens, encode_samples, num_steps, pack
 from translora.distill.job import RECIPE, TrainJob
 from translora.distill.launch import train_adapters
 from translora.distill.teacher import check_vocabularies
@@ -64,6 +65,45 @@ def test_a_teacher_is_used_where_it_saw_the_same_tokens(caplog: pytest.LogCaptur
     )
     assert tokens[-1].tolist() == [ids[-1], 0, 0] and log_p[-1].exp().tolist() == [1, 0, 0]
     assert pack([(0, samples, 1.0)], torch.device("cpu")).teacher is None
+
+
+def test_a_share_of_the_tokens_is_trained_on_by_their_excess_in_the_teachers_own_tokens() -> None:
+    """TiTok's rule by hand: Lopez of two tokens has their mean, Oslo's two that of the teacher's one."""
+    teacher = {
+        "spans": [[0, 1], [1, 5], [5, 6], [6, 11], [11, 11]],
+        "excess": [0.5, 2.5, -1.0, 1.0, 9.0],
+    }  # L|opez|,| Oslo|end
+    spans = [(0, 5), (5, 6), (6, 9), (9, 11), (11, 11)]  # Lopez|,| Os|lo|end: 1.5, -1, 1, 1
+    assert chosen_tokens(teacher, spans, 0.25) == [True, False, False, False, True]
+    assert chosen_tokens(teacher, spans, 0.26) == [True, False, True, False, True], "rounded up, ties in order"
+    assert chosen_tokens(teacher, spans, 0.75) == [True, False, True, True, True]
+    assert chosen_tokens(teacher, spans, 1) == [True] * 5
+
+
+@given(st.text("ab é日, ", min_size=1).filter(lambda text: bool(text.strip())), st.floats(0.01, 1))
+def test_the_characters_of_every_token_are_known_and_the_share_is_kept(answer: str, share: float) -> None:
+    teacher, student = (prompt_format(make_tokenizer(kind)) for kind in ("llama", "gemma3"))
+    spans = teacher.answer_spans(answer)
+    assert len(spans) == len(teacher.encode_answer(answer)) and spans[-1] == (len(answer), len(answer))
+    assert {place for start, end in spans for place in range(start, end)} == set(range(len(answer)))
+    excess = [float(index) for index in range(len(spans))]
+    own = student.answer_spans(answer)
+    chosen = chosen_tokens({"spans": spans, "excess": excess}, own, share)
+    with_text = [flag for flag, (start, end) in zip(chosen, own, strict=True) if start < end]
+    assert sum(with_text) == math.ceil(share * len(with_text) - 1e-9) and chosen[-1]
+
+
+def test_tokens_that_are_not_chosen_weigh_nothing() -> None:
+    prompts = prompt_format(make_tokenizer("llama"))
+    spans = prompts.answer_spans("a b c d")
+    excess = [float(index == 2) for index in range(len(spans))]
+    rows = [{"input": "a", "answer": "a b c d", "teacher": {"answer_ids": [], "spans": spans, "excess": excess}}]
+    (sample,) = encode_samples(rows, prompts, 40, "task", token_share=0.01)
+    assert sample.chosen is not None and sample.teacher is None
+    assert [index for index, flag in enumerate(sample.chosen) if flag] == [2, len(spans) - 1]
+    assert sample.num_trained == 2
+    batch = pack([(0, [sample], 1 / sample.num_trained)], torch.device("cpu"))
+    assert batch.weights_L.tolist() == [0.5 * flag for flag in sample.chosen]
 
 
 def test_only_bases_of_one_vocabulary_can_be_compared_token_by_token() -> None:

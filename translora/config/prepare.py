@@ -68,10 +68,12 @@ def refuse_teacher(train: TrainConfig) -> None:
     """What is trained on real data has no teacher and no source adapter.
 
     Raises:
-        ValueError: the loss is one of a teacher, or the training is to begin with a source adapter.
+        ValueError: the loss is one of a teacher, or tokens are chosen by a source adapter, or begun is with one.
     """
     if train.loss != "sft":
         raise ValueError(f"train.loss: {train.loss} wants a teacher, and training on real data has none; use sft")
+    if train.token_share < 1:
+        raise ValueError("train.token_share: is by the source adapter, and training on real data has none; set it to 1")
     if train.warm_start:
         raise ValueError("train.warm_start: training on real data has no source adapter to begin with; set it to false")
 

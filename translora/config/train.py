@@ -78,7 +78,7 @@ Count = Annotated[int, Field(ge=1)] | Literal["auto"]
 class TrainConfig(Strict):
     """Training of an adapter: one AdamW run with linear decay and no warm-up, no weight decay (paper)."""
 
-    added: ClassVar[frozenset[str]] = frozenset({"warm_start"})
+    added: ClassVar[frozenset[str]] = frozenset({"warm_start", "token_share"})
 
     lora: LoraSettings = LoraSettings()
     """Shape of the new adapter."""
@@ -107,6 +107,9 @@ class TrainConfig(Strict):
     own probabilities of each token of it, where the two bases have one vocabulary. A discriminator has no teacher."""
     kl_top_k: int = Field(default=32, ge=1, le=1024)
     """kl: how many of the teacher's most likely tokens are told apart; the others count as one."""
+    token_share: float = Field(default=1, gt=0, le=1)
+    """Share of each answer's tokens, rounded up, that a student is trained on: those on which the source adapter has
+    most to say beyond its base, and always the answer's end. TiTok (arXiv 2510.04682) takes 0.7."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Each adapter's gradient is clipped to this norm."""
     max_length: int = Field(default=1024, ge=8)

@@ -25,21 +25,35 @@ TokenOdds = dict[int, float]
 
 @dataclass(frozen=True)
 class Sample:
-    """One training sample: the loss is taken on `answer_ids` alone."""
+    """One training sample: the loss is taken on the answer alone."""
 
     prompt_ids: list[int]
     answer_ids: list[int]
     teacher: list[TokenOdds] | None = None
     """For each of `answer_ids`; None where there is no teacher, who then gives the answer's tokens for certain."""
+    chosen: list[bool] | None = None
+    """Which of `answer_ids` the loss is on; None is all."""
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens that the loss is on."""
+        return len(self.answer_ids) if self.chosen is None else sum(self.chosen)
 
 
 def encode_samples(
-    rows: Sequence[dict[str, Any]], prompts: PromptFormat, max_length: int, name: str, *, with_end: bool = True
+    rows: Sequence[dict[str, Any]],
+    prompts: PromptFormat,
+    max_length: int,
+    name: str,
+    *,
+    with_end: bool = True,
+    token_share: float = 1,
 ) -> list[Sample]:
     """Tokenise rows of `input` and `answer`; those longer than `max_length` are dropped with a warning.
 
     `with_end` puts the end of the answer behind it; a discriminator's loss is on yes or no alone. A row's `teacher`
     (see translora.distill.teacher) is used where it saw the same tokens, which another template may have changed.
+    `token_share` is that of TrainConfig, for rows whose teacher gave an excess.
 
     Raises:
         ValueError: no row is left.
@@ -47,8 +61,13 @@ def encode_samples(
     samples = []
     for row in rows:
         answer_ids = prompts.encode_answer(row["answer"], with_end=with_end)
-        samples.append(Sample(prompts.encode_prompt(row["input"]), answer_ids, teacher_odds(row, answer_ids)))
-    if others := sum("teacher" in row and one.teacher is None for row, one in zip(rows, samples, strict=True)):
+        teacher = row.get("teacher", {})
+        spans = prompts.answer_spans(row["answer"]) if "excess" in teacher else []
+        chosen = chosen_tokens(teacher, spans, token_share) if "excess" in teacher else None
+        samples.append(Sample(prompts.encode_prompt(row["input"]), answer_ids, teacher_odds(row, answer_ids), chosen))
+    if others := sum(
+        "tokens" in row.get("teacher", {}) and one.teacher is None for row, one in zip(rows, samples, strict=True)
+    ):
         logger.warning("%s: %d of %d answers have other tokens for the teacher: sft for these", name, others, len(rows))
     kept = [sample for sample in samples if len(sample.prompt_ids) + len(sample.answer_ids) <= max_length]
     if len(kept) < len(samples):
@@ -62,11 +81,31 @@ def encode_samples(
 
 def teacher_odds(row: Mapping[str, Any], answer_ids: Sequence[int]) -> list[TokenOdds] | None:
     """A row's teacher at each token of the answer; None where the row has none, or the teacher saw other tokens."""
-    teacher = row.get("teacher")
-    if teacher is None or teacher["answer_ids"] != list(answer_ids):
+    teacher = row.get("teacher", {})
+    if "tokens" not in teacher or teacher["answer_ids"] != list(answer_ids):
         return None
     places = zip(teacher["tokens"], teacher["log_p"], strict=True)
     return [dict(zip(tokens, log_p, strict=True)) for tokens, log_p in places]
+
+
+def chosen_tokens(teacher: Mapping[str, Any], spans: Sequence[tuple[int, int]], share: float) -> list[bool]:
+    """Which tokens of an answer are trained on: the share of them, rounded up, with the greatest excess (TiTok).
+
+    The tokens of two tokenizers meet in the characters: a token has the mean excess of the teacher's tokens that it
+    shares any with. Tokens without a character of the answer, as its end, are always trained on.
+
+    Args:
+        teacher: `spans`, the first character of each of its tokens and the one behind the last, and their `excess`.
+        spans: those of the student's tokens.
+    """
+    scores: dict[int, float] = {}
+    for index, (start, end) in enumerate(spans):
+        own = zip(teacher["spans"], teacher["excess"], strict=True)
+        shared = [value for (first, behind), value in own if first < end and start < behind]
+        if start < end:
+            scores[index] = sum(shared) / len(shared)
+    best = set(sorted(scores, key=lambda index: -scores[index])[: math.ceil(share * len(scores) - 1e-9)])
+    return [index in best or index not in scores for index in range(len(spans))]
 
 
 def num_steps(num_samples: int, epochs: float, batch_size: int) -> int:
@@ -126,7 +165,7 @@ def pack(
             predicting = len(ids) + len(sample.prompt_ids) - 1
             positions += range(predicting, predicting + len(sample.answer_ids))
             labels += sample.answer_ids
-            weights += [weight] * len(sample.answer_ids)
+            weights += [weight * chosen for chosen in sample.chosen or [True] * len(sample.answer_ids)]
             ids += tokens
             lengths.append(len(tokens))
         segments.append(Segment(slot, start, len(ids)))

@@ -116,7 +116,7 @@ class Gang:
         for slot, student in self.students.items():
             student.begin_step()
             batch = student.batch()
-            weight = 1 / sum(len(sample.answer_ids) for sample in batch)
+            weight = 1 / sum(sample.num_trained for sample in batch)
             share = batch[self.rank :: self.num_ranks]
             for index, start in enumerate(range(0, len(share), self.config.micro_batch_size)):
                 if index == len(passes):

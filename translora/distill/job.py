@@ -77,7 +77,9 @@ class TrainJob:
         """
         rows = read_jsonl(self.data, required=("input", "answer"))
         prompts = prompt_format(tokenizer, self.template)
-        return encode_samples(rows, prompts, config.max_length, self.name, with_end=self.with_end)
+        return encode_samples(
+            rows, prompts, config.max_length, self.name, with_end=self.with_end, token_share=config.token_share
+        )
 
     def expected_steps(self, batch_size: int) -> int:
         """Optimizer steps if no sample is too long; for progress only."""
@@ -105,7 +107,7 @@ def make_job(
 
     Args:
         owner: name of the adapter or task, and `kind` of this training of it; both decide the seed.
-        rows: `input` and `answer`, and `teacher` for a student of the loss kl.
+        rows: `input` and `answer`, and `teacher` for a student that needs one.
         settings: epochs and learning rate, where the job has none of its own; of 0 epochs there is one step that
             changes nothing.
     """

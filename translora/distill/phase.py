@@ -105,7 +105,7 @@ def distill_phase(run: Run, members: list[Member]) -> None:
     """Train all students and discriminators on one worker group that holds the target base."""
     config = run.config
     members = [member for member in members if member.waits_for("distill")]
-    teachers = ask_teachers(run, members) if config.distill.loss == "kl" else {}
+    teachers = ask_teachers(run, members)
     members = [member for member in members if member.waits_for("distill")]  # all that could be asked
     by_name = {member.name: member for member in members}
     jobs = [job for member in members for job in train_jobs(run, member, teachers.get(member.name))]

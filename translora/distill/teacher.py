@@ -1,6 +1,7 @@
-"""The teachers' probabilities, for students that are trained on the divergence from them (`distill.loss: kl`).
+"""What the teachers think of their answers, token by token, for students that need it.
 
-They are computed once, for the samples of the set, and kept token by token: K of them and no whole vocabulary.
+For `distill.loss: kl` their probabilities, K of them and no whole vocabulary; for `distill.token_share` how much more
+likely a token is with the adapter than without (TiTok). Both are computed once, for the samples of the set.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from translora.synthesis.actors import Hosts, run_rows
 from translora.synthesis.stages import teach_block
 
 Teacher = dict[str, Any]
-"""answer_ids [A], tokens [A, K] and log_p [A, K] of a sample with an answer of A tokens."""
+"""Of a sample with an answer of A tokens: answer_ids [A]; tokens [A, K] and log_p [A, K] for kl; spans [A, 2]
+and excess [A] for token_share."""
 
 
 def check_vocabularies(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> None:
@@ -31,9 +33,12 @@ def check_vocabularies(source: PreTrainedTokenizerBase, target: PreTrainedTokeni
 def ask_teachers(run: Run, members: Sequence[Member]) -> dict[str, list[Teacher]]:
     """What the teachers think of their answers to the training samples, by adapter, in the samples' order.
 
-    An adapter whose rows cannot be computed is quarantined, and missing from the result.
+    Nobody is asked where the training needs no answer. An adapter whose rows cannot be computed is quarantined, and
+    missing from the result.
     """
     config = run.config
+    if config.distill.loss != "kl" and config.distill.token_share == 1:
+        return {}
     rows = [
         {
             "adapter": member.name,
@@ -59,7 +64,10 @@ def ask_teachers(run: Run, members: Sequence[Member]) -> dict[str, list[Teacher]
             place="rounds/teach",
             weights=[run.source.fingerprint, {member.name: member.bundle.digest for member in members}],
             adapters={member.name: str(member.bundle.path) for member in members},
-            settings={"top_k": config.distill.kl_top_k},
+            settings={
+                "top_k": config.distill.kl_top_k if config.distill.loss == "kl" else None,
+                "excess": config.distill.token_share < 1,
+            },
             order=lambda row: len(row["input"]) + len(row["answer"]),
             faults=faults,
         )

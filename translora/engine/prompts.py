@@ -43,6 +43,19 @@ class PromptFormat:
         """Token ids of an answer and its end."""
         return self.encode(f"{self.lead}{answer}{self.end if with_end else ''}")
 
+    def answer_spans(self, answer: str) -> list[tuple[int, int]]:
+        """Characters start..end of the answer in each token of `encode_answer`; none (start = end) in its end's.
+
+        Raises:
+            ValueError: the tokenizer does not know which characters a token stands for.
+        """
+        if not self.tokenizer.is_fast:
+            raise ValueError(f"{type(self.tokenizer).__name__} does not tell the characters of a token; token_share: 1")
+        rendered = f"{self.lead}{answer}{self.end}"
+        found = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        clipped = [[min(max(place - len(self.lead), 0), len(answer)) for place in span] for span in found]
+        return [(start, end) for start, end in clipped]
+
     def encode(self, rendered: str) -> list[int]:
         """Token ids of a text whose special tokens are already in it."""
         ids: list[int] = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]

@@ -77,7 +77,7 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
 
 def settings_of(train: TrainConfig) -> dict[str, Any]:
     """What a reader has to know of a training."""
-    names = {"peft" if train.peft else "lora", "epochs", "learning_rate", "batch_size", "warm_start"}
+    names = {"peft" if train.peft else "lora", "epochs", "learning_rate", "batch_size", "warm_start", "token_share"}
     return train.model_dump(include=names if train.loss == "sft" else names | {"loss"})
 
 

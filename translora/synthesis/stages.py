@@ -69,16 +69,26 @@ def answer_likelihood(engine: Engine, rows: list[Row], slots: list[str | None]) 
 
 
 def teach_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
-    """What each row's teacher thinks at every token of its own answer; adds `teacher`: answer_ids, tokens, log_p.
+    """What each row's teacher thinks at every token of its own answer; adds `teacher`.
 
-    Rows: slot (the teacher), input, answer, template. Settings: top_k.
+    Rows: slot (the teacher), input, answer, template. Settings: top_k (or None) adds answer_ids, tokens and log_p;
+    excess (or False) adds spans and excess: each token's characters in the answer, and its
+    log p(source base + adapter) - log p(source base).
     """
-    samples = encoded(engine, rows)
-    found = engine.top_log_probabilities(samples, [row["slot"] for row in rows], settings["top_k"])
-    return [
-        {**row, "teacher": {"answer_ids": list(answer_ids), "tokens": tokens, "log_p": log_p}}
-        for row, (_, answer_ids), (tokens, log_p) in zip(rows, samples, found, strict=True)
-    ]
+    samples, slots = encoded(engine, rows), [row["slot"] for row in rows]
+    found: list[Row] = [{"answer_ids": list(answer_ids)} for _, answer_ids in samples]
+    if settings["top_k"] is not None:
+        odds = engine.top_log_probabilities(samples, slots, settings["top_k"])
+        for thought, (tokens, log_p) in zip(found, odds, strict=True):
+            thought |= {"tokens": tokens, "log_p": log_p}
+    if settings["excess"]:
+        teacher = engine.log_likelihood(samples, slots)
+        base = engine.log_likelihood(samples, [None] * len(rows))
+        for thought, row, own, bare in zip(found, rows, teacher, base, strict=True):
+            prompts = prompt_format(engine.tokenizer, row["template"])
+            thought["spans"] = [list(span) for span in prompts.answer_spans(row["answer"])]
+            thought["excess"] = [with_adapter - without for with_adapter, without in zip(own, bare, strict=True)]
+    return [{**row, "teacher": thought} for row, thought in zip(rows, found, strict=True)]
 
 
 def gate_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
