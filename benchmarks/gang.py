@@ -126,10 +126,10 @@ class GangArm:
         self.gang = Gang(self.base, [], config, len(shards), base_name="base", group=None)
         for slot, samples in enumerate(shards):
             job = TrainJob(str(slot), "", "", "", seed=slot, epochs=1e6, learning_rate=1e-4)
-            weights = self.gang.slots.new_weights(slot)
+            weights = self.gang.slots.new_weights(slot, lora)
             student = Student(job, "", samples, weights, config, self.base.place, self.base.dtype)
             self.gang.students[slot] = student
-            self.gang.slots.open(slot, student.factors, student.gradients, student.hooks)
+            self.gang.slots.open(slot, student.factors, student.gradients, student.hooks, lora)
 
     def step(self) -> None:
         """One step of every student, without its files."""

@@ -157,6 +157,11 @@ CASES = [
         "distill.lora.init: Input should be 'kaiming' or 'eva'",
     ),
     Case(
+        "LoRA-Pro with an option that takes one factor out of its step",
+        fleet(FLEET + "distill: {lora: {gradient: lora-pro, random_half: true}}\n"),
+        "distill.lora: gradient: lora-pro moves A and B together",
+    ),
+    Case(
         "noise larger than the weights",
         fleet(FLEET + "distill: {lora: {flat_sigma: 5}}\n"),
         "distill.lora.flat_sigma: Input should be less than or equal to 1",

@@ -29,7 +29,6 @@ from translora.distill.job import FAILURE, TrainJob
 from translora.distill.memory import recompute
 from translora.distill.plan import GangBytes, JobSize, Layout, choose_gang_size, lay_out
 from translora.distill.shrink import read_notes
-from translora.distill.slots import LoraSlots
 from translora.distill.train import run_pass, train, train_on
 from translora.engine.loading import load_model
 from translora.engine.prompts import prompt_format
@@ -111,9 +110,9 @@ def test_an_adapter_ends_the_same_whoever_its_neighbours_are(
     gang = make_gang(base, queue, num_slots=4)
     gang.fill()
     gang.close(0)
-    gang.slots = LoraSlots(base, 4, CONFIG.lora.model_copy(update={"rank": 7}))
+    gang.config = CONFIG.model_copy(update={"lora": CONFIG.lora.model_copy(update={"rank": 7})})
     gang.open(0, 0)
-    gang.slots = LoraSlots(base, 4, CONFIG.lora)
+    gang.config = CONFIG
     gang.students[3].flat.data.fill_(float("nan"))
     train(base, gang, tmp_path / "company.safetensors", every_steps=100)
     for name in ("one", "late"):

@@ -151,12 +151,37 @@ def test_training_gives_the_losses_of_a_plain_training_with_peft(base: Path, tmp
         ),
         ({"peft_type": "LORA", "megatron_config": {"x": 1}}, "megatron_config is set, which is not supported"),
         ({"peft_type": "LORA", "corda_config": {"cache_file": "x"}}, "corda_config is set, which is not supported"),
+        ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4, "token_dim": 999}, "token_dim: is set by translora"),
+        ({"peft_type": "LORA", "use_dora": True, "inference_mode": True}, "inference_mode: is set by translora"),
+        ({"peft_type": "LORA", "use_dora": True, "init_lora_weights": "eva"}, "use distill.lora.init: eva instead"),
+        (
+            {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4, "prompt_tuning_init_text": "hello"},
+            "prompt_tuning_init_text: is read for prompt_tuning_init: TEXT alone",
+        ),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         parse_method(settings, "distill.peft")
     assert message in str(error.value)
+
+
+def test_what_could_not_be_read_again_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    info = inspect_base(str(make_base(tmp_path / "base", std=0.1)))
+    settings = {"peft_type": "LORA", "target_modules": ["q_proj", "embed_tokens"]}
+    with pytest.raises(ValueError, match=r"distill.peft: what it makes: unexpected tensor .*lora_embedding"):
+        check_section(TrainConfig.model_validate({"peft": settings}), info, "distill")
+
+
+def test_a_text_that_the_virtual_tokens_have_no_room_for_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    info = inspect_base(str(make_base(tmp_path / "base", std=0.1)))
+    for count in (2, 64):
+        settings = {**METHODS["prompt-text"], "num_virtual_tokens": count}
+        caplog.clear()
+        check_section(TrainConfig.model_validate({"peft": settings}), info, "distill")
+        assert ("its first 2 are taken" in caplog.text) is (count == 2)
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:

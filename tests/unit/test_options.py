@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 def config(**lora: Any) -> TrainConfig:
     return TrainConfig.model_validate(
-        {"lora": {"rank": RANK, "alpha": 6, **lora}, "batch_size": 4, "max_grad_norm": 1e9, "learning_rate": LR}
+        {"lora": {"rank": RANK, "alpha": 6, **lora}, "batch_size": 4, "max_grad_norm": 1.5, "learning_rate": LR}
     )
 
 
@@ -109,6 +109,8 @@ def test_lora_plus_and_riemannian_steps_are_those_of_peft(
                 parameter.grad = gradient.clone()
         for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = rate * (1 - step / student.num_steps)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.5)  # as a trainer does: before the optimizer's step
+        assert norm > 1.5
         optimizer.step()
         student.update(None)
         for name, factors in student.factors.items():
@@ -203,7 +205,47 @@ def test_adamw_begins_anew_with_each_link() -> None:
             for name in before
             for factor, old in zip(student.factors[name], before[name], strict=True)
         )
-        assert moved == pytest.approx(LR * (1 - step / 40), rel=1e-3)
+        assert moved == pytest.approx(LR * (1 - step % 20 / 20), rel=1e-3), "a decay of its own, too"
+
+
+def test_the_whole_gradient_is_clipped_before_lora_pro_changes_it() -> None:
+    """What is left of B's step does not hang on how large (B^T B)^-1 makes A's."""
+    clipped, free = make_student(config(gradient="lora-pro")), make_student(config(gradient="lora-pro"))
+    free.config = free.config.model_copy(update={"max_grad_norm": 1e9})
+    for student in (clipped, free):
+        for _, lora_B in student._views(student.flat).values():
+            lora_B.mul_(1e-3)
+        set_gradients(student, 0)
+    norm = float(free.flat.grad.norm())  # type: ignore[union-attr]
+    found = []
+    for student in (clipped, free):
+        student.optimizer.step = lambda student=student: found.append(student.flat.grad.clone())  # type: ignore[method-assign]
+        student.update(None)
+    torch.testing.assert_close(found[0] * norm / 1.5, found[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_discriminator_has_the_shape_alone(tmp_path: Path) -> None:
+    """Chains, masks and noise are ways to train a student; its judge for the next hop is a plain LoRA."""
+    options = {"chain": {"links": 2}, "random_half": True, "init": "eva", "flat_sigma": 0.1, "gradient": "riemannian"}
+    rows = [{"input": f"Please send order {index}", "answer": "yes"} for index in range(8)]
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    base_path, made = make_base(tmp_path / "base", std=0.1), []
+    for settings in (config(), config(**options)):
+        root = tmp_path / f"{len(made)}"
+        paths = (str(tmp_path / "data.jsonl"), str(root / "out"), str(root))
+        judge, student = (TrainJob(name, *paths, 7, 2, LR, with_end=name == "a") for name in ("judge", "a"))
+        base = WholeBase(base_path, torch.float32, ("q_proj", "v_proj"))
+        gang = Gang(base, [judge], settings, 1, base_name="base", group=None)
+        train(base, gang, root / "gang.safetensors", every_steps=100)
+        made.append((sha256_path(root / "out"), judge.recipe(settings, "f"), student.recipe(settings, "f")))
+    assert made[0][:2] == made[1][:2] and made[0][2] != made[1][2]
+
+
+def test_a_chain_of_more_links_than_steps_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"a: a chain of 5 links in 4 steps; lower lora\.chain\.links, or raise epochs"
+    ):
+        make_student(config(chain={"links": 5}))
 
 
 def test_without_options_nothing_is_scaled() -> None:

@@ -24,7 +24,7 @@ from translora.run.resume import continue_state
 from translora.run.rundir import check_free, open_run
 from translora.run.state import AdapterState, GateResult, Phase, load_state, save_state
 from translora.run.tracker import Tracker
-from translora.run.verify import check_training, refused, verify, verify_fleet
+from translora.run.verify import check_copy, check_training, refused, verify, verify_fleet
 
 
 def config(run_dir: Path, **changes: object) -> FleetConfig:
@@ -261,6 +261,25 @@ def test_attempts_end_when_more_samples_help_no_more(
     assert ("more samples do not help" in state.reason) is (attempts > 1 and agreements[-1] <= agreements[-2])
 
 
+def test_a_copy_is_not_tried_again_and_what_cannot_be_copied_is_refused(
+    tmp_path: Path, run: Run, bundle: Bundle, finished: AdapterState
+) -> None:
+    """Of no epochs: more samples change no copy, and a DoRA's student would begin, and end, as nothing."""
+    run = dataclasses.replace(
+        run, config=run.config.model_copy(update={"distill": TrainConfig(warm_start=True, epochs=0)})
+    )
+    state = finished.model_copy(update={"phase": "gate", "status": "pending", "reason": "", "gate": verdict(0.4)})
+    fail(run, Member(bundle, state, tmp_path / "adapters/a", 4, 2, [], AdapterEntry(bundle="x")))
+    assert state.status == "failed_gate" and "a copy of its source adapter, which more samples" in state.reason
+    bundle = dataclasses.replace(bundle, path=shutil.copytree(bundle.path, tmp_path / "copy"))
+    settings = json.loads((bundle.path / "adapter_config.json").read_text())
+    check_copy(run, bundle, AdapterEntry(bundle="x"))
+    (bundle.path / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
+    check_copy(run, bundle, AdapterEntry(bundle="x", epochs=2))
+    with pytest.raises(ValueError, match=r"is no plain LoRA: .* 0 epochs train nothing; give it epochs of its own"):
+        check_copy(run, bundle, AdapterEntry(bundle="x"))
+
+
 @pytest.mark.parametrize("content", ["", '{"name": "a", "bun', '{"name": "a", "bundle": "x", "of_the_future": 1}'])
 def test_a_state_that_cannot_be_read_quarantines_its_adapter_and_is_kept(
     tmp_path: Path, run: Run, bundle: Bundle, content: str
@@ -457,6 +476,9 @@ def test_target_modules_are_linear_modules_of_the_target_base(run: Run) -> None:
         with pytest.raises(ValueError, match=f"target_modules: {names[-1]} not in base; it has ") as fault:
             check_training(settings, run.source, run.target)
         assert "embed_tokens" not in str(fault.value).partition("it has")[2]
+    virtual = {"peft": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4000}}
+    with pytest.raises(ValueError, match=r"do not fit its context of .* or max_answer_tokens, or num_virtual_tokens"):
+        check_training(config(Path("run"), **bases, distill=virtual), run.source, run.target)
     fits = config(Path("run"), **bases, distill={"lora": {"target_modules": ["q_proj", "down_proj"]}})
     check_training(fits, run.source, run.target)
 

@@ -154,10 +154,11 @@ def check_adapter(directory: Path, base: BaseInfo) -> None:
     if not is_in_bank(directory):
         _check_method(directory, base)
         return
-    path = directory / WEIGHTS
-    _check_pairs(path, base)
-    from translora.lora.peft_io import read_lora
+    from translora.lora.peft_io import read_config, read_lora
 
+    path = directory / WEIGHTS
+    read_config(directory)  # what it says of an option is clearer than what its tensors do
+    _check_pairs(path, base)
     lora = read_lora(directory)
     for module, factors in lora.modules.items():
         _check_finite(path, module, factors)

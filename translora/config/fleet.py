@@ -108,3 +108,7 @@ class FleetConfig(ConfigFile):
     def generator(self) -> BaseModelConfig:
         """What invents the task inputs."""
         return self.synthesis.generator or self.target
+
+    def epochs_of(self, entry: AdapterEntry) -> float:
+        """Passes over an adapter's training samples."""
+        return self.distill.epochs if entry.epochs is None else entry.epochs

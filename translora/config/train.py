@@ -14,7 +14,8 @@ class ChainSettings(Strict):
     """A student as a sum of LoRAs that are trained one after the other."""
 
     links: int = Field(ge=2, le=64)
-    """LoRAs of `rank` each; the exported one has `links` times the rank. The steps are shared out evenly."""
+    """LoRAs of `rank` each; the exported one has `links` times the rank. The steps are shared out evenly, and each link
+    has an AdamW and a decay of the learning rate of its own."""
     layer_fraction: float = Field(default=1, gt=0, le=1)
     """Each link adapts a random share of the layers (XGBLoRA)."""
     freeze_A: bool = False
@@ -22,7 +23,10 @@ class ChainSettings(Strict):
 
 
 class LoraSettings(Strict):
-    """The new adapter's shape, and ways to train it (translora/distill/options.py and hooks.py have the papers)."""
+    """The new adapter's shape, and ways to train it (translora/distill/options.py and hooks.py have the papers).
+
+    Discriminators have the shape alone.
+    """
 
     added: ClassVar[frozenset[str]] = frozenset({"init", "flat_sigma"})
 
@@ -55,11 +59,31 @@ class LoraSettings(Strict):
             raise ValueError(f"rank {self.rank} times chain.links is {self.total_rank}, the limit is {MAX_RANK}")
         return self
 
+    @model_validator(mode="after")
+    def _moves_both_factors(self) -> Self:
+        frozen = self.chain is not None and self.chain.freeze_A
+        if self.gradient == "lora-pro" and (self.lora_plus_ratio != 1 or self.random_half or frozen):
+            raise ValueError(
+                "gradient: lora-pro moves A and B together, so that their product comes nearest to the whole gradient; "
+                "leave lora_plus_ratio, random_half and chain.freeze_A out"
+            )
+        return self
+
     @property
     def has_options(self) -> bool:
         """Whether it is trained in another way than plainly."""
         options = {"init", "lora_plus_ratio", "gradient", "random_half", "chain", "flat_sigma"}
         return self.model_dump(include=options) != LoraSettings().model_dump(include=options)
+
+    @property
+    def scales_updates(self) -> bool:
+        """Whether the weights' updates differ by an option's factor; 0 leaves a weight as it is."""
+        return self.lora_plus_ratio != 1 or self.random_half or self.chain is not None
+
+    def plain(self) -> LoraSettings:
+        """The same shape, trained plainly: what a discriminator is."""
+        shape = ("rank", "alpha", "use_rslora", "target_modules")
+        return LoraSettings.model_validate({name: getattr(self, name) for name in shape})
 
     @property
     def total_rank(self) -> int:

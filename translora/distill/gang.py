@@ -53,7 +53,7 @@ class Gang:
         slots: Slots | None = None,
     ) -> None:
         self.tokenizer, self.place = base.tokenizer, base.place
-        self.slots = slots or LoraSlots(base, num_slots, config.lora)
+        self.slots = slots or LoraSlots(base, num_slots, config.lora.flat_sigma)
         self.queue, self.config, self.num_slots = list(queue), config, num_slots
         self.recipes = [job.recipe(config, base.fingerprint) for job in queue]
         self.done, self.refused = {*done, *refused}, set(refused)
@@ -84,18 +84,19 @@ class Gang:
         Path(job.work_dir).mkdir(parents=True, exist_ok=True)
         try:
             samples = job.samples(self.tokenizer, self.config)
-            weights = self.slots.new_weights(job.seed)
+            lora = job.settings(self.config).lora
+            weights = self.slots.new_weights(job.seed, lora)
             if job.start is not None:
-                copy_adapter(read_lora(job.start), weights, self.config.lora.scaling)
+                copy_adapter(read_lora(job.start), weights, lora.scaling)
+            hooks = self.slots.hooks(job.seed, lora)
+            student = Student(job, recipe, samples, weights, self.config, self.place, self.slots.dtype, hooks)
         except ValueError as error:
             self.give_up(job, error)
             return
-        hooks = self.slots.hooks(job.seed)
-        student = Student(job, recipe, samples, weights, self.config, self.place, self.slots.dtype, hooks)
         if recipe in self.saved:
             student.restore(*self.saved.pop(recipe))
         self.students[slot] = student
-        self.slots.open(slot, student.factors, student.gradients, hooks)
+        self.slots.open(slot, student.factors, student.gradients, hooks, lora)
 
     def close(self, slot: int) -> None:
         """Free a slot."""

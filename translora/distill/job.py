@@ -46,12 +46,18 @@ class TrainJob:
     start: str | None = None
     """A LoRA's PEFT directory, whose weights the student begins with."""
 
+    def settings(self, config: TrainConfig) -> TrainConfig:
+        """How this job is trained: the options of `lora` are for students, discriminators have its shape alone."""
+        return config if self.with_end else config.model_copy(update={"lora": config.lora.plain()})
+
     def recipe(self, config: TrainConfig, fingerprint: str) -> str:
         """Hash of all that decides the result: data, seed, settings, base. A finished output bears it.
 
         Data that cannot be read makes a recipe that no output bears; `samples` says what is wrong with it.
         """
-        settings = config.model_dump(exclude={*EXECUTION_ONLY, "warm_start", "lora" if self.peft else "peft"})
+        settings = self.settings(config).model_dump(
+            exclude={*EXECUTION_ONLY, "warm_start", "lora" if self.peft else "peft"}
+        )
         own = (self.seed, self.epochs, self.learning_rate, self.template, self.with_end, self.peft)
         begun = [Path(self.start) / name for name in (CONFIG, WEIGHTS)] if self.start is not None else []
         try:

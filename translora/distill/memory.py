@@ -111,14 +111,15 @@ def lora_weights(shapes: dict[str, tuple[int, int]], rank: int) -> int:
 def student_bytes(shapes: dict[str, tuple[int, int]], lora: LoraSettings, dtype: torch.dtype) -> int:
     """Bytes that one student owns: weights, gradient and two moments in float32, and the copy that passes use.
 
-    With `init: eva` also the sketches of its first step.
+    With `init: eva` also the sketches of its first step, and two numbers a weight where updates are scaled.
 
     Args:
         shapes: (out, in) of the adapted modules.
     """
     copy = 0 if dtype == torch.float32 else dtype.itemsize
     sketches = sum(sketch_bytes(num_in, lora.total_rank) for _, num_in in shapes.values()) if lora.init == "eva" else 0
-    return (16 + copy) * lora_weights(shapes, lora.total_rank) + sketches
+    scales = 8 if lora.scales_updates else 0
+    return (16 + copy + scales) * lora_weights(shapes, lora.total_rank) + sketches
 
 
 def gang_bytes(

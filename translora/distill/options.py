@@ -1,7 +1,7 @@
 """Other ways to train a LoRA student, each off by default: what is done to its gradients and to its updates.
 
 Every option works on one student's own tensors, so it rides in a gang with others. A gradient is changed in place
-before it is clipped; an update, AdamW's step, is scaled element by element after it (0 leaves a weight as it is).
+after it was clipped; an update, AdamW's step, is scaled element by element after it (0 leaves a weight as it is).
 Factors are A [r, in] and B [out, r] by module, float32; the update of a module is s B A.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from translora.config import ChainSettings, TrainConfig
+from translora.config import ChainSettings, LoraSettings
 from translora.lora.bank import Factors
 from translora.run.files import derive_seed
 
@@ -70,18 +70,17 @@ GRADIENTS: dict[str, Callable[..., None]] = {"riemannian": riemannian, "lora-pro
 
 
 def change_gradients(
-    config: TrainConfig, weights: Mapping[str, Factors], gradients: Mapping[str, Factors], link: int
+    lora: LoraSettings, weights: Mapping[str, Factors], gradients: Mapping[str, Factors], link: int
 ) -> None:
-    """Apply `lora.gradient` to every module, in place; of a chain to its present link alone."""
-    change = GRADIENTS[config.lora.gradient]
-    rank = config.lora.rank
-    own = slice(link * rank, (link + 1) * rank)
+    """Apply `gradient` to every module, in place; of a chain to its present link alone."""
+    change = GRADIENTS[lora.gradient]
+    own = slice(link * lora.rank, (link + 1) * lora.rank)
     for name, (lora_A, lora_B) in weights.items():
         grad_A, grad_B = gradients[name]
-        change(lora_A[own], lora_B[:, own], grad_A[own], grad_B[:, own], config.lora.scaling)
+        change(lora_A[own], lora_B[:, own], grad_A[own], grad_B[:, own], lora.scaling)
 
 
-def update_rates(config: TrainConfig, shapes: Mapping[str, Factors], seed: int, link: int) -> dict[str, Factors] | None:
+def update_rates(lora: LoraSettings, shapes: Mapping[str, Factors], seed: int, link: int) -> dict[str, Factors] | None:
     """What each element of an update is multiplied with; None where all are 1.
 
     Args:
@@ -89,9 +88,8 @@ def update_rates(config: TrainConfig, shapes: Mapping[str, Factors], seed: int, 
         seed: the student's.
         link: the present one of its chain.
     """
-    lora = config.lora
     rates: dict[str, Factors] | None = None
-    if lora.lora_plus_ratio != 1 or lora.random_half or lora.chain is not None:
+    if lora.scales_updates:
         rates = {name: [torch.ones_like(factor) for factor in factors] for name, factors in shapes.items()}
         adapted = None if lora.chain is None else layers_of_link(lora.chain, list(shapes), seed, link)
         for name, (rate_A, rate_B) in rates.items():

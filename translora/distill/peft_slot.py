@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from translora.bundle.adapter import CONFIG, WEIGHTS, portable_config
+from translora.config import LoraSettings
 from translora.distill.data import Packed, pack
 from translora.distill.hooks import StudentHooks
 from translora.distill.slots import ResidentBase, Shard
@@ -42,7 +43,7 @@ class PeftSlot:
         self.base, self.settings = base, settings
         self.peft_model: PeftModel | None = None
 
-    def new_weights(self, seed: int) -> dict[str, Factors]:
+    def new_weights(self, seed: int, lora: LoraSettings) -> dict[str, Factors]:
         """What PEFT begins with, by parameter. Collective: some methods begin from the base's weights."""
         self.close(0)
         model = self.base.model
@@ -51,18 +52,25 @@ class PeftSlot:
             torch.manual_seed(seed)
             self.peft_model = put_on(model, config)
         self.peft_model.train(training)  # recomputation needs it; there is no dropout
+        if config.is_prompt_learning:
+            self.peft_model.prompt_encoder.train()  # cuDNN has no backward pass of an LSTM (P_TUNING) in eval mode
         return {name: [parameter.detach().float()] for name, parameter in self._trained().items()}
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         assert self.peft_model is not None
         return {name: one for name, one in self.peft_model.named_parameters() if one.requires_grad}
 
-    def hooks(self, seed: int) -> StudentHooks:
+    def hooks(self, seed: int, lora: LoraSettings) -> StudentHooks:
         """None: they are of the bank."""
         return StudentHooks()
 
     def open(
-        self, slot: int, weights: Mapping[str, Factors], gradients: Mapping[str, Factors], hooks: StudentHooks
+        self,
+        slot: int,
+        weights: Mapping[str, Factors],
+        gradients: Mapping[str, Factors],
+        hooks: StudentHooks,
+        lora: LoraSettings,
     ) -> None:
         """Have the parameters that `new_weights` made share their memory with the student's."""
         for name, parameter in self._trained().items():
@@ -87,7 +95,7 @@ class PeftSlot:
             hidden_BTD = self.base.model.base_model(**inputs, use_cache=False).last_hidden_state
         return hidden_BTD[:, -ids_BT.shape[1] :].flatten(0, 1)
 
-    def write(self, directory: Path, weights: Mapping[str, Factors], base_model: str) -> None:
+    def write(self, directory: Path, weights: Mapping[str, Factors], base_model: str, lora: LoraSettings) -> None:
         """As PEFT saves it; `weights` are those of the student in the slot."""
         assert self.peft_model is not None
         tensors = {

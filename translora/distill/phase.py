@@ -79,15 +79,15 @@ def train_jobs(run: Run, member: Member, teacher: Sequence[Teacher] | None) -> l
 
 def warm_start(run: Run, member: Member) -> Path | None:
     """The adapter that a student begins as, where the settings ask for it and there is one; says what gets lost."""
-    start, remark = student_start(run, member)
+    start, remark = student_start(run, member.bundle.path)
     if remark:
         logger.warning("%s: %s", member.name, remark)
     return start
 
 
-def student_start(run: Run, member: Member) -> tuple[Path | None, str]:
-    """As `warm_start`, with the remark instead of the log."""
-    settings, path = run.config.distill, member.bundle.path
+def student_start(run: Run, path: Path) -> tuple[Path | None, str]:
+    """As `warm_start`, for the bundle at `path` and with the remark instead of the log."""
+    settings = run.config.distill
     if not settings.warm_start:
         return None, ""
     if not is_in_bank(path):

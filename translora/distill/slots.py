@@ -52,14 +52,19 @@ class Slots(Protocol):
     dtype: torch.dtype
     """Of the weights that a pass computes with."""
 
-    def new_weights(self, seed: int) -> dict[str, Factors]:
-        """A new student's weights by name, float32; they depend on the seed alone."""
+    def new_weights(self, seed: int, lora: LoraSettings) -> dict[str, Factors]:
+        """A new student's weights by name, float32; they depend on the seed and the student's settings alone."""
 
-    def hooks(self, seed: int) -> StudentHooks:
+    def hooks(self, seed: int, lora: LoraSettings) -> StudentHooks:
         """What a new student has in its passes beside its weights."""
 
     def open(
-        self, slot: int, weights: Mapping[str, Factors], gradients: Mapping[str, Factors], hooks: StudentHooks
+        self,
+        slot: int,
+        weights: Mapping[str, Factors],
+        gradients: Mapping[str, Factors],
+        hooks: StudentHooks,
+        lora: LoraSettings,
     ) -> None:
         """Compute with these tensors for as long as the slot is open, and add to these gradients."""
 
@@ -72,7 +77,7 @@ class Slots(Protocol):
     def hidden(self, batch: Packed) -> torch.Tensor:
         """Last hidden states [T, D] of a batch, each student's samples through its own slot."""
 
-    def write(self, directory: Path, weights: Mapping[str, Factors], base_model: str) -> None:
+    def write(self, directory: Path, weights: Mapping[str, Factors], base_model: str, lora: LoraSettings) -> None:
         """Write a student's weights as a PEFT directory."""
 
 
@@ -82,32 +87,37 @@ class LoraSlots:
     Args:
         base: resident.
         num_slots: students at a time; the slot behind them is the ballast that keeps an idle rank in step.
-        lora: shape of the students.
+        flat_sigma: whether any of them has noise on the base's weights.
     """
 
-    def __init__(self, base: ResidentBase, num_slots: int, lora: LoraSettings) -> None:
-        self.base, self.bank, self.lora, self.dtype = base, base.bank, lora, base.dtype
+    def __init__(self, base: ResidentBase, num_slots: int, flat_sigma: float = 0) -> None:
+        self.base, self.bank, self.dtype = base, base.bank, base.dtype
         zeros: Any = {"dtype": base.dtype, "device": base.place}
         ballast = {
             name: (torch.zeros(1, num_in, **zeros), torch.zeros(num_out, 1, **zeros))
             for name, (num_out, num_in) in self.bank.shapes.items()
         }
         self.bank.open_slot(num_slots, ballast, 1.0)
-        self.norms = row_norms(self.bank) if lora.flat_sigma else {}
+        self.norms = row_norms(self.bank) if flat_sigma else {}
 
-    def new_weights(self, seed: int) -> dict[str, Factors]:
+    def new_weights(self, seed: int, lora: LoraSettings) -> dict[str, Factors]:
         """A [r, in] and B [out, r] by module."""
-        return initial_weights(self.bank.shapes, self.lora.total_rank, seed)
+        return initial_weights(self.bank.shapes, lora.total_rank, seed)
 
-    def hooks(self, seed: int) -> StudentHooks:
+    def hooks(self, seed: int, lora: LoraSettings) -> StudentHooks:
         """Weight noise and a sketch of the inputs, where the options ask for them."""
-        return student_hooks(self.lora, self.bank.shapes, self.norms, seed, self.base.place)
+        return student_hooks(lora, self.bank.shapes, self.norms, seed, self.base.place)
 
     def open(
-        self, slot: int, weights: Mapping[str, Factors], gradients: Mapping[str, Factors], hooks: StudentHooks
+        self,
+        slot: int,
+        weights: Mapping[str, Factors],
+        gradients: Mapping[str, Factors],
+        hooks: StudentHooks,
+        lora: LoraSettings,
     ) -> None:
         """Put the factors into the bank."""
-        self.bank.open_slot(slot, weights, self.lora.scaling, gradients, hooks.by_module)
+        self.bank.open_slot(slot, weights, lora.scaling, gradients, hooks.by_module)
 
     def close(self, slot: int) -> None:
         """Take them out."""
@@ -122,8 +132,8 @@ class LoraSlots:
         self.bank.route_segments(batch.segments)
         return self.base(batch.inputs)
 
-    def write(self, directory: Path, weights: Mapping[str, Factors], base_model: str) -> None:
+    def write(self, directory: Path, weights: Mapping[str, Factors], base_model: str, lora: LoraSettings) -> None:
         """As PEFT's LoRA."""
-        lora, rank = self.lora, self.lora.total_rank
+        rank = lora.total_rank
         alpha = lora.scaling * (rank**0.5 if lora.use_rslora else rank)
         write_lora(directory, weights, alpha=alpha, base_model=base_model, use_rslora=lora.use_rslora)

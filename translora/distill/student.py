@@ -43,7 +43,8 @@ class Student:
         dtype: torch.dtype,
         hooks: StudentHooks = StudentHooks(),  # noqa: B008 (has no state)
     ) -> None:
-        self.job, self.recipe, self.samples, self.config = job, recipe, samples, config
+        self.job, self.recipe, self.samples = job, recipe, samples
+        self.config = job.settings(config)
         self.num_steps = num_steps(len(samples), job.epochs, config.batch_size)
         self.shapes = {name: [factor.shape for factor in factors] for name, factors in weights.items()}
         tensors = [factor.flatten() for factors in weights.values() for factor in factors]
@@ -52,8 +53,13 @@ class Student:
         self.working = self.flat.detach().to(dtype)
         self.factors, self.gradients = self._views(self.working), self._views(self.flat.grad)
         self.optimizer = torch.optim.AdamW([self.flat], lr=job.learning_rate, weight_decay=0.0, fused=True)
-        chain = None if job.peft is not None else config.lora.chain
+        chain = None if job.peft is not None else self.config.lora.chain
         self.num_links = 1 if chain is None else chain.links
+        if self.num_links > self.num_steps:
+            raise ValueError(
+                f"{job.name}: a chain of {self.num_links} links in {self.num_steps} steps; lower lora.chain.links, or "
+                "raise epochs"
+            )
         self.hooks = hooks
         self.num_init_steps = int(hooks.have_sketches and self.num_steps > 1)
         """Steps before the first update, which only see the inputs."""
@@ -109,15 +115,19 @@ class Student:
         if group is not None:
             dist.all_reduce(self.flat.grad, group=group)
             dist.all_reduce(self.loss, group=group)
-        self._apply_options()
+        self._begin_link()
         loss = float(self.loss)
         norm = float(nn.utils.clip_grad_norm_([self.flat], self.config.max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
                 f"{self.job.name}: loss {loss}, gradient norm {norm} at step {self.step}; lower the learning rate"
             )
+        if self.job.peft is None and self.config.lora.gradient != "plain":
+            change_gradients(self.config.lora, self._views(self.flat), self.gradients, self.link)
+            self._rest()
+        first, behind = self.first_step(self.link), self.first_step(self.link + 1)
         for parameters in self.optimizer.param_groups:
-            parameters["lr"] = self.job.learning_rate * (1 - self.step / self.num_steps)
+            parameters["lr"] = self.job.learning_rate * (1 - (self.step - first) / (behind - first))
         if self.step < self.num_init_steps:
             self.hooks.initialise(self._views(self.flat), group)
         elif self.rates is None:
@@ -131,19 +141,21 @@ class Student:
         self.losses.append(loss)
         self.loss.zero_()
 
-    def _apply_options(self) -> None:
-        """What the LoRA's options do to the gradients of this step; nothing by default, or where PEFT trains."""
+    def _begin_link(self) -> None:
+        """Find out which weights the options have move in this step; all by default, or where PEFT trains."""
         if self.job.peft is not None:
             return
         if self.link != self.rated_link:  # the first step, a resumed one, or the next link of a chain
             self.rated_link = self.link
             if self.link_steps == 0:
                 self.optimizer.state.clear()
-            rates = update_rates(self.config, self._views(self.flat), self.job.seed, self.link)
+            rates = update_rates(self.config.lora, self._views(self.flat), self.job.seed, self.link)
             if rates is not None:
                 self.rates = torch.cat([factor.flatten() for factors in rates.values() for factor in factors])
-        if self.config.lora.gradient != "plain":
-            change_gradients(self.config, self._views(self.flat), self.gradients, self.link)
+        self._rest()
+
+    def _rest(self) -> None:
+        """Have no gradient where no weight moves."""
         if self.rates is not None:
             assert self.flat.grad is not None
             self.flat.grad.mul_(self.rates != 0)
@@ -153,10 +165,14 @@ class Student:
         """Which LoRA of its chain is trained in the next step; 0 where it is no chain."""
         return min(self.step * self.num_links // self.num_steps, self.num_links - 1)
 
+    def first_step(self, link: int) -> int:
+        """The step that a link of the chain begins with; behind the last one, the number of steps."""
+        return math.ceil(link * self.num_steps / self.num_links)
+
     @property
     def link_steps(self) -> int:
         """Steps done since AdamW began: each link has one of its own."""
-        return max(0, self.step - max(self.num_init_steps, math.ceil(self.link * self.num_steps / self.num_links)))
+        return max(0, self.step - max(self.num_init_steps, self.first_step(self.link)))
 
     def state(self) -> dict[str, torch.Tensor]:
         """Flat weights, and AdamW's moments after the first step, to go on from later."""
@@ -185,6 +201,6 @@ class Student:
             raise FloatingPointError(f"{self.job.name}: weights are not finite at the end; lower the learning rate")
         weights = self._views(self.flat.cpu())
         with replace_directory(Path(self.job.output)) as directory:
-            slots.write(directory, weights, base_model)
+            slots.write(directory, weights, base_model, self.config.lora)
             (directory / "losses.json").write_text(json.dumps(self.losses))
             (directory / RECIPE).write_text(self.recipe)

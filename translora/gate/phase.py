@@ -85,7 +85,9 @@ def fail(run: Run, member: Member) -> None:
     state = member.state
     assert state.gate is not None
     reason, agreement, before = state.gate.reason, state.gate.agreement_student, state.earlier_agreement
-    if before is not None and agreement <= before:
+    if run.config.epochs_of(member.entry) == 0:
+        reason += "; it is a copy of its source adapter, which more samples do not change: give it epochs of its own"
+    elif before is not None and agreement <= before:
         reason += f"; more samples do not help: agreement {agreement:.2f} after {before:.2f}"
     elif state.attempt <= run.config.gate.retries:
         logger.warning("%s: did not pass the gate (%s): again with more samples", member.name, reason)
@@ -117,7 +119,7 @@ def publish(run: Run, member: Member, template: str, quality: DiscriminatorQuali
     """Write the migrated adapter as a bundle of the target base, ready for the next hop."""
     manifest, gate = member.bundle.manifest, member.state.gate
     assert gate is not None
-    start, _ = student_start(run, member)
+    start, _ = student_start(run, member.bundle.path)
     output = run.config.run_dir / "bundles" / member.name
     write_bundle(
         output,

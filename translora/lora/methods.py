@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import set_peft_model_state_dict
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from translora.bundle.adapter import CONFIG, WEIGHTS, is_in_bank, read_adapter_config
 from translora.bundle.base import BaseInfo, meta_model, output_head
@@ -34,6 +35,7 @@ from translora.lora.peft_io import (
 )
 from translora.run.redact import first_line
 
+logger = logging.getLogger(__name__)
 MAX_NAMES = 2000
 """Module names with a rank of their own, say: PEFT compares each with every module."""
 MAX_SIZE = 1 << 16
@@ -69,17 +71,28 @@ def parse_method(settings: Mapping[str, Any], where: str, base_path: Path | str 
     known = inspect.signature(PEFT_TYPE_TO_CONFIG_MAPPING[kind].__init__).parameters
     if strange := sorted(settings.keys() - known.keys()):
         raise ValueError(f"{where}.{strange[0]}: PEFT's {kind} has no such setting; see its config in PEFT's reference")
-    if outside := sorted(settings.keys() & set(OF_THE_PLACE)):
+    if outside := sorted(settings.keys() & {*OF_THE_PLACE, *SIZES_OF_THE_BASE, "inference_mode"}):
         raise ValueError(f"{where}.{outside[0]}: is set by translora; leave it out")
     for name, value in settings.items():
         if name.endswith("dropout") and value:
             raise ValueError(f"{where}.{name}: {value}; students are trained without dropout, leave it out")
     check_settings({**settings, "peft_type": kind}, where)
+    if kind == "LORA" and str(settings.get("init_lora_weights")).lower() == "eva":
+        raise ValueError(f"{where}.init_lora_weights: PEFT needs the data for eva; use distill.lora.init: eva instead")
+    if settings.get("prompt_tuning_init_text") and str(settings.get("prompt_tuning_init")).upper() != "TEXT":
+        raise ValueError(f"{where}.prompt_tuning_init_text: is read for prompt_tuning_init: TEXT alone; set that too")
     own = {"tokenizer_name_or_path": str(base_path)} if "tokenizer_name_or_path" in known else {}
     try:
         return get_peft_config({**settings, **own, "peft_type": kind, "task_type": "CAUSAL_LM"})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: PEFT refuses it ({error})") from error
+
+
+def check_text(config: PeftConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Warn where the virtual tokens have no room for the text that they begin with."""
+    text, count = getattr(config, "prompt_tuning_init_text", None), getattr(config, "num_virtual_tokens", None)
+    if text and count and (length := len(tokenizer(text)["input_ids"])) > count:
+        logger.warning("%s: prompt_tuning_init_text has %d tokens, its first %d are taken", where, length, count)
 
 
 def check_settings(settings: Mapping[str, Any], where: str | Path) -> str:

@@ -159,7 +159,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def check_name(key: str, path: Path) -> re.Match[str]:
+def check_name(key: str, path: Path | str) -> re.Match[str]:
     """Module and factor of a tensor's name.
 
     Raises:
@@ -167,7 +167,11 @@ def check_name(key: str, path: Path) -> re.Match[str]:
     """
     match = LORA_TENSOR.fullmatch(key)
     if match is None:
-        raise ValueError(f"{path}: unexpected tensor {key!r}; only lora_A and lora_B of linear modules are supported")
+        whole = key.endswith(".weight") and "lora_" not in key.rpartition(".")[0].rpartition(".")[2]
+        raise ValueError(
+            f"{path}: unexpected tensor {key!r}; only lora_A and lora_B of linear modules are supported"
+            + ", train the adapter without the embedding and the output head, which is saved whole" * whole
+        )
     return match
 
 

@@ -11,6 +11,7 @@ from translora.bundle.base import linear_modules
 from translora.bundle.remote import fetch_all, is_remote
 from translora.config import AdapterEntry, BaseModelConfig, FleetConfig, TrainConfig
 from translora.distill.ds_config import read_ds_config
+from translora.distill.phase import student_start
 from translora.distill.teacher import check_vocabularies
 from translora.engine.loading import attention_of, load_tokenizer, resolve_dtype
 from translora.engine.prompts import prompt_format
@@ -63,11 +64,12 @@ def check_target_context(config: FleetConfig, target: BaseInfo) -> None:
     """
     synthesis, context = config.synthesis, context_of(config.target, target)
     empty = prompt_format(load_tokenizer(config.target)).encode_prompt("")
-    num_tokens = len(empty) + synthesis.sampling.max_new_tokens + synthesis.max_answer_tokens
+    virtual = (config.distill.peft or {}).get("num_virtual_tokens") or 0
+    num_tokens = virtual + len(empty) + synthesis.sampling.max_new_tokens + synthesis.max_answer_tokens
     if context is not None and num_tokens > context:
         raise ValueError(
             f"{config.target.model}: inputs and answers of {num_tokens} tokens do not fit its context of {context}; "
-            "lower synthesis.sampling.max_new_tokens or max_answer_tokens"
+            f"lower synthesis.sampling.max_new_tokens or max_answer_tokens{', or num_virtual_tokens' * bool(virtual)}"
         )
 
 
@@ -94,7 +96,8 @@ def check_method(settings: TrainConfig, base: BaseInfo, section: str) -> None:
     Raises:
         ValueError: it cannot, or its virtual keys and values would get lost; names the setting.
     """
-    from translora.lora.methods import expected_shapes, parse_method
+    from translora.lora.methods import check_text, expected_shapes, parse_method
+    from translora.lora.peft_io import check_name, is_banked
 
     assert settings.peft is not None
     config = parse_method(settings.peft, section, base.path)
@@ -105,9 +108,13 @@ def check_method(settings: TrainConfig, base: BaseInfo, section: str) -> None:
     if settings.gradient_checkpointing and config.peft_type == "PREFIX_TUNING":
         raise ValueError(f"{section}: PREFIX_TUNING has no recomputation; set gradient_checkpointing to false")
     try:
-        expected_shapes(base, config)
+        for name in expected_shapes(base, config):
+            if is_banked(settings.peft):
+                check_name(name, "what it makes")
     except ValueError as error:
         raise ValueError(f"{section}: {error}") from error
+    own = BaseModelConfig(model=str(base.path), trust_remote_code=base.trust_remote_code)
+    check_text(config, load_tokenizer(own), section)
 
 
 def verify_fleet(
@@ -195,6 +202,7 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
         if config.source.vllm is not None and not is_in_bank(bundle.path):
             raise ValueError(f"{bundle.path}: is no plain LoRA, and vLLM computes no others; leave source.vllm out")
         check_prompts(run, bundle)
+        check_copy(run, bundle, entry)
         eval_rows = read_jsonl(entry.eval_data, required=("input", "target")) if entry.eval_data else []
     except (BundleError, ValueError) as error:
         run.quarantine(state, str(error))
@@ -215,6 +223,18 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
     num_heldout = heldout_size(config.gate, num_samples)
     directory, size = config.run_dir / "adapters" / name, attempt_size(state, config.gate)
     return Member(bundle, state, directory, size, num_heldout, eval_rows, entry)
+
+
+def check_copy(run: Run, bundle: Bundle, entry: AdapterEntry) -> None:
+    """A student that is not trained has to begin as its source adapter.
+
+    Raises:
+        ValueError: it would not.
+    """
+    if run.config.epochs_of(entry) == 0:
+        start, remark = student_start(run, bundle.path)
+        if start is None:
+            raise ValueError(f"{bundle.path}: {remark}, and 0 epochs train nothing; give it epochs of its own")
 
 
 def check_name_and_size(config: FleetConfig, entry: AdapterEntry, bundle: Bundle) -> None:
