@@ -23,6 +23,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from translora.bundle.base import inspect_base
 from translora.config import BaseModelConfig, TrainConfig
+from translora.distill.build_lock import free_build_locks
 from translora.distill.data import Sample, pack
 from translora.distill.ds_config import read_ds_config
 from translora.distill.linear import keep_no_inputs
@@ -49,6 +50,7 @@ class ShardedBase:
         self.place, self.dtype = device(), resolve_dtype(config.dtype)
         self.tokenizer, self.fingerprint = load_tokenizer(base), inspect_base(base.model).fingerprint
         self.ds_config = ds_config = read_ds_config(config.ds_config, self.dtype)
+        free_build_locks()
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         _RESIDENT[:] = [HfDeepSpeedConfig(ds_config)]
         self.model = load_partitioned(base, self.dtype, ds_config)
