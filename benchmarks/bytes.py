@@ -70,7 +70,13 @@ def ds_config(directory: Path) -> Path:
 
 
 def worker(
-    rank: int, base: str, directory: str, gangs: list[tuple[int, bool]], rows: int, answers: mp.SimpleQueue
+    rank: int,
+    base: str,
+    directory: str,
+    gangs: list[tuple[int, bool]],
+    rows: int,
+    recompute: bool,
+    answers: mp.SimpleQueue,
 ) -> None:
     """Train one gang of each (size, shared) on one resident base; rank 0 answers with the traffic of each."""
     os.environ |= {"MASTER_ADDR": "localhost", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -83,7 +89,7 @@ def worker(
     from translora.distill.train import train_on
 
     root = Path(directory)
-    settings = {"batch_size": rows, "micro_batch_size": rows, "dtype": "bfloat16"}
+    settings = {"batch_size": rows, "micro_batch_size": rows, "dtype": "bfloat16", "gradient_checkpointing": recompute}
     config = TrainConfig.model_validate({**settings, "ds_config": f"{directory}/zero3.json"})
     resident = zero3.ShardedBase(BaseModelConfig(model=base), config)
     # The first gang is not counted: ZeRO-3 learns the order of the modules.
@@ -117,16 +123,25 @@ def worker(
 
 
 def measure(
-    gangs: list[tuple[int, bool]], hidden_size: int = 128, num_layers: int = 4, num_rows: int = 8
+    gangs: list[tuple[int, bool]],
+    hidden_size: int = 128,
+    num_layers: int = 4,
+    num_rows: int = 8,
+    *,
+    recompute: bool = False,
 ) -> list[Traffic]:
-    """Traffic of a worker for gangs of these (sizes, shared batches?), one behind the other on the same base."""
+    """Traffic of a worker for gangs of these (sizes, shared batches?), one behind the other on the same base.
+
+    Args:
+        recompute: distill.gradient_checkpointing.
+    """
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         base = make_base(directory / "base", hidden_size=hidden_size, num_layers=num_layers)
         write_jsonl(directory / "rows.jsonl", ROWS[:num_rows])
         ds_config(directory)
         answers = mp.get_context("spawn").SimpleQueue()
-        run_ranks(worker, directory, str(base), name, gangs, num_rows, answers)
+        run_ranks(worker, directory, str(base), name, gangs, num_rows, recompute, answers)
         return [Traffic(*answers.get()) for _ in gangs]
 
 
@@ -136,10 +151,11 @@ def sequence_table() -> Table:
     for column in ("K", "bytes per adapter-step", "of K = 1", "gathers per adapter-step"):
         table.add_column(column, justify="right")
     alone, *gangs = measure([(1, True), (2, False), (4, False), (8, False)])
-    for traffic in (alone, *gangs):
+    (recomputed,) = measure([(8, False)], recompute=True)
+    for traffic in (alone, *gangs, recomputed):
         share = traffic.bytes_per_adapter_step / alone.bytes_per_adapter_step
         table.add_row(
-            str(traffic.num_adapters),
+            f"{traffic.num_adapters}{', recomputed' if traffic is recomputed else ''}",
             f"{traffic.bytes_per_adapter_step / 1e6:.2f} MB",
             f"{share:.3f}",
             f"{traffic.gathers_per_adapter_step:.1f}",

@@ -152,7 +152,7 @@ CASES = [
         ROWS, distill={"ds_config": "none.json"}), "distill.ds_config: none.json is no file and not in ds_configs/"),
     Case("a DeepSpeed config that is not JSON", own_ds_config("{"), "own.json: not JSON"),
     Case("a DeepSpeed config of another stage", own_ds_config(
-        '{"zero_optimization": {"stage": 2}}'), "zero_optimization.stage must be 3"),
+        '{"zero_optimization": {"stage": 2}}'), "zero_optimization.stage is 3"),
     Case("a DeepSpeed config with auto", own_ds_config(
         '{"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}}'), '"auto" is resolved by HF Trainer only'),
     Case("a DeepSpeed config with an optimizer", own_ds_config(

@@ -191,6 +191,14 @@ def test_a_gang_of_k_gathers_a_kth_of_the_bytes_per_adapter_and_step() -> None:
         )
 
 
+def test_what_is_computed_again_is_gathered_a_third_time() -> None:
+    """As the plan counts it; but for the last layer, which is there from the forward pass to the backward pass."""
+    num_layers = 6
+    (plain,), (again,) = (measure([(4, False)], num_layers=num_layers, recompute=value) for value in (False, True))
+    expected = (3 * num_layers - 2) / (2 * num_layers - 1)
+    assert again.num_bytes / plain.num_bytes == pytest.approx(expected, rel=0.07)
+
+
 def test_peft_trains_what_the_bank_does_not_have_on_the_same_partitioned_base(base: Path, ray_cluster: None) -> None:
     """Each method as one plain process with PEFT, beside a LoRA; then again from checkpoints, to the same bytes.
 

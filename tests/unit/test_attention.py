@@ -8,12 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2Model, LlamaConfig, LlamaModel
+from transformers import (
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2Model,
+    GptOssForCausalLM,
+    Llama4ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
 
 from tests.tiny import make_base
 from translora.config import BaseModelConfig
 from translora.engine.attention import PACKED, packed_inputs, packed_sdpa
-from translora.engine.loading import attention_of, caps_attention, flash_attention, resolve_attention
+from translora.engine.loading import attention_of, caps_attention, flash_attentions, resolve_attention
 
 CONFIG = Gemma2Config(
     hidden_size=16,
@@ -46,11 +55,11 @@ def test_capped_attention_of_packed_samples_is_that_of_each_alone() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(flash_attention() is None, reason="needs a GPU with flash-attention")
+@pytest.mark.skipif(not flash_attentions(), reason="needs a GPU with flash-attention")
 def test_flash_attention_of_packed_samples_is_that_of_sdpa() -> None:
     """In bfloat16: as near to float32's as SDPA's bfloat16 is, gradients too."""
     torch.manual_seed(0)
-    place, flash = torch.device("cuda"), flash_attention()
+    place, flash = torch.device("cuda"), flash_attentions()[0]
     config = LlamaConfig(
         hidden_size=128,
         intermediate_size=256,
@@ -86,6 +95,21 @@ def test_a_sample_that_is_not_a_number_reaches_no_other(softcap: float | None) -
     value[:, :, 3:6] = torch.nan
     output, _ = packed_sdpa(torch.nn.Identity(), query, key, value, None, softcap=softcap, packed_lengths=(3, 3, 3))
     assert output.isfinite().all(-1).all(-1)[0].tolist() == [True] * 3 + [False] * 3 + [True] * 3
+
+
+def test_flash_attention_is_chosen_for_models_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the packages are there: a base that worked without one works with it, too."""
+    monkeypatch.setattr("translora.engine.loading.flash_attentions", lambda: ["flash_attention_3", "flash_attention_2"])
+    chosen = {
+        kind: resolve_attention("auto", torch.bfloat16, kind)
+        for kind in (LlamaForCausalLM, Llama4ForCausalLM, BloomForCausalLM, GptOssForCausalLM, None)
+    }
+    assert chosen[LlamaForCausalLM] == chosen[None] == "flash_attention_3"
+    assert chosen[Llama4ForCausalLM] == "sdpa" and chosen[BloomForCausalLM] == "eager"
+    assert GptOssForCausalLM._compatible_flash_implementations is not None
+    assert chosen[GptOssForCausalLM] in (*GptOssForCausalLM._compatible_flash_implementations, "sdpa", "eager")
+    assert resolve_attention("auto", torch.float32, LlamaForCausalLM) == "sdpa"
+    assert resolve_attention("flash_attention_2", torch.bfloat16, BloomForCausalLM) == "flash_attention_2", "as asked"
 
 
 def test_sdpa_is_never_chosen_for_a_base_that_caps_its_scores(tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ import yaml
 from tests.tiny import make_base, make_bundle
 from translora.cli import FAILED, MIGRATED, UNUSABLE, main
 from translora.config import BaseModelConfig, FleetConfig, load_config
+from translora.distill.ds_config import read_ds_config
+from translora.engine.loading import load_model
+from translora.engine.vllm_settings import check_engine
 from translora.plan.fleet import FleetPlan, plan_fleet
 from translora.plan.hardware import GPUS, LINK_SHARE, Hardware
 from translora.plan.shape import read_shape, read_shapes
@@ -25,7 +28,7 @@ def example() -> FleetConfig:
 
 def plan(config: FleetConfig, num_gpus: int = 8, gpu: str = "h100-80gb", num_adapters: int = 300) -> FleetPlan:
     work = given_work(config, num_adapters, 250, 0.4)
-    return plan_fleet(config, read_shapes(config), Hardware(GPUS[gpu], num_gpus), work)
+    return plan_fleet(config, read_shapes(config), Hardware(GPUS[gpu], num_gpus, min(8, num_gpus)), work)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,7 @@ def test_a_fleet_of_300_on_a_node_gathers_what_zero_3_gathers(on_eight: FleetPla
     assert not on_eight.problems
     training = on_eight.training
     weights = read_shape(BaseModelConfig(model=str(EXAMPLE / "qwen2.5-72b")), torch.bfloat16).num_bytes
-    assert training.gathered_bytes == pytest.approx(2 * weights * 7 / 8)
+    assert training.gathered_bytes == pytest.approx(3 * weights * 7 / 8), "the forward pass once more, recomputed"
     assert training.memory["its part of the base"] == pytest.approx(weights / 8)
     assert training.compute_seconds > 5 * training.gather_seconds, "the gang fills the pass"
     assert all(sum(phase.memory.values()) < 77e9 for phase in on_eight.phases)
@@ -112,6 +115,87 @@ def test_what_does_not_fit_is_said_with_the_reason_and_the_remedy(example: Fleet
     synthesis = example.synthesis.model_copy(update={"batch_size": 4096})
     wide = plan(example.model_copy(update={"synthesis": synthesis}))
     assert any("lower synthesis.batch_size" in problem for problem in wide.problems)
+
+
+def with_config(example: FleetConfig, **distill: object) -> FleetConfig:
+    return example.model_copy(update={"distill": example.distill.model_copy(update=distill)})
+
+
+def test_with_zeropp_all_comes_from_the_gpus_own_machine(example: FleetConfig) -> None:
+    """Its copy of a frozen base never expires, so no direction needs the network; one machine has it as well."""
+    zeropp = with_config(example, ds_config="zero3-zeropp.json", gradient_checkpointing=False)
+    weights = read_shape(BaseModelConfig(model=str(EXAMPLE / "qwen2.5-72b")), torch.bfloat16).num_bytes
+    for count in (8, 64):
+        training = plan(zeropp, num_gpus=count).training
+        assert training.gathered_bytes == pytest.approx(2 * weights / 2 * 7 / 8), "in 8 bits"
+        assert training.gather_seconds == pytest.approx(weights * 7 / 8 / (LINK_SHARE * 450e9))
+        assert training.memory["the machine's copy"] == pytest.approx(weights / 8)
+    assert plan(zeropp, num_gpus=4).training.memory["the machine's copy"] == pytest.approx(weights / 4)
+    with pytest.raises(ValueError, match=r"zero_hpz_partition_size 8 does not divide 12 workers; take a multiple"):
+        plan(zeropp, num_gpus=12)
+
+
+def test_what_lies_in_the_machines_memory_comes_over_its_bus(example: FleetConfig) -> None:
+    weights = read_shape(BaseModelConfig(model=str(EXAMPLE / "qwen2.5-72b")), torch.bfloat16).num_bytes
+    found = plan(with_config(example, ds_config="zero3-offload.json", gradient_checkpointing=False), num_gpus=1)
+    assert found.training.gather_seconds == pytest.approx(2 * weights / (LINK_SHARE * 64e9))
+    assert "offloaded: 145 GB of the base in the memory of each machine" in found.note
+
+
+def test_vllm_deals_out_a_bases_heads(example: FleetConfig) -> None:
+    """64 heads: no actor of three or six GPUs, and none of another size than the fleet file's."""
+    source = example.source.model_copy(update={"vllm": {}})
+    six = plan(example.model_copy(update={"source": source}), num_gpus=6)
+    assert six.settings["resources"]["gpus_per_actor"] == 4
+    assert plan(example, num_gpus=3).settings["resources"] == {"num_actors": 1, "gpus_per_actor": 3}
+    for settings, message in (
+        ({"tensor_parallel_size": 16}, "vllm: its GPUs do not divide"),
+        ({"tensor_parallel_size": 4, "gpu_memory_utilization": 0.3}, ""),
+    ):
+        own = example.model_copy(update={"source": source.model_copy(update={"vllm": settings})})
+        if message:
+            with pytest.raises(ValueError, match=message):
+                plan(own)
+        else:
+            assert any("raise vllm.gpu_memory_utilization" in problem for problem in plan(own).problems)
+    large = example.distill.lora.model_copy(update={"rank": 1024})
+    target = example.target.model_copy(update={"vllm": {}})
+    with pytest.raises(ValueError, match=r"distill.lora: rank 1024, the limit of vLLM is 512; leave `vllm` of"):
+        plan(with_config(example, lora=large).model_copy(update={"target": target}))
+    everything = large.model_copy(update={"target_modules": "all-linear"})
+    heavy = plan(with_config(example, lora=everything))
+    assert any("lower distill.lora.rank, or name fewer" in problem for problem in heavy.problems)
+
+
+def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    settings = BaseModelConfig(model=str(base))
+    for use in (check_engine, lambda given: load_model(given, torch.bfloat16, None)):
+        with pytest.raises(ValueError, match=r"base: its weights are quantised \(fp8\), which is not supported; give"):
+            use(settings)
+    with pytest.raises(ValueError, match="its weights are quantised"):
+        read_shape(settings, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "expected an object whose zero_optimization.stage is 3"),
+        ('{"zero_optimization": null}', "expected an object whose zero_optimization.stage is 3"),
+        ('{"zero_optimization": {"stage": 3, "offload_param": null}}', "offload_param must be an object"),
+        (
+            '{"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "1e9"}}',
+            "stage3_max_live_parameters is '1e9', expected a number",
+        ),
+    ],
+)
+def test_a_deepspeed_config_of_another_form_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "ds.json").write_text(text)
+    with pytest.raises(ValueError, match=r"ds\.json: ") as error:
+        read_ds_config(str(tmp_path / "ds.json"), torch.bfloat16)
+    assert message in str(error.value)
 
 
 def test_bundles_at_hand_give_their_sizes(tmp_path: Path) -> None:

@@ -143,6 +143,14 @@ def _misfit(module: str, base: BaseInfo) -> str:
     return f"{fault}, train the adapter again without it"
 
 
+def highest_rank(directory: Path) -> int:
+    """The highest rank that a LoRA's config names; 0 where it names none."""
+    config = read_adapter_config(directory)
+    pattern = config.get("rank_pattern")
+    ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else [])]
+    return max((rank for rank in ranks if isinstance(rank, int)), default=0)
+
+
 def check_adapter(directory: Path, base: BaseInfo) -> None:
     """Check that a PEFT directory is sound and that the adapter fits `base`.
 

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -211,6 +212,18 @@ def inspect_base(model: str, trust_remote_code: bool = False) -> BaseInfo:
         return _inspect(name, directory, trust_remote_code)
     except OSError as error:
         raise ValueError(f"{error.filename or directory}: cannot be read ({error.strerror}); {_COPY_AGAIN}") from error
+
+
+def refuse_quantised(config: Mapping[str, Any], name: str, remedy: str = "give the base as it was before") -> None:
+    """Whether a base's weights are as they were trained: others can be neither partitioned nor planned with.
+
+    Raises:
+        ValueError: its config.json says that they are quantised; names the method and the remedy.
+    """
+    settings = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    if settings:
+        method = settings.get("quant_method", "some method") if isinstance(settings, dict) else "some method"
+        raise ValueError(f"{name}: its weights are quantised ({method}), which is not supported; {remedy}")
 
 
 def stored_tensors(directory: Path) -> dict[str, tuple[Path, TensorHeader]]:

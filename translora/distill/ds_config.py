@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,24 @@ IN_TRAIN_CONFIG = {
     "gradient_clipping": "distill.max_grad_norm",
 }
 """What a DeepSpeed config may not hold, and the setting of the fleet file that stands for it."""
+
+
+COUNTS = ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "zero_hpz_partition_size")
+"""Settings of ZeRO that are numbers, beside stage3_max_*."""
+
+
+def check_partitions(config: Mapping[str, Any], num_workers: int, where: str) -> None:
+    """Whether ZeRO++'s copies of the base can be dealt out to the workers.
+
+    Raises:
+        ValueError: they cannot; DeepSpeed would end at its start.
+    """
+    size = config["zero_optimization"].get("zero_hpz_partition_size", 1)
+    if size > 1 and num_workers > size and num_workers % size:
+        raise ValueError(
+            f"{where}: zero_hpz_partition_size {size} does not divide {num_workers} workers; take a multiple of it, or "
+            "set it to the GPUs of a machine"
+        )
 
 
 def read_ds_config(name: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -39,8 +58,14 @@ def read_ds_config(name: str, dtype: torch.dtype) -> dict[str, Any]:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if '"auto"' in text:
         raise ValueError(f'{path}: "auto" is resolved by HF Trainer only; write numbers')
-    if config.get("zero_optimization", {}).get("stage") != 3:
-        raise ValueError(f"{path}: zero_optimization.stage must be 3")
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    if not isinstance(zero, dict) or zero.get("stage") != 3:
+        raise ValueError(f"{path}: expected an object whose zero_optimization.stage is 3")
+    if not isinstance(zero.get("offload_param", {}), dict):
+        raise ValueError(f"{path}: zero_optimization.offload_param must be an object; leave it out for none")
+    for key in (key for key in zero if key.startswith("stage3_max_") or key in COUNTS):
+        if isinstance(zero[key], bool) or not isinstance(zero[key], (int, float)) or not 0 <= zero[key] < 1e18:
+            raise ValueError(f"{path}: zero_optimization.{key} is {zero[key]!r}, expected a number")
     # DeepSpeed holds the base only. Its optimizer and its clipping would couple the adapters.
     for key, instead in IN_TRAIN_CONFIG.items():
         if config.get(key):

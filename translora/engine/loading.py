@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
-from translora.bundle.base import inspect_base, refuse_code
+from translora.bundle.base import inspect_base, refuse_code, refuse_quantised
 from translora.config import BaseModelConfig
 from translora.config_file import Attention, DType
 from translora.run.redact import first_line
@@ -70,36 +70,52 @@ def attention_of(settings: BaseModelConfig, dtype: torch.dtype) -> str:
         ValueError: SDPA is asked for where it would leave out the cap of the scores.
     """
     base = inspect_base(settings.model, settings.trust_remote_code)
+    kind = plain_class(AutoConfig.from_pretrained(base.path, trust_remote_code=settings.trust_remote_code))
     capped = caps_attention(base.config)
     if settings.attn_implementation == "sdpa" and capped:
         raise ValueError(f"{base.path}: caps its attention scores, which SDPA cannot; set attn_implementation to auto")
-    return resolve_attention(settings.attn_implementation, dtype, capped=capped)
+    return resolve_attention(settings.attn_implementation, dtype, kind, capped=capped)
 
 
-def resolve_attention(attention: Attention, dtype: torch.dtype, *, capped: bool = False) -> str:
-    """flash-attention where package, device and dtype allow it; elsewhere SDPA, or eager where scores are capped."""
+def resolve_attention(
+    attention: Attention, dtype: torch.dtype, kind: type[PreTrainedModel] | None = None, *, capped: bool = False
+) -> str:
+    """flash-attention where package, device, dtype and model allow it; elsewhere SDPA, or eager.
+
+    Args:
+        kind: the model's class, where transformers has one for it; all others are taken to have everything.
+        capped: whether its scores are, which SDPA cannot.
+    """
     if attention != "auto":
         return attention
-    flash = None if dtype == torch.float32 else flash_attention()
-    return flash or ("eager" if capped else "sdpa")
+    if dtype != torch.float32 and (flash := next(filter(is_for(kind), flash_attentions()), None)):
+        return flash
+    return "eager" if capped or not getattr(kind, "_supports_sdpa", True) else "sdpa"
 
 
-def flash_attention() -> str | None:
-    """The flash-attention that is installed and runs on this device, the one that was made for it first.
+def is_for(kind: type[PreTrainedModel] | None) -> Callable[[str], bool]:
+    """Which flash-attentions a model has, by transformers' own account of it."""
+    named = getattr(kind, "_compatible_flash_implementations", None)
+    return lambda flash: flash in named if named is not None else getattr(kind, "_supports_flash_attn", True)
+
+
+def flash_attentions() -> list[str]:
+    """The flash-attentions that are installed and run on this device, the one that was made for it first.
 
     Asked of transformers: FlashAttention 2 and 4 are packages of other names with a module of the same name.
     """
     if not torch.cuda.is_available():
-        return None
+        return []
     generation = torch.cuda.get_device_capability()[0]
-    for version, generations, is_there in (
-        (3, (9,), is_flash_attn_3_available),
-        (4, (9, 10), is_flash_attn_4_available),
-        (2, (8, 9, 10, 12), is_flash_attn_2_available),
-    ):
-        if generation in generations and is_there():
-            return f"flash_attention_{version}"
-    return None
+    return [
+        f"flash_attention_{version}"
+        for version, generations, is_there in (
+            (3, (9,), is_flash_attn_3_available),
+            (4, (9, 10), is_flash_attn_4_available),
+            (2, (8, 9, 10, 12), is_flash_attn_2_available),
+        )
+        if generation in generations and is_there()
+    ]
 
 
 def caps_attention(config: Mapping[str, Any]) -> bool:
@@ -181,16 +197,15 @@ def load_model(
             cannot hold. Accelerate moves what goes from one to the next.
 
     Raises:
-        ValueError: the attention that is asked for would not be the base's.
+        ValueError: the attention that is asked for would not be the base's, or its weights are quantised.
     """
+    base = inspect_base(config.model, config.trust_remote_code)
+    refuse_quantised(base.config, config.model)
     attention = attention_of(config, dtype)
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True}
     if spread:
         kwargs["device_map"] = "balanced"
-    path = inspect_base(config.model, config.trust_remote_code).path
-    kind = plain_class(AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code))
-    if attention == "sdpa" and config.attn_implementation == "auto" and not getattr(kind, "_supports_sdpa", True):
-        kwargs["attn_implementation"] = attention = "eager"
+    path = base.path
     model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=config.trust_remote_code, **kwargs)
     model.requires_grad_(False)
     model.eval()

@@ -125,7 +125,8 @@ class VllmEngine:
         copy = Path(self._copies.name) / str(number)
         copy.mkdir()
         write_plain(copy, adapter, self.base.model)
-        lora = LoRARequest(slot, number, str(copy))
+        # vLLM's prefix cache knows an adapter by its name alone: a slot's next one must not find the last one's.
+        lora = LoRARequest(f"{slot}#{number}", number, str(copy))
         for is_new in (self._engine is None, True):
             self.load()
             try:

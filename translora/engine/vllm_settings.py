@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from translora.bundle.base import inspect_base
+from translora.bundle.base import inspect_base, refuse_quantised
 from translora.config import BaseModelConfig
 from translora.engine.loading import num_gpus, resolve_dtype
 
@@ -21,17 +21,31 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM has for `max_lora_rank`."""
 MAX_LORAS, MAX_CPU_LORAS = 16, 128
 """Adapters that share a pass, and that are kept in the machine's memory, unless `vllm` says otherwise."""
+
+
+def check_rank(rank: int, base: BaseModelConfig, where: str) -> None:
+    """Whether a base's engine takes LoRAs of this rank.
+
+    Raises:
+        ValueError: it is vLLM, which does not.
+    """
+    if base.vllm is not None and rank > RANKS[-1]:
+        raise ValueError(f"{where}: rank {rank}, the limit of vLLM is {RANKS[-1]}; leave `vllm` of {base.model} out")
+
+
 OWN = ("model", "tokenizer", "trust_remote_code", "dtype", "enable_lora", "max_lora_rank", "lora_target_modules")
 """Engine arguments that are set here."""
 
 
 def check_engine(base: BaseModelConfig) -> None:
-    """Whether this Python has vLLM, and vLLM the engine arguments, where a base asks for it.
+    """Whether a base can be computed with: this Python has vLLM, and vLLM the engine arguments, where it asks for it.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it has not, or the base is one for vLLM alone.
     """
     if base.vllm is None:
+        info = inspect_base(base.model, base.trust_remote_code)
+        refuse_quantised(info.config, base.model, "give the base as it was before, or have vLLM compute with it (vllm)")
         return
     if importlib.util.find_spec("vllm") is None:
         raise ValueError(

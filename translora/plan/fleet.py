@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from translora.config import FleetConfig
+from translora.config import BaseModelConfig, FleetConfig
 from translora.distill.ds_config import read_ds_config
 from translora.distill.memory import lora_weights
+from translora.engine.vllm_settings import check_rank
 from translora.plan.hardware import Hardware
 from translora.plan.inference import (
     ROUNDS,
@@ -22,7 +23,7 @@ from translora.plan.inference import (
     seconds,
 )
 from translora.plan.shape import Shape, Shapes
-from translora.plan.training import TrainingPlan, plan_training
+from translora.plan.training import TrainingPlan, is_offloaded, plan_training
 from translora.plan.work import Work, training_sizes
 
 
@@ -91,12 +92,14 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
     """Plan every phase on all GPUs, with the code that the run chooses by.
 
     Raises:
-        ValueError: a DeepSpeed config or a target module cannot be used, or the students are no LoRAs.
+        ValueError: a DeepSpeed config, a target module or vLLM's GPUs cannot be used, a LoRA's rank is above vLLM's, or
+            the students are no LoRAs.
     """
     if config.distill.peft is not None:
         raise ValueError(
             "distill.peft: the plan knows students that are LoRAs; leave it out to plan for `distill.lora`"
         )
+    check_rank(config.distill.lora.total_rank, config.target, "distill.lora")
     source, target, generator = shapes.source, shapes.target, shapes.generator
     ds_config = read_ds_config(config.distill.ds_config, shapes.trained.dtype)
     training = plan_training(shapes.trained, config.distill, ds_config, training_sizes(config, work), hardware)
@@ -130,10 +133,22 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
             )
         return found
 
-    counts = [count for count in range(1, hardware.gpus_per_node + 1) if hardware.gpus_per_node % count == 0]
-    counts = [count for count in counts if count <= hardware.num_gpus]
-    fitting = [count for count in counts if all(sum(m.values()) <= hardware.room for m in on_gpus(count))]
-    per_actor = fitting[0] if fitting else counts[-1]
+    engines = {"generate": config.generator, "screen and label": config.source, "gate": config.target}
+    rooms = {name: room_of(engines[name], hardware) for name, *_ in stages}
+    counts = [
+        count
+        for count in range(1, min(hardware.gpus_per_node, hardware.num_gpus) + 1)
+        if all(works_on(engines[name], shape, count) for name, shape, *_ in stages)
+    ]
+    if not counts:
+        raise ValueError("vllm: its GPUs do not divide a base's attention heads, or are more than a machine has")
+    fitting = [
+        count
+        for count in counts
+        if all(sum(own.values()) <= rooms[name] for (name, *_), own in zip(stages, on_gpus(count), strict=True))
+    ]
+    # A count that leaves no GPU of a machine without work comes first.
+    per_actor = min(fitting, key=lambda count: (hardware.gpus_per_node % count > 0, count)) if fitting else counts[-1]
     num_actors = hardware.num_gpus // per_actor
     loads = load_seconds(shapes, hardware, per_actor)
     together = per_actor * TENSOR_PARALLEL if per_actor > 1 else 1.0
@@ -153,7 +168,7 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
     ]
     phases.insert(2, distill_phase(target, training, hardware, loads["distill"]))
     for phase in phases:
-        phase.problem = too_large(phase, config, hardware, training.gang_size)
+        phase.problem = too_large(phase, config, hardware, rooms.get(phase.name, hardware.room), training.gang_size)
     settings: dict[str, dict[str, Any]] = {
         "resources": {"num_actors": num_actors, "gpus_per_actor": per_actor},
         "distill": {"num_workers": hardware.num_gpus, "tokens_per_pass": training.tokens_wanted},
@@ -164,13 +179,32 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
         "checkpoints of the gangs": training.gang_size * hardware.num_gpus * 12.0 * num_weights,
         "synthetic sets and blocks": 3 * 4 * rows,
     }
-    note = ""
+    notes = []
     if any(on_vllm.values()):
-        note = (
+        notes.append(
             f"vllm: an actor's GPUs work together, at {TENSOR_PARALLEL:.0%} of their speeds (assumed); the memory is "
             "the least that vllm.gpu_memory_utilization has to give it"
         )
-    return FleetPlan(hardware, work, phases, training, settings, disk, note)
+    if is_offloaded(ds_config):
+        share = target.num_bytes * min(hardware.gpus_per_node, hardware.num_gpus) / hardware.num_gpus
+        notes.append(f"offloaded: {share / 1e9:.0f} GB of the base in the memory of each machine, beside all else")
+    return FleetPlan(hardware, work, phases, training, settings, disk, "\n".join(notes))
+
+
+def works_on(base: BaseModelConfig, shape: Shape, num_gpus: int) -> bool:
+    """Whether a base can be computed by an actor of so many GPUs: vLLM deals its heads out to all of them."""
+    if base.vllm is None:
+        return True
+    tensor, pipeline = (base.vllm.get(f"{kind}_parallel_size") for kind in ("tensor", "pipeline"))
+    if tensor is not None and tensor * (pipeline or 1) != num_gpus:
+        return False
+    return shape.config.get_text_config().num_attention_heads % (tensor or num_gpus) == 0
+
+
+def room_of(base: BaseModelConfig, hardware: Hardware) -> float:
+    """Bytes of a GPU for a base and its batches; of vLLM's the share that the fleet file gives it."""
+    share = (base.vllm or {}).get("gpu_memory_utilization")
+    return hardware.room if share is None else min(hardware.room, float(share) * hardware.gpu.memory_bytes)
 
 
 def prompt_pass(shape: Shape, calls: Calls, batch_size: int) -> int:
@@ -215,9 +249,9 @@ def distill_phase(shape: Shape, training: TrainingPlan, hardware: Hardware, load
     )
 
 
-def too_large(phase: PhasePlan, config: FleetConfig, hardware: Hardware, gang_size: int) -> str:
+def too_large(phase: PhasePlan, config: FleetConfig, hardware: Hardware, room: float, gang_size: int) -> str:
     """Why a phase does not fit and what to change; empty where it does."""
-    needed, room = sum(phase.memory.values()), hardware.room
+    needed = sum(phase.memory.values())
     if needed <= room:
         return ""
     largest = max(phase.memory, key=lambda part: phase.memory[part])
@@ -226,11 +260,17 @@ def too_large(phase: PhasePlan, config: FleetConfig, hardware: Hardware, gang_si
         f"{largest} ({phase.memory[largest] / 1e9:.0f} GB)"
     )
     if phase.name != "distill":
+        if room < hardware.room:
+            return f"{why}; raise vllm.gpu_memory_utilization, or lower synthesis.batch_size"
+        if phase.memory["the base"] > room:
+            return f"{why}; take larger GPUs, or more of them in a machine"
         return f"{why}; lower synthesis.batch_size, or take more or larger GPUs"
     if phase.memory["its part of the base"] + phase.memory["gathered layers and head"] > room:
         return f"{why}; take more GPUs, or set distill.ds_config to zero3-offload.json"
     if gang_size > 1:
         return f"{why}; set distill.gang_size to auto"
+    if largest == "students":
+        return f"{why}; lower distill.lora.rank, or name fewer distill.lora.target_modules"
     if not config.distill.gradient_checkpointing:
         return f"{why}; set distill.gradient_checkpointing to true, or lower distill.micro_batch_size"
     return f"{why}; lower distill.micro_batch_size or distill.max_length"

@@ -33,16 +33,18 @@ class Gpu:
     """Bytes a second of its own memory."""
     link_rate: float
     """Bytes a second from the other GPUs of its machine (NVLink, one way)."""
+    host_rate: float
+    """Bytes a second from its machine's memory (PCIe x16, one way)."""
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40gb", 40e9, 312e12, 1.555e12, 300e9),
-        Gpu("a100-80gb", 80e9, 312e12, 2.039e12, 300e9),
-        Gpu("h100-80gb", 80e9, 989e12, 3.35e12, 450e9),
-        Gpu("h200-141gb", 141e9, 989e12, 4.8e12, 450e9),
-        Gpu("b200-180gb", 180e9, 2250e12, 7.7e12, 900e9),
+        Gpu("a100-40gb", 40e9, 312e12, 1.555e12, 300e9, 32e9),
+        Gpu("a100-80gb", 80e9, 312e12, 2.039e12, 300e9, 32e9),
+        Gpu("h100-80gb", 80e9, 989e12, 3.35e12, 450e9, 64e9),
+        Gpu("h200-141gb", 141e9, 989e12, 4.8e12, 450e9, 64e9),
+        Gpu("b200-180gb", 180e9, 2250e12, 7.7e12, 900e9, 64e9),
     )
 }
 """SXM modules, from NVIDIA's data sheets."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from translora.bundle.base import adaptable, meta_model, name_of_path
+from translora.bundle.base import adaptable, meta_model, name_of_path, refuse_quantised
 from translora.config import BaseModelConfig, FleetConfig
 from translora.distill.memory import BaseWeights, weights_of
 from translora.engine.fake import attention_shape, num_layers
@@ -101,6 +101,7 @@ def read_shape(base: BaseModelConfig, dtype: torch.dtype) -> Shape:
             "architecture that this version of transformers has, or a hub id that this machine can reach"
         ) from error
     config, text = model.config, model.config.get_text_config()
+    refuse_quantised(config.to_dict(), base.model)
     if getattr(text, "num_attention_heads", None) is None:
         raise ValueError(
             f"{base.model}: no attention heads in its config.json; a run refuses such a base, take another"

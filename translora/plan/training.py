@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from translora.config import TrainConfig
+from translora.distill.ds_config import check_partitions
 from translora.distill.memory import PassSize, gathered_weights, known_activations, known_gang_bytes, student_bytes
 from translora.distill.plan import TOKENS_PER_PASS, GangBytes, JobSize, choose_gang_size, lay_out
 from translora.plan.hardware import LINK_SHARE, Hardware
@@ -57,26 +58,41 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class Gathering:
-    """How the base comes together in one pass, forward and backward."""
+    """How the base comes together in one pass: forward, in the forward pass again, backward."""
 
     num_bytes: float
     """That each GPU receives."""
     seconds: float
+    """With what comes from the machine's memory, where the base is offloaded to it."""
     copy_bytes: float
     """Of a second copy that each machine keeps of the base (ZeRO++, arXiv 2306.10209), a GPU's part of it."""
 
 
-def gathering(shape: Shape, ds_config: dict[str, Any], hardware: Hardware) -> Gathering:
-    """Every GPU gathers what the others hold, twice; with ZeRO++ the second time from its own machine, and in int8."""
+def gathering(shape: Shape, ds_config: dict[str, Any], hardware: Hardware, *, recompute: bool) -> Gathering:
+    """Every GPU gathers what the others hold, in each direction; what is computed again is gathered a third time.
+
+    With ZeRO++ all comes from the GPU's own machine, for the copy there never expires while the base is frozen, and in
+    int8.
+
+    Args:
+        recompute: distill.gradient_checkpointing.
+    """
     zero, workers = ds_config["zero_optimization"], hardware.num_gpus
     size = shape.num_bytes / (shape.dtype.itemsize if zero.get("zero_quantized_weights") else 1)
-    forward = backward = size * (workers - 1) / workers
-    rate, copy = hardware.gather_rate, 0.0
-    node = int(zero.get("zero_hpz_partition_size", 1))
-    if 1 < node < workers:
-        backward, rate = size * (node - 1) / node, LINK_SHARE * hardware.gpu.link_rate
+    rate, copy, peers = hardware.gather_rate, 0.0, workers
+    node = min(int(zero.get("zero_hpz_partition_size", 1)), workers)
+    if node > 1:
+        peers, rate = node, LINK_SHARE * hardware.gpu.link_rate
         copy = shape.num_bytes / node
-    return Gathering(forward + backward, forward / hardware.gather_rate + backward / rate, copy)
+    times = 3 if recompute else 2
+    num_bytes = times * size * (peers - 1) / peers
+    from_host = times * size / workers / (LINK_SHARE * hardware.gpu.host_rate) if is_offloaded(ds_config) else 0.0
+    return Gathering(num_bytes, num_bytes / rate + from_host, copy)
+
+
+def is_offloaded(ds_config: dict[str, Any]) -> bool:
+    """Whether the GPUs' parts of the base lie in their machines' memory."""
+    return ds_config["zero_optimization"].get("offload_param", {}).get("device") == "cpu"
 
 
 @functools.cache
@@ -121,12 +137,12 @@ def plan_training(
     adapted = shape.adapted(train.lora.target_modules)
     max_tokens = max(size.max_tokens for size in sizes)
     mean_tokens = sum(s.num_steps * s.mean_tokens for s in sizes) / sum(s.num_steps for s in sizes)
-    offloaded = ds_config["zero_optimization"].get("offload_param", {}).get("device") == "cpu"
     memory: dict[str, float] = {
-        "its part of the base": 0 if offloaded else shape.num_bytes / num_workers,
+        "its part of the base": 0 if is_offloaded(ds_config) else shape.num_bytes / num_workers,
         "gathered layers and head": gathered_weights(shape.weights, ds_config) * shape.dtype.itemsize,
     }
-    gathered = gathering(shape, ds_config, hardware)
+    check_partitions(ds_config, num_workers, f"distill.ds_config {train.ds_config}")
+    gathered = gathering(shape, ds_config, hardware, recompute=train.gradient_checkpointing)
     if gathered.copy_bytes:
         memory["the machine's copy"] = gathered.copy_bytes
     free = hardware.room - sum(memory.values())

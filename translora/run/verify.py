@@ -6,16 +6,16 @@ import logging
 from collections.abc import Mapping
 
 from translora.bundle import BaseInfo, Bundle, BundleError, read_bundle, verify_bundle
-from translora.bundle.adapter import is_in_bank
-from translora.bundle.base import linear_modules
+from translora.bundle.adapter import highest_rank, is_in_bank
+from translora.bundle.base import linear_modules, refuse_quantised
 from translora.bundle.remote import fetch_all, is_remote
 from translora.config import AdapterEntry, BaseModelConfig, FleetConfig, TrainConfig
-from translora.distill.ds_config import read_ds_config
+from translora.distill.ds_config import check_partitions, read_ds_config
 from translora.distill.phase import student_start
 from translora.distill.teacher import check_vocabularies
 from translora.engine.loading import attention_of, load_tokenizer, resolve_dtype
 from translora.engine.prompts import prompt_format
-from translora.engine.vllm_settings import check_engine
+from translora.engine.vllm_settings import check_engine, check_rank
 from translora.lora.kinds import SOURCES_ONLY
 from translora.lora.targets import resolve_targets
 from translora.lora.warm_start import check_warm_start
@@ -45,6 +45,8 @@ def check_training(config: FleetConfig, source: BaseInfo, target: BaseInfo) -> N
         check_engine(settings)
     if config.target.vllm is not None and config.distill.peft is not None:
         raise ValueError("target.vllm: vLLM computes LoRAs alone; leave it out, or distill.peft")
+    if config.distill.peft is None:
+        check_rank(config.distill.lora.total_rank, config.target, "distill.lora")
     check_target_context(config, target)
     check_section(config.distill, target, "distill")
     if config.distill.loss == "kl":
@@ -77,9 +79,12 @@ def check_section(settings: TrainConfig, base: BaseInfo, section: str) -> None:
     """Check what a training on `base` will need; `section` is where the settings come from.
 
     Raises:
-        ValueError: the DeepSpeed config cannot be used, or a target module is no linear module of the base.
+        ValueError: the DeepSpeed config cannot be used, a target module is no linear module of the base, or the base is
+            quantised.
     """
-    read_ds_config(settings.ds_config, resolve_dtype(settings.dtype))
+    refuse_quantised(base.config, f"{section}: {base.name}")
+    ds_config = read_ds_config(settings.ds_config, resolve_dtype(settings.dtype))
+    check_partitions(ds_config, settings.num_workers, f"{section}.ds_config {settings.ds_config}")
     resolve_targets(linear_modules(base), settings.lora.target_modules, base.name, f"{section}.lora.target_modules")
     if settings.peft is not None:
         if settings.lora.has_options:
@@ -201,6 +206,8 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
         choose_screen(config.synthesis, bundle, entry.screen)
         if config.source.vllm is not None and not is_in_bank(bundle.path):
             raise ValueError(f"{bundle.path}: is no plain LoRA, and vLLM computes no others; leave source.vllm out")
+        for directory in filter(None, (bundle.path, bundle.discriminator_dir)):
+            check_rank(highest_rank(directory), config.source, str(directory))
         check_prompts(run, bundle)
         check_copy(run, bundle, entry)
         eval_rows = read_jsonl(entry.eval_data, required=("input", "target")) if entry.eval_data else []
