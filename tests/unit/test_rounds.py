@@ -14,7 +14,7 @@ from translora.bundle.manifest import Manifest
 from translora.config import BaseModelConfig, ResourceConfig, SynthesisConfig
 from translora.run.state import ScreenName
 from translora.synthesis import rounds
-from translora.synthesis.actors import Row, cut_blocks, read_block
+from translora.synthesis.actors import Row, block_order, cut_blocks, read_block
 from translora.synthesis.phase import draw_heldout
 from translora.synthesis.pool import Pool, admit, choose_screen, close
 from translora.synthesis.rounds import clean, plan_round, synthesise
@@ -199,6 +199,15 @@ def test_blocks_hold_rows_of_similar_length_and_depend_on_the_rows_alone() -> No
     rows = [{"text": "x" * length} for length in (5, 1, 4, 2, 3)]
     blocks = cut_blocks(rows, 2, lambda row: len(row["text"]))
     assert [[len(row["text"]) for row in block] for block in blocks] == [[1, 2], [3, 4], [5]]
+
+
+def test_blocks_for_vllm_hold_rows_of_few_adapters() -> None:
+    rows = [{"text": "x" * length, "slot": name} for length in (1, 2, 3, 4) for name in ("b", None, "a")]
+    plain, vllm = BaseModelConfig(model="m"), BaseModelConfig(model="m", vllm={})
+    by_length = [cut_blocks(rows, 4, block_order(base, lambda row: len(row["text"]))) for base in (plain, vllm)]
+    assert [len({row["slot"] for row in block}) for block in by_length[0]] == [3, 3, 3]
+    assert [[row["slot"] for row in block] for block in by_length[1]] == [[None] * 4, ["a"] * 4, ["b"] * 4]
+    assert [len(row["text"]) for row in by_length[1][0]] == [1, 2, 3, 4]
 
 
 def fleet_run(

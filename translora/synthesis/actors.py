@@ -131,6 +131,15 @@ def input_length(row: Row) -> int:
     return len(row["input"])
 
 
+def block_order(base: BaseModelConfig, order: Callable[[Row], Any]) -> Callable[[Row], Any]:
+    """The order as it is where rows are padded; vLLM pads none and has few adapters at hand: by these first."""
+    if base.vllm is None:
+        return order
+    from translora.engine.host import SLOT_KEYS
+
+    return lambda row: ([str(row.get(key) or "") for key in SLOT_KEYS], order(row))
+
+
 def run_rows(
     label: str,
     rows: Sequence[Row],
@@ -156,7 +165,7 @@ def run_rows(
         place: below `run_dir`; finished blocks lie there under the hash of what they were made from.
         weights: content hashes of base and adapters: blocks of the same weights alone are used again.
     """
-    blocks, settings = cut_blocks(rows, batch_size, order), settings or {}
+    blocks, settings = cut_blocks(rows, batch_size, block_order(base, order)), settings or {}
     key = digest(function.__name__, blocks, settings, base.decides(), weights)
     with Progress(label, len(rows), run_dir) as progress:
         return run_blocks(
