@@ -13,7 +13,7 @@ from translora.config import BaseModelConfig, FleetConfig, load_config
 from translora.distill.ds_config import read_ds_config
 from translora.engine.loading import load_model
 from translora.engine.vllm_settings import check_engine
-from translora.plan.fleet import FleetPlan, plan_fleet
+from translora.plan.fleet import FleetPlan, load_seconds, plan_fleet
 from translora.plan.hardware import GPUS, LINK_SHARE, Hardware
 from translora.plan.shape import read_shape, read_shapes
 from translora.plan.work import bundled_work, given_work
@@ -140,6 +140,17 @@ def test_what_lies_in_the_machines_memory_comes_over_its_bus(example: FleetConfi
     found = plan(with_config(example, ds_config="zero3-offload.json", gradient_checkpointing=False), num_gpus=1)
     assert found.training.gather_seconds == pytest.approx(2 * weights / (LINK_SHARE * 64e9))
     assert "offloaded: 145 GB of the base in the memory of each machine" in found.note
+
+
+def test_both_bases_stay_where_the_run_keeps_both(example: FleetConfig) -> None:
+    """By the run's rule: the second base and its batches, twice its weights, beside the first; with vLLM never."""
+    hardware, shapes = Hardware(GPUS["h100-80gb"], 8), read_shapes(example)
+    once = shapes.generator.num_bytes / hardware.load_rate
+    assert load_seconds(example, shapes, hardware, 8)["generate"] == pytest.approx(once), "145 + 2 * 141 of 616 GB"
+    in_halves = load_seconds(example, shapes, hardware, 4)["generate"]
+    assert in_halves == pytest.approx(3 * 2 * once), "427 of 308 GB: two actors read it in each of three rounds"
+    vllm = example.model_copy(update={"source": example.source.model_copy(update={"vllm": {}})})
+    assert load_seconds(vllm, shapes, hardware, 8)["generate"] == pytest.approx(3 * once)
 
 
 def test_vllm_deals_out_a_bases_heads(example: FleetConfig) -> None:

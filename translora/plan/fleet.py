@@ -9,6 +9,7 @@ from typing import Any
 from translora.config import BaseModelConfig, FleetConfig
 from translora.distill.ds_config import read_ds_config
 from translora.distill.memory import lora_weights
+from translora.engine.host import VLLM_SHARE
 from translora.engine.vllm_settings import check_rank
 from translora.plan.hardware import Hardware
 from translora.plan.inference import (
@@ -150,7 +151,7 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
     # A count that leaves no GPU of a machine without work comes first.
     per_actor = min(fitting, key=lambda count: (hardware.gpus_per_node % count > 0, count)) if fitting else counts[-1]
     num_actors = hardware.num_gpus // per_actor
-    loads = load_seconds(shapes, hardware, per_actor)
+    loads = load_seconds(config, shapes, hardware, per_actor)
     together = per_actor * TENSOR_PARALLEL if per_actor > 1 else 1.0
     phases = [
         PhasePlan(
@@ -214,13 +215,18 @@ def prompt_pass(shape: Shape, calls: Calls, batch_size: int) -> int:
     return prompt_pass_bytes(shape, num_rows, num_tokens)
 
 
-def load_seconds(shapes: Shapes, hardware: Hardware, per_actor: int) -> dict[str, float]:
+def load_seconds(config: FleetConfig, shapes: Shapes, hardware: Hardware, per_actor: int) -> dict[str, float]:
     """Seconds of reading the bases: once each, or in every round where an actor cannot hold both."""
     source, target, generator = shapes.source, shapes.target, shapes.generator
     num_actors = hardware.num_gpus // per_actor
     per_node = max(1, hardware.gpus_per_node // per_actor)
-    together = (source.num_bytes + generator.num_bytes) / per_actor < 0.5 * hardware.room
-    times = 1 if together else ROUNDS
+    # As translora.engine.host decides when the second base comes: the first one stays where there is room beside it.
+    wanted = {}
+    for name, base, shape in (("first", config.generator, generator), ("second", config.source, source)):
+        share = (base.vllm or {}).get("gpu_memory_utilization", VLLM_SHARE)
+        held = shape.num_bytes if base.vllm is None else share * per_actor * hardware.gpu.memory_bytes
+        wanted[name] = held * (2 if base.vllm is None and name == "second" else 1)
+    times = 1 if sum(wanted.values()) <= per_actor * hardware.room else ROUNDS
     readers = min(num_actors, per_node)
 
     def read(shape: Shape, times: int) -> float:
