@@ -139,6 +139,15 @@ def test_later_arms_take_what_the_first_generated(run_dir: Path) -> None:
             assert (first / block).samefile(second / block)
 
 
+def test_each_arms_answers_are_kept_by_themselves(run_dir: Path) -> None:
+    """So an arm that comes later is the only one to answer."""
+    for seed in SEEDS:
+        found = list((run_dir / f"seed-{seed}/gate").glob("answers-*/*.parquet"))
+        arms = [{row["arm"] for row in pq.read_table(path).to_pylist()} for path in found]
+        assert all(len(own) == 1 for own in arms)
+        assert set().union(*arms) == {"source_base", "source_adapter", "target_base", "real", *ARMS}
+
+
 def test_the_gate_is_recorded_and_withholds_nothing(results: Results) -> None:
     assert {(one.task, one.seed, one.arm) for one in results.migrations} == {
         (task, seed, arm) for task in TASKS for seed in SEEDS for arm in ARMS

@@ -66,39 +66,35 @@ def answer(
     source: BaseInfo,
     target: BaseInfo,
 ) -> tuple[Answers, Logliks]:
-    """Let every arm answer the test items, or rate their choices: one pass on the source base, one on the target base.
+    """Let every arm answer the test items, or rate their choices: an arm that comes later is the only one to answer.
 
     Args:
         adapters: PEFT directory on the target base by `arm/task`.
     """
     bundles = {task: read_bundle(config.bundle_dir(seed, task)) for task in splits}
-    teachers = {f"{SOURCE_ADAPTER}/{task}": bundle.path for task, bundle in bundles.items()}
-    source_rows: list[Row] = []
-    target_rows: list[Row] = []
-    for task, part in splits.items():
-        template = bundles[task].manifest.prompt_template
-        for arm, slot in ((SOURCE_BASE, None), (SOURCE_ADAPTER, f"{SOURCE_ADAPTER}/{task}")):
-            source_rows += item_rows(task, arm, part, slot, template)
-        target_rows += item_rows(task, TARGET_BASE, part, None, "auto")
-        for arm in (REAL, *config.arms):
-            if f"{arm}/{task}" in adapters:
-                target_rows += item_rows(task, arm, part, f"{arm}/{task}", "auto")
+    paths = {**{f"{SOURCE_ADAPTER}/{task}": bundle.path for task, bundle in bundles.items()}, **adapters}
     answers: Answers = {}
     logliks: Logliks = {}
     with Hosts(config.resources) as hosts:
-        for info, base, slots, rows in (
-            (source, config.source, teachers, source_rows),
-            (target, config.target, dict(adapters), target_rows),
-        ):
+        for arm in (SOURCE_BASE, SOURCE_ADAPTER, TARGET_BASE, REAL, *config.arms):
+            on_source, is_bare = arm in (SOURCE_BASE, SOURCE_ADAPTER), arm in (SOURCE_BASE, TARGET_BASE)
+            info, base = (source, config.source) if on_source else (target, config.target)
+            slots = {task: None if is_bare else f"{arm}/{task}" for task in splits}
+            slots = {task: slot for task, slot in slots.items() if slot is None or slot in paths}
+            rows: list[Row] = []
+            for task, slot in slots.items():
+                template = bundles[task].manifest.prompt_template if on_source else "auto"
+                rows += item_rows(task, arm, splits[task], slot, template)
+            own = {slot: paths[slot] for slot in slots.values() if slot is not None}
             where: dict[str, Any] = {
                 "base": base,
-                "adapters": {slot: str(path) for slot, path in slots.items()},
+                "adapters": {slot: str(path) for slot, path in own.items()},
                 "batch_size": config.synthesis.batch_size,
                 "hosts": hosts,
                 "run_dir": config.seed_dir(seed),
-                "digests": {slot: sha256_path(path) for slot, path in slots.items()} | {"base": info.fingerprint},
+                "digests": {slot: sha256_path(path) for slot, path in own.items()} | {"base": info.fingerprint},
             }
-            label = f"seed {seed}: test items on {info.name}"
+            label = f"seed {seed}: test items, {arm}"
             if texts := [row for row in rows if "choices" not in row]:
                 most = config.synthesis.max_answer_tokens
                 answers |= run_answers(label, texts, max_answer_tokens=most, **where)[0]
@@ -132,7 +128,7 @@ def run_choices(
     run_dir: Path,
     digests: Mapping[str, str],
 ) -> Logliks:
-    """Rate every item's choices on one base, all arms in mixed batches; arguments as those of `run_answers`."""
+    """Rate every item's choices on one base, all tasks in mixed batches; arguments as those of `run_answers`."""
     computed = run_rows(
         f"{label}: choices",
         rows,
