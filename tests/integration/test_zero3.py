@@ -344,7 +344,7 @@ def test_iteris_under_zero3_gives_the_adapter_of_one_process(base: Path, tmp_pat
     ("content", "message"),
     [
         ("{", "not JSON"),
-        ('{"zero_optimization": {"stage": 2}}', "stage must be 3"),
+        ('{"zero_optimization": {"stage": 2}}', "zero_optimization.stage is 3"),
         ('{"zero_optimization": {"stage": 3}, "gradient_clipping": 1.0}', "remove it; set distill.max_grad_norm"),
         (
             '{"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 3}}',
