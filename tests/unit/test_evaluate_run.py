@@ -61,10 +61,10 @@ def answers(config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> agreemen
         (config.target.model, None): "target_base",
         **{(config.target.model, f"{arm}/paint"): arm for arm in ("real", "plain", "hot")},
     }
-    passes: list[str] = []
+    passes: list[tuple[str, set[str]]] = []
 
     def run_rows(_: str, rows: list[dict[str, Any]], __: object, *, base: BaseModelConfig, **rest: Any) -> list[Any]:
-        passes.append(base.model)
+        passes.append((base.model, {row["arm"] for row in rows}))
         found = []
         for row in reversed(rows):
             arm = slots[base.model, row["slot"]]
@@ -85,7 +85,10 @@ def answers(config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> agreemen
     source, target = inspect_base(config.source.model), inspect_base(config.target.model)
     found, logliks = answer(config, 3, SPLITS, adapters, source, target)
     assert not logliks, "of tasks of choices alone"
-    assert passes == [config.source.model, config.target.model], "one pass on each base"
+    on_source, on_target = ("source_base", "source_adapter"), ("target_base", "real", "plain", "hot")
+    assert passes == [(config.source.model, {arm}) for arm in on_source] + [
+        (config.target.model, {arm}) for arm in on_target
+    ], "each arm by itself, and no base is left and come back to"
     return found
 
 
