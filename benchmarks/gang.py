@@ -129,7 +129,7 @@ class GangArm:
             weights = self.gang.slots.new_weights(slot, lora)
             student = Student(job, "", samples, weights, config, self.base.place, self.base.dtype)
             self.gang.students[slot] = student
-            self.gang.slots.open(slot, student.factors, student.gradients, student.hooks, lora)
+            self.gang.slots.open(slot, student)
 
     def step(self) -> None:
         """One step of every student, without its files."""

@@ -96,7 +96,7 @@ class Gang:
         if recipe in self.saved:
             student.restore(*self.saved.pop(recipe))
         self.students[slot] = student
-        self.slots.open(slot, student.factors, student.gradients, hooks, lora)
+        self.slots.open(slot, student)
 
     def close(self, slot: int) -> None:
         """Free a slot."""

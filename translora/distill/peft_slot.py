@@ -24,6 +24,7 @@ from translora.config import LoraSettings
 from translora.distill.data import Packed, pack
 from translora.distill.hooks import StudentHooks
 from translora.distill.slots import ResidentBase, Shard
+from translora.distill.student import Student
 from translora.lora.bank import Factors
 from translora.lora.methods import parse_method, put_on, saved_tensors, take_off
 from translora.run.files import write_json
@@ -64,17 +65,10 @@ class PeftSlot:
         """None: they are of the bank."""
         return StudentHooks()
 
-    def open(
-        self,
-        slot: int,
-        weights: Mapping[str, Factors],
-        gradients: Mapping[str, Factors],
-        hooks: StudentHooks,
-        lora: LoraSettings,
-    ) -> None:
+    def open(self, slot: int, student: Student) -> None:
         """Have the parameters that `new_weights` made share their memory with the student's."""
         for name, parameter in self._trained().items():
-            (parameter.data,), (parameter.grad,) = weights[name], gradients[name]
+            (parameter.data,), (parameter.grad,) = student.factors[name], student.gradients[name]
 
     def close(self, slot: int) -> None:
         """Take the student off the base."""

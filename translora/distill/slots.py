@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,6 +16,9 @@ from translora.distill.hooks import StudentHooks, row_norms, student_hooks
 from translora.engine.head import Head
 from translora.lora.bank import AdapterBank, Factors, initial_weights
 from translora.lora.peft_io import write_lora
+
+if TYPE_CHECKING:
+    from translora.distill.student import Student
 
 Shard = tuple[int, Sequence[Sample], float]
 """Slot, samples of one pass, weight of an answer's token."""
@@ -58,15 +61,8 @@ class Slots(Protocol):
     def hooks(self, seed: int, lora: LoraSettings) -> StudentHooks:
         """What a new student has in its passes beside its weights."""
 
-    def open(
-        self,
-        slot: int,
-        weights: Mapping[str, Factors],
-        gradients: Mapping[str, Factors],
-        hooks: StudentHooks,
-        lora: LoraSettings,
-    ) -> None:
-        """Compute with these tensors for as long as the slot is open, and add to these gradients."""
+    def open(self, slot: int, student: Student) -> None:
+        """Compute with a student's factors for as long as the slot is open, and add to its gradients."""
 
     def close(self, slot: int) -> None:
         """Free a slot."""
@@ -108,16 +104,10 @@ class LoraSlots:
         """Weight noise and a sketch of the inputs, where the options ask for them."""
         return student_hooks(lora, self.bank.shapes, self.norms, seed, self.base.place)
 
-    def open(
-        self,
-        slot: int,
-        weights: Mapping[str, Factors],
-        gradients: Mapping[str, Factors],
-        hooks: StudentHooks,
-        lora: LoraSettings,
-    ) -> None:
+    def open(self, slot: int, student: Student) -> None:
         """Put the factors into the bank."""
-        self.bank.open_slot(slot, weights, lora.scaling, gradients, hooks.by_module)
+        scaling, hooks = student.config.lora.scaling, student.hooks.by_module
+        self.bank.open_slot(slot, student.factors, scaling, student.gradients, hooks)
 
     def close(self, slot: int) -> None:
         """Take them out."""
