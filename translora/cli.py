@@ -263,9 +263,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
     else:
         work = bundled_work(config, arguments.acceptance)
     gpu, rate = GPUS[arguments.gpu], arguments.network / 8 * 1e9
-    machines = [
-        Hardware(gpu, count, min(count, arguments.gpus_per_node), network_rate=rate) for count in arguments.gpus
-    ]
+    machines = [Hardware(gpu, count, arguments.gpus_per_node, network_rate=rate) for count in arguments.gpus]
     shapes = read_shapes(config)
     plans = [plan_fleet(config, shapes, hardware, work) for hardware in machines]
     if arguments.json:

@@ -344,7 +344,14 @@ def test_iteris_under_zero3_gives_the_adapter_of_one_process(base: Path, tmp_pat
     ("content", "message"),
     [
         ("{", "not JSON"),
+        ("[]", "expected an object whose zero_optimization.stage is 3"),
+        ('{"zero_optimization": null}', "expected an object whose zero_optimization.stage is 3"),
         ('{"zero_optimization": {"stage": 2}}', "zero_optimization.stage is 3"),
+        ('{"zero_optimization": {"stage": 3, "offload_param": null}}', "offload_param must be an object"),
+        (
+            '{"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "1e9"}}',
+            "stage3_max_live_parameters is '1e9', expected a number",
+        ),
         ('{"zero_optimization": {"stage": 3}, "gradient_clipping": 1.0}', "remove it; set distill.max_grad_norm"),
         (
             '{"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 3}}',
@@ -354,7 +361,7 @@ def test_iteris_under_zero3_gives_the_adapter_of_one_process(base: Path, tmp_pat
 )
 def test_deepspeed_configs_that_cannot_work_are_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "ds.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"ds\.json: .*{message}"):
         read_ds_config(str(tmp_path / "ds.json"), torch.float32)
     with pytest.raises(ValueError, match="is no file and not in ds_configs/"):
         read_ds_config("zero4.json", torch.float32)

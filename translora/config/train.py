@@ -72,8 +72,7 @@ class LoraSettings(Strict):
     @property
     def has_options(self) -> bool:
         """Whether it is trained in another way than plainly."""
-        options = {"init", "lora_plus_ratio", "gradient", "random_half", "chain", "flat_sigma"}
-        return self.model_dump(include=options) != LoraSettings().model_dump(include=options)
+        return self != self.plain()
 
     @property
     def scales_updates(self) -> bool:

@@ -62,8 +62,9 @@ def encode_samples(
     for row in rows:
         answer_ids = prompts.encode_answer(row["answer"], with_end=with_end)
         teacher = row.get("teacher", {})
-        spans = prompts.answer_spans(row["answer"]) if "excess" in teacher else []
-        chosen = chosen_tokens(teacher, spans, token_share) if "excess" in teacher else None
+        chosen = None
+        if "excess" in teacher:
+            chosen = chosen_tokens(teacher, prompts.answer_spans(row["answer"]), token_share)
         samples.append(Sample(prompts.encode_prompt(row["input"]), answer_ids, teacher_odds(row, answer_ids), chosen))
     if others := sum(
         "tokens" in row.get("teacher", {}) and one.teacher is None for row, one in zip(rows, samples, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +88,15 @@ def resolve_attention(
     """
     if attention != "auto":
         return attention
-    if dtype != torch.float32 and (flash := next(filter(is_for(kind), flash_attentions()), None)):
+    if dtype != torch.float32 and (flash := next((one for one in flash_attentions() if has(kind, one)), None)):
         return flash
     return "eager" if capped or not getattr(kind, "_supports_sdpa", True) else "sdpa"
 
 
-def is_for(kind: type[PreTrainedModel] | None) -> Callable[[str], bool]:
-    """Which flash-attentions a model has, by transformers' own account of it."""
+def has(kind: type[PreTrainedModel] | None, flash: str) -> bool:
+    """Whether a model has a flash-attention, by transformers' own account of it."""
     named = getattr(kind, "_compatible_flash_implementations", None)
-    return lambda flash: flash in named if named is not None else getattr(kind, "_supports_flash_attn", True)
+    return flash in named if named is not None else bool(getattr(kind, "_supports_flash_attn", True))
 
 
 def flash_attentions() -> list[str]:
@@ -205,8 +205,7 @@ def load_model(
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True}
     if spread:
         kwargs["device_map"] = "balanced"
-    path = base.path
-    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=config.trust_remote_code, **kwargs)
+    model = AutoModelForCausalLM.from_pretrained(base.path, trust_remote_code=config.trust_remote_code, **kwargs)
     model.requires_grad_(False)
     model.eval()
     give_head_plain_strides(model)

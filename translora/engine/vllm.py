@@ -30,7 +30,7 @@ from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request, Row
 from translora.engine.loading import load_tokenizer
 from translora.engine.protocol import Completion, EngineDied, RowTooLong, Samples, completion, end_tokens, spellings
-from translora.engine.vllm_settings import RANKS, check_engine, engine_arguments
+from translora.engine.vllm_settings import RANKS, check_engine, check_rank, engine_arguments
 from translora.lora.methods import read_adapter
 from translora.lora.peft_io import LoraWeights, pad_rank, write_lora
 from translora.run.redact import first_line
@@ -86,11 +86,10 @@ class VllmEngine:
         reason = self._refused.get(str(path))
         if not isinstance(adapter, LoraWeights):
             reason = "is no plain LoRA, and vLLM computes no others"
-        elif adapter.max_rank > RANKS[-1]:
-            reason = f"has rank {adapter.max_rank}, the limit of vLLM is {RANKS[-1]}"
         if reason is not None:
             raise ValueError(f"{path}: {reason}; leave `vllm` of its base out")
         assert isinstance(adapter, LoraWeights)
+        check_rank(adapter.max_rank, self.base, str(path))
         return adapter
 
     def use_adapters(self, adapters: Mapping[str, str | Path]) -> None:

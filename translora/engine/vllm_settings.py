@@ -21,6 +21,8 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM has for `max_lora_rank`."""
 MAX_LORAS, MAX_CPU_LORAS = 16, 128
 """Adapters that share a pass, and that are kept in the machine's memory, unless `vllm` says otherwise."""
+OWN = ("model", "tokenizer", "trust_remote_code", "dtype", "enable_lora", "max_lora_rank", "lora_target_modules")
+"""Engine arguments that are set here."""
 
 
 def check_rank(rank: int, base: BaseModelConfig, where: str) -> None:
@@ -31,10 +33,6 @@ def check_rank(rank: int, base: BaseModelConfig, where: str) -> None:
     """
     if base.vllm is not None and rank > RANKS[-1]:
         raise ValueError(f"{where}: rank {rank}, the limit of vLLM is {RANKS[-1]}; leave `vllm` of {base.model} out")
-
-
-OWN = ("model", "tokenizer", "trust_remote_code", "dtype", "enable_lora", "max_lora_rank", "lora_target_modules")
-"""Engine arguments that are set here."""
 
 
 def check_engine(base: BaseModelConfig) -> None:

@@ -107,11 +107,7 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
     adapted = target.adapted(config.distill.lora.target_modules)
     num_weights = lora_weights(adapted, config.distill.lora.total_rank)
     num_adapters = len(work.adapters)
-    on_vllm = {
-        "generate": config.generator.vllm is not None,
-        "screen and label": config.source.vllm is not None,
-        "gate": config.target.vllm is not None,
-    }
+    bases = {"generate": config.generator, "screen and label": config.source, "gate": config.target}
     stages = (  # and how many adapters are on the base
         ("generate", generator, generate_calls(config, work), 0),
         ("screen and label", source, label_calls(config, work), 2 * num_adapters),
@@ -134,12 +130,11 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
             )
         return found
 
-    engines = {"generate": config.generator, "screen and label": config.source, "gate": config.target}
-    rooms = {name: room_of(engines[name], hardware) for name, *_ in stages}
+    rooms = {name: room_of(base, hardware) for name, base in bases.items()}
     counts = [
         count
-        for count in range(1, min(hardware.gpus_per_node, hardware.num_gpus) + 1)
-        if all(works_on(engines[name], shape, count) for name, shape, *_ in stages)
+        for count in range(1, hardware.gpus_at_hand + 1)
+        if all(works_on(bases[name], shape, count) for name, shape, *_ in stages)
     ]
     if not counts:
         raise ValueError("vllm: its GPUs do not divide a base's attention heads, or are more than a machine has")
@@ -149,7 +144,7 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
         if all(sum(own.values()) <= rooms[name] for (name, *_), own in zip(stages, on_gpus(count), strict=True))
     ]
     # A count that leaves no GPU of a machine without work comes first.
-    per_actor = min(fitting, key=lambda count: (hardware.gpus_per_node % count > 0, count)) if fitting else counts[-1]
+    per_actor = min(fitting, key=lambda count: (hardware.gpus_at_hand % count > 0, count)) if fitting else counts[-1]
     num_actors = hardware.num_gpus // per_actor
     loads = load_seconds(config, shapes, hardware, per_actor)
     together = per_actor * TENSOR_PARALLEL if per_actor > 1 else 1.0
@@ -161,7 +156,7 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
             f"{batch} rows",
             memory,
             {
-                **seconds(calls, shape, hardware, batch, num_actors, together if on_vllm[name] else 1.0),
+                **seconds(calls, shape, hardware, batch, num_actors, together if bases[name].vllm is not None else 1.0),
                 "loading": loads[name],
             },
         )
@@ -181,13 +176,13 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
         "synthetic sets and blocks": 3 * 4 * rows,
     }
     notes = []
-    if any(on_vllm.values()):
+    if any(base.vllm is not None for base in bases.values()):
         notes.append(
             f"vllm: an actor's GPUs work together, at {TENSOR_PARALLEL:.0%} of their speeds (assumed); the memory is "
             "the least that vllm.gpu_memory_utilization has to give it"
         )
     if is_offloaded(ds_config):
-        share = target.num_bytes * min(hardware.gpus_per_node, hardware.num_gpus) / hardware.num_gpus
+        share = target.num_bytes * hardware.gpus_at_hand / hardware.num_gpus
         notes.append(f"offloaded: {share / 1e9:.0f} GB of the base in the memory of each machine, beside all else")
     return FleetPlan(hardware, work, phases, training, settings, disk, "\n".join(notes))
 
@@ -219,14 +214,16 @@ def load_seconds(config: FleetConfig, shapes: Shapes, hardware: Hardware, per_ac
     """Seconds of reading the bases: once each, or in every round where an actor cannot hold both."""
     source, target, generator = shapes.source, shapes.target, shapes.generator
     num_actors = hardware.num_gpus // per_actor
-    per_node = max(1, hardware.gpus_per_node // per_actor)
+    per_node = max(1, hardware.gpus_at_hand // per_actor)
     # As translora.engine.host decides when the second base comes: the first one stays where there is room beside it.
-    wanted = {}
-    for name, base, shape in (("first", config.generator, generator), ("second", config.source, source)):
+    memory = per_actor * hardware.gpu.memory_bytes
+
+    def held(base: BaseModelConfig, num_bytes: float) -> float:
         share = (base.vllm or {}).get("gpu_memory_utilization", VLLM_SHARE)
-        held = shape.num_bytes if base.vllm is None else share * per_actor * hardware.gpu.memory_bytes
-        wanted[name] = held * (2 if base.vllm is None and name == "second" else 1)
-    times = 1 if sum(wanted.values()) <= per_actor * hardware.room else ROUNDS
+        return num_bytes if base.vllm is None else float(share) * memory
+
+    both = held(config.generator, generator.num_bytes) + held(config.source, 2 * source.num_bytes)
+    times = 1 if both <= per_actor * hardware.room else ROUNDS
     readers = min(num_actors, per_node)
 
     def read(shape: Shape, times: int) -> float:

@@ -63,6 +63,11 @@ class Hardware:
     """Bytes a second into one machine: eight adapters of 400 Gbit/s."""
 
     @property
+    def gpus_at_hand(self) -> int:
+        """GPUs of one machine that the run has."""
+        return min(self.gpus_per_node, self.num_gpus)
+
+    @property
     def gather_rate(self) -> float:
         """Bytes a second that each GPU receives when all gather a base.
 

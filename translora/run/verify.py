@@ -113,9 +113,9 @@ def check_method(settings: TrainConfig, base: BaseInfo, section: str) -> None:
     if settings.gradient_checkpointing and config.peft_type == "PREFIX_TUNING":
         raise ValueError(f"{section}: PREFIX_TUNING has no recomputation; set gradient_checkpointing to false")
     try:
-        for name in expected_shapes(base, config):
-            if is_banked(settings.peft):
-                check_name(name, "what it makes")
+        names = expected_shapes(base, config)
+        for name in names if is_banked(settings.peft) else ():
+            check_name(name, "what it makes")
     except ValueError as error:
         raise ValueError(f"{section}: {error}") from error
     own = BaseModelConfig(model=str(base.path), trust_remote_code=base.trust_remote_code)

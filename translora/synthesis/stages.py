@@ -68,6 +68,14 @@ def answer_likelihood(engine: Engine, rows: list[Row], slots: list[str | None]) 
     return [sum(own) / len(own) for own in engine.log_likelihood(encoded(engine, rows), slots)]
 
 
+def with_and_without(
+    engine: Engine, samples: list[tuple[list[int], list[int]]], slots: list[str | None]
+) -> list[tuple[list[float], list[float]]]:
+    """log p of each token of an answer under the adapter of `slots`, and under the bare base."""
+    own, bare = (engine.log_likelihood(samples, asked) for asked in (slots, [None] * len(samples)))
+    return list(zip(own, bare, strict=True))
+
+
 def teach_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
     """What each row's teacher thinks at every token of its own answer; adds `teacher`.
 
@@ -82,12 +90,10 @@ def teach_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> li
         for thought, (tokens, log_p) in zip(found, odds, strict=True):
             thought |= {"tokens": tokens, "log_p": log_p}
     if settings["excess"]:
-        teacher = engine.log_likelihood(samples, slots)
-        base = engine.log_likelihood(samples, [None] * len(rows))
-        for thought, row, own, bare in zip(found, rows, teacher, base, strict=True):
+        for thought, row, (own, bare) in zip(found, rows, with_and_without(engine, samples, slots), strict=True):
             prompts = prompt_format(engine.tokenizer, row["template"])
             thought["spans"] = [list(span) for span in prompts.answer_spans(row["answer"])]
-            thought["excess"] = [with_adapter - without for with_adapter, without in zip(own, bare, strict=True)]
+            thought["excess"] = [token - base for token, base in zip(own, bare, strict=True)]
     return [{**row, "teacher": thought} for row, thought in zip(rows, found, strict=True)]
 
 
@@ -145,9 +151,8 @@ def excess_scores(engine: Engine, rows: list[Row]) -> list[float]:
     How much the adapter has to say about an input, by which TiTok (arXiv 2510.04682) filters; it needs nothing of the
     adapter's owner. Rows: slot (the teacher), input, answer, template.
     """
-    teacher = answer_likelihood(engine, rows, [row["slot"] for row in rows])
-    base = answer_likelihood(engine, rows, [None] * len(rows))
-    return [with_adapter - without for with_adapter, without in zip(teacher, base, strict=True)]
+    found = with_and_without(engine, encoded(engine, rows), [row["slot"] for row in rows])
+    return [sum(own) / len(own) - sum(bare) / len(bare) for own, bare in found]
 
 
 def screen_and_label_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
