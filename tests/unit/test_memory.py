@@ -5,13 +5,13 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig
+from transformers import Gemma3TextConfig, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from benchmarks.memory import compare
 from translora.config import LoraSettings, TrainConfig
 from translora.distill.linear import FrozenLinear, keep_no_inputs
 from translora.distill.memory import PassSize, _run_pass, estimated_gang_bytes, gang_bytes, pass_bytes, student_bytes
-from translora.engine.fake import LiveBytes, fake_base
+from translora.engine.fake import LiveBytes, depths_to_run, fake_base
 
 DEEP = LlamaConfig(
     hidden_size=64, intermediate_size=96, num_hidden_layers=7, num_attention_heads=4, vocab_size=500, head_dim=16
@@ -64,10 +64,27 @@ def test_live_bytes_counts_storages_once_and_forgets_what_is_freed() -> None:
     del view, other
 
 
+SMALL = {name: DEEP.to_dict()[name] for name in ("hidden_size", "num_attention_heads", "vocab_size", "head_dim")}
+EXPERTS = Qwen3MoeConfig(
+    **SMALL,
+    intermediate_size=512,
+    moe_intermediate_size=32,
+    num_experts=4,
+    num_experts_per_tok=2,
+    num_hidden_layers=7,
+    mlp_only_layers=[0],
+)
+BY_TURNS = Gemma3TextConfig(
+    **SMALL, num_hidden_layers=8, layer_types=["sliding_attention", "full_attention"] * 4, sliding_window=16
+)
+
+
+@pytest.mark.parametrize(("base", "depths"), [(DEEP, (1, 2)), (EXPERTS, (2, 4)), (BY_TURNS, (2, 4))])
 @pytest.mark.parametrize("again", [False, True])
-def test_a_few_layers_tell_what_all_of_them_take(again: bool) -> None:
+def test_a_few_layers_tell_what_all_of_them_take(base: PreTrainedConfig, depths: tuple[int, int], again: bool) -> None:
+    assert depths_to_run(base) == depths
     train = TRAIN.model_copy(update={"gradient_checkpointing": again})
-    whole, few = (run(DEEP, torch.bfloat16, train, PassSize(2, 3, 40, 8)) for run in (_run_pass, pass_bytes))
+    whole, few = (run(base, torch.bfloat16, train, PassSize(2, 3, 40, 8)) for run in (_run_pass, pass_bytes))
     assert few.activations == pytest.approx(whole.activations, rel=0.01)
     assert few.peak == pytest.approx(whole.peak, rel=0.01)
 

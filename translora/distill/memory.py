@@ -22,10 +22,11 @@ from translora.distill.linear import keep_no_inputs
 from translora.distill.plan import GangBytes
 from translora.engine.attention import PACKED
 from translora.engine.fake import (
-    FEW_LAYERS,
     FLASH_SHAPED,
     LiveBytes,
     attention_shape,
+    decoder_layers,
+    depths_to_run,
     fake_base,
     inner_size,
     num_layers,
@@ -87,11 +88,10 @@ def weights_of(model: PreTrainedModel) -> BaseWeights:
     def count(parameters: Iterable[Any]) -> int:
         return sum(getattr(parameter, "ds_numel", None) or parameter.numel() for parameter in parameters)
 
-    layers = max((module for module in model.modules() if isinstance(module, torch.nn.ModuleList)), key=len)
     return BaseWeights(
         total=count(model.parameters()),
         head=count(Head.of(model).parameters),
-        largest_layer=max(count(layer.parameters()) for layer in layers),
+        largest_layer=max(count(layer.parameters()) for layer in decoder_layers(model)),
     )
 
 
@@ -236,7 +236,7 @@ def pass_bytes(
     config: PreTrainedConfig, dtype: torch.dtype, train: TrainConfig, size: PassSize, *, forward_only: bool = False
 ) -> PassBytes:
     """The bytes of one pass; a deep base is run with a few of its layers, and the others are like the last of these."""
-    whole, (few, more) = num_layers(config), FEW_LAYERS
+    whole, (few, more) = num_layers(config), depths_to_run(config)
     if whole <= more:
         return _run_pass(config, dtype, train, size, forward_only)
     shallow, deeper = (_run_pass(with_layers(config, depth), dtype, train, size, forward_only) for depth in (few, more))

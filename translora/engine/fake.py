@@ -22,7 +22,7 @@ from translora.engine.loading import plain_class
 
 FLASH_SHAPED = "translora_scoreless"
 FEW_LAYERS = (2, 4)
-"""Depths that are run; what a layer adds is the difference between them."""
+"""Depths that stand for a whole base: its first layers may be of one kind, and every second of another."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -87,6 +87,26 @@ def with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
             setattr(text, name, value[:count])
     text.num_hidden_layers = count
     return shallow
+
+
+def depths_to_run(config: PreTrainedConfig) -> tuple[int, int]:
+    """Depths whose difference is what a layer adds: 1 and 2 where all layers are alike, and else FEW_LAYERS.
+
+    Raises:
+        ValueError: see `fake_base`.
+    """
+    text, (_, deep) = config.get_text_config(), FEW_LAYERS
+    by_layer = [each for each in vars(text).values() if isinstance(each, list) and len(each) == num_layers(config)]
+    if any(value != each[0] for each in by_layer for value in each):
+        return FEW_LAYERS
+    with fake_base(with_layers(config, deep), torch.float32, FLASH_SHAPED) as model:
+        forms = [[(name, value.shape) for name, value in layer.named_parameters()] for layer in decoder_layers(model)]
+    return (1, 2) if all(form == forms[0] for form in forms) else FEW_LAYERS
+
+
+def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The layers of a model: the longest list in it."""
+    return max((module for module in model.modules() if isinstance(module, torch.nn.ModuleList)), key=len)
 
 
 @contextlib.contextmanager

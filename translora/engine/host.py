@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from translora.bundle.adapter import WEIGHTS
 from translora.bundle.base import inspect_base
 from translora.config import BaseModelConfig
 from translora.engine.loading import device, hide_gpus, num_gpus, resolve_dtype
-from translora.engine.memory import is_out_of_memory, release_memory
+from translora.engine.memory import BANK_SHARE, VLLM_SHARE, is_out_of_memory, release_memory, weights_bytes
 from translora.engine.protocol import Engine, EngineDied, RowTooLong
 from translora.engine.transformers import TransformersEngine
 from translora.engine.vllm import VllmEngine
@@ -29,10 +26,6 @@ from translora.run.watchdog import Watchdog
 from translora.synthesis.calls import FAULT, Computed, Row
 
 logger = logging.getLogger(__name__)
-BANK_SHARE = 0.25
-"""Of a machine's memory: most for the adapters of a bank."""
-VLLM_SHARE = 0.92
-"""Of a GPU's memory: what vLLM takes unless it is told otherwise."""
 CLOSE_SECONDS = 30.0
 SLOT_KEYS = ("slot", "discriminator")
 """Of a row: the adapters that it needs."""
@@ -194,15 +187,6 @@ def _in_halves(engine: Engine, function: BlockFunction, rows: list[Row], setting
     logger.warning("a batch of %d rows (%s): trying its halves", len(rows), reason)
     middle = len(rows) // 2
     return [row for part in (rows[:middle], rows[middle:]) for row in _in_halves(engine, function, part, settings)]
-
-
-@functools.cache
-def weights_bytes(adapter: str) -> int:
-    """Size of an adapter's weights on disk, looked up once; 0 where there is none, which reading it will say."""
-    try:
-        return (Path(adapter) / WEIGHTS).stat().st_size
-    except OSError:
-        return 0
 
 
 def base_bytes(base: BaseModelConfig) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from translora.config import BaseModelConfig, FleetConfig
 from translora.distill.ds_config import read_ds_config
 from translora.distill.memory import lora_weights
-from translora.engine.host import VLLM_SHARE
+from translora.engine.memory import VLLM_SHARE
 from translora.engine.vllm_settings import check_rank
 from translora.plan.hardware import Hardware
 from translora.plan.inference import (

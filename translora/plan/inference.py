@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from translora.config import FleetConfig
 from translora.engine.fake import FEW_LAYERS, LiveBytes, fake_base, inner_size, num_layers, with_layers
-from translora.engine.host import BANK_SHARE
+from translora.engine.memory import BANK_SHARE
 from translora.plan.hardware import Hardware
 from translora.plan.shape import Shape
 from translora.plan.work import QUESTION_TOKENS, Work

@@ -12,7 +12,7 @@ from translora.bundle.remote import is_remote
 from translora.config import FleetConfig
 from translora.distill.data import num_steps
 from translora.distill.plan import JobSize
-from translora.engine.host import weights_bytes
+from translora.engine.memory import weights_bytes
 from translora.run.files import read_jsonl
 from translora.run.member import expand_entries, heldout_size
 
