@@ -91,6 +91,9 @@ def test_on_vllm_the_gpus_of_an_actor_work_together(example: FleetConfig, on_eig
             if what in phase.parts:
                 assert phase.parts[what] == pytest.approx(other.parts[what] / faster)
     assert "gpu_memory_utilization" in found.note and not on_eight.note
+    copies = set(found.disk) - set(on_eight.disk)
+    students = found.disk["students and discriminators"]
+    assert [found.disk[name] for name in copies] == [students / 2 * 2], "of the students alone; by each of two actors"
 
 
 def test_between_machines_the_base_comes_over_the_network() -> None:

@@ -16,10 +16,10 @@ from translora.plan.inference import (
     ROUNDS,
     TENSOR_PARALLEL,
     Calls,
-    bank_bytes,
     gate_calls,
     generate_calls,
     label_calls,
+    num_resident,
     prompt_pass_bytes,
     seconds,
 )
@@ -115,14 +115,16 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
     )
     batch = config.synthesis.batch_size
     passes = {name: prompt_pass(shape, calls, batch) for name, shape, calls, _ in stages}
+    files = max((one.adapter_bytes or 4 * num_weights for one in work.adapters), default=0)
+
+    def resident(num_adapters: int, count: int) -> int:
+        return num_resident(files, num_adapters, batch, count * hardware.gpu.memory_bytes)
 
     def on_gpus(count: int) -> list[dict[str, float]]:
         """Memory of each stage on actors of so many GPUs."""
         found = []
-        for name, shape, calls, resident in stages:
-            files = max((one.adapter_bytes or 4 * num_weights for one in work.adapters), default=0)
-            slot = max(files // 2, shape.dtype.itemsize * num_weights)
-            bank = bank_bytes(slot, files, resident, batch, count * hardware.gpu.memory_bytes)
+        for name, shape, calls, on_base in stages:
+            bank = resident(on_base, count) * max(files // 2, shape.dtype.itemsize * num_weights)
             cache = batch * calls.context_tokens * shape.cache_bytes
             spread = {"the base": shape.num_bytes, "adapters": bank, "keys and values": cache}
             found.append(
@@ -177,6 +179,8 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
     }
     notes = []
     if any(base.vllm is not None for base in bases.values()):
+        copied = sum(resident(on_base, per_actor) for name, *_, on_base in stages if bases[name].vllm is not None)
+        disk["vLLM's copies of adapters, on each machine"] = copied * files * max(1, hardware.gpus_at_hand // per_actor)
         notes.append(
             f"vllm: an actor's GPUs work together, at {TENSOR_PARALLEL:.0%} of their speeds (assumed); the memory is "
             "the least that vllm.gpu_memory_utilization has to give it"

@@ -100,17 +100,15 @@ def seconds(
     return {"prompts": prompts / at_once, "decoding": batches * calls.new_tokens * step / at_once}
 
 
-def bank_bytes(slot_bytes: int, file_bytes: int, num_adapters: int, batch_size: int, memory_bytes: float) -> int:
-    """Of the bank that an actor holds: all adapters, or those that a block names, as translora.engine.host decides.
+def num_resident(file_bytes: int, num_adapters: int, batch_size: int, memory_bytes: float) -> int:
+    """Adapters that an actor holds at a time: all, or those that a block names, as translora.engine.host decides.
 
     Args:
-        slot_bytes: of one adapter in the bank.
         file_bytes: of one on disk.
         num_adapters: on this base.
         memory_bytes: of all GPUs of the actor.
     """
-    resident = num_adapters if num_adapters * file_bytes <= BANK_SHARE * memory_bytes else 2 * batch_size
-    return slot_bytes * min(num_adapters, resident)
+    return num_adapters if num_adapters * file_bytes <= BANK_SHARE * memory_bytes else min(num_adapters, 2 * batch_size)
 
 
 @functools.cache
