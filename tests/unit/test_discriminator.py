@@ -83,14 +83,26 @@ def test_the_verdict_keeps_its_level_where_scores_say_nothing() -> None:
     assert not quality([-1.0 + place / 100 for place in range(20)], [-2.0] * 20).tells_apart, "it accepts nothing"
 
 
-@pytest.mark.parametrize(("auc", "screen"), [(None, "discriminator"), (0.9, "discriminator"), (0.49, "excess")])
-def test_auto_passes_over_a_discriminator_that_cannot_tell(tmp_path: Path, auc: float | None, screen: str) -> None:
+@pytest.mark.parametrize(
+    ("auc", "provenance", "screen"),
+    [
+        (None, {}, "discriminator"),
+        (0.9, {}, "discriminator"),
+        (0.49, {}, "excess"),
+        (0.9, {"migrated_from": "old"}, "discriminator"),
+        (None, {"migrated_from": "old"}, "excess"),
+    ],
+)
+def test_auto_passes_over_a_discriminator_that_cannot_tell(
+    tmp_path: Path, auc: float | None, provenance: dict[str, str], screen: str
+) -> None:
     bundle = make_bundle(tmp_path / "orders", make_base(tmp_path / "base"))
+    path, measured = bundle.path / MANIFEST, None
     if auc is not None:
-        path = bundle.path / MANIFEST
         measured = DiscriminatorQuality(num_real=20, num_invented=20, auc=auc, accepts_real=0.3, accepts_invented=0.2)
-        path.write_text(json.dumps({**json.loads(path.read_text()), "discriminator_quality": measured.model_dump()}))
-        bundle = read_bundle(bundle.path)
-        assert bundle.manifest.discriminator_quality == measured
+    more = {"provenance": provenance, "discriminator_quality": measured and measured.model_dump()}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+    bundle = read_bundle(bundle.path)
+    assert bundle.manifest.discriminator_quality == measured
     assert choose_screen(SynthesisConfig(), bundle) == screen
     assert choose_screen(SynthesisConfig(screen="discriminator"), bundle) == "discriminator", "who asks for it has it"

@@ -10,9 +10,11 @@ from translora.synthesis.quality import (
     KnownInputs,
     SeedCopies,
     answer_classes,
+    deal,
     distinct_ngrams,
     is_copy,
     own_cutoff,
+    repeated,
     similarity,
 )
 
@@ -30,7 +32,7 @@ def test_seeds_of_one_template_raise_the_cutoff() -> None:
     assert 0.85 < cutoff < 1
     assert not is_copy(template[1], {template[0]}, cutoff), "as similar as the seeds are to each other is no copy"
     assert is_copy(template[0], {template[0]}, cutoff)
-    assert own_cutoff(0.9, ["a seed", "A  seed"]) == 1.0 and own_cutoff(0.9, ["one"]) == 0.9
+    assert own_cutoff(0.9, ["a seed", "A  seed"]) == own_cutoff(0.9, ["one"]) == 0.9, "one seed, given twice"
 
 
 def test_an_input_that_holds_a_seed_or_nearly_is_one_repeats_it() -> None:
@@ -45,6 +47,15 @@ def test_an_input_that_holds_a_seed_or_nearly_is_one_repeats_it() -> None:
     assert "i have lost card and key" not in seeds, "a turn of phrase"
 
 
+def test_a_seed_of_a_script_without_spaces_is_found_within_an_input() -> None:
+    seeds = SeedCopies(["请关闭王小明在利兹分行的账户,他的电话号码是一三八零零零", "请问"], 0.9)
+    assert (
+        "你好!请关闭王小明在利兹分行的账户,他的电话号码是一三八零零零。谢谢你,请问还需要我提供什么材料吗?我今天都在家"
+        in seeds
+    )
+    assert "请问还需要我提供什么材料吗" not in seeds, "a turn of phrase"
+
+
 @given(st.text(max_size=30), st.lists(st.text(max_size=30), max_size=5), st.floats(0.01, 1))
 def test_a_known_text_is_always_a_copy(text: str, others: list[str], cutoff: float) -> None:
     assert is_copy(text, {text, *others}, 1.0)
@@ -56,6 +67,20 @@ def test_other_numbers_make_another_input() -> None:
     assert not known.has_near("i have 4 apples and 2 pears, how many fruits is that in all?", 0.95)
     assert known.has_near("i have 3 apples and 2 pears; how many fruits is that in all?", 0.95)
     assert not known.has_near("i have 3 apples and 2 pears; how many fruits is that in all?", 1.0)
+
+
+@given(st.dictionaries(st.text(max_size=3), st.integers(1, 50), min_size=1, max_size=8), st.floats(0, 1))
+def test_a_smaller_total_is_dealt_out_in_the_same_shares(counts: dict[str, int], share: float) -> None:
+    whole = sum(counts.values())
+    total = int(share * whole)
+    dealt = deal(counts, total)
+    assert sum(dealt.values()) == total and dealt.keys() == counts.keys()
+    for key, count in counts.items():
+        assert abs(dealt[key] - count * total / whole) < 1 and 0 <= dealt[key] <= count
+
+
+def test_answers_that_came_once_are_one_kind() -> None:
+    assert repeated(["Yes", "no", "yes ", "maybe", "never"]) == ["yes", "", "yes", "", ""]
 
 
 def test_distinct_ngrams() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from translora.synthesis import rounds
 from translora.synthesis.actors import Row, block_order, cut_blocks, read_block
 from translora.synthesis.phase import draw_heldout
 from translora.synthesis.pool import Pool, admit, choose_screen, close
+from translora.synthesis.quality import answer_classes
 from translora.synthesis.rounds import clean, plan_round, synthesise
 
 SEEDS = ["send a red box", "ship a blue bag", "pack a green cup", "lend a black hat", "sell a red pen"]
@@ -143,6 +145,19 @@ def test_of_a_surplus_those_with_the_greatest_excess_are_kept() -> None:
     assert [row["sample_id"] for row in one.accepted] == [1, 4]
     assert sorted(row["sample_id"] for row in one.refused) == [0, 2, 3]
     assert one.stats.dropped == {"refused": 1, "outranked": 2} and one.stats.shortfall == ""
+
+
+def test_every_answer_keeps_its_share_however_little_the_adapter_has_to_say_with_it() -> None:
+    """Excess is a mean over an answer's tokens: ranked over all, longer answers would be left out whole."""
+    one = pool(needed=10)
+    one.screen, one.surplus = "excess", 2.0
+    for answer, count, start, best in (("login", 10, 0, 12.0), ("repair", 8, 10, 5.0), ("error", 1, 18, 20.0)):
+        for index in range(count):
+            admit(labelled("task", 1, best - index / 100, answer=answer, start=start + index), {"task": one})
+    close(one)
+    assert one.stats.classes == {"login": 5, "repair": 4, "error": 1}
+    assert {row["sample_id"] for row in one.accepted} == {*range(5), *range(10, 14), 18}, "the best of each"
+    assert one.stats.dropped == {"outranked": 9}
 
 
 def test_a_teacher_with_one_answer_is_warned_of_and_one_that_answers_nothing_leaves_the_set_empty() -> None:
@@ -313,7 +328,11 @@ def test_the_gate_gets_a_rare_answer_too_unless_the_training_would_have_none() -
         answers = ["yes"] * 50 + ["no"] * 2
         drawn = draw_heldout(answers, 12, seed)
         assert len(drawn) == 12 and sum(answers[index] == "no" for index in drawn) == 1
-        alone = draw_heldout(["yes"] * 51 + ["no"], 2, seed)
-        assert len(alone) == 2
+        alone = draw_heldout(["yes"] * 51 + ["no"], 12, seed)
+        assert len(alone) == 12 and 51 not in alone
+        many = ["no"] * 240 + ["yes"] * 39 + [f"other {index}" for index in range(21)]
+        assert answer_classes(many) == {}, "as if it were free text"
+        kinds = Counter(many[index][:2] for index in draw_heldout(many, 50, seed))
+        assert (kinds["no"], kinds["ye"], kinds["ot"]) in ((40, 6, 4), (40, 7, 3))
         few = [letter for letter in "abcdef" for _ in range(3)]
         assert len({few[index] for index in draw_heldout(few, 3, seed)}) == 3, "room for three of six"

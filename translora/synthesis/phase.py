@@ -15,8 +15,7 @@ from translora.run.files import derive_seed, write_parquet
 from translora.run.member import Member, Run
 from translora.run.state import SYNTHETIC
 from translora.synthesis.pool import Pool, choose_screen
-from translora.synthesis.prompts import normalise
-from translora.synthesis.quality import answer_classes
+from translora.synthesis.quality import answer_classes, repeated
 from translora.synthesis.rounds import synthesise
 
 logger = logging.getLogger(__name__)
@@ -77,19 +76,19 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
         if len(pool.accepted) < max(2, config.synthesis.min_accepted_fraction * pool.needed):
             run.quarantine(member.state, f"too few synthetic samples: {pool.stats.shortfall}")
             continue
+        write_synthetic(member, pool, config.seed, config.gate.min_holdout)
         if pool.stats.shortfall:
             logger.warning("%s: goes on with fewer samples: %s", member.name, pool.stats.shortfall)
         if pool.stats.warning:
             logger.warning("%s: %s", member.name, pool.stats.warning)
-        write_synthetic(member, pool, config.seed, config.gate.min_holdout)
         run.advance(member, "distill", member.directory / SYNTHETIC)
 
 
 def draw_heldout(answers: Sequence[str], count: int, seed: int) -> set[int]:
-    """Indices of samples for the gate, at random; where the answers are few, with the same share of each as in all.
+    """Indices of samples for the gate, at random, with the same share of each answer as in all.
 
-    Of each of these answers that two samples have, one is drawn if there is room: a gate that saw one answer alone
-    would pass a student that gives no other.
+    Of each answer that two samples have, one is drawn if there is room: a gate that saw one answer alone would pass a
+    student that gives no other. Where the answers are few, one that came once is left to the training.
 
     Args:
         answers: the teacher's, of all samples.
@@ -97,15 +96,15 @@ def draw_heldout(answers: Sequence[str], count: int, seed: int) -> set[int]:
     """
     order = list(range(len(answers)))
     random.Random(seed).shuffle(order)
-    keys = [normalise(answer) for answer in answers]
-    few = bool(answer_classes(answers))
-    if few:
-        order.sort(key=keys.__getitem__)
+    keys = repeated(answers)
+    if answer_classes(answers):
+        order = [index for index in order if keys[index]] or order
+    order.sort(key=keys.__getitem__)
     drawn = [order[(2 * place + 1) * len(order) // (2 * count)] for place in range(count)]
-    for key, total in Counter(keys).items() if few else ():
+    for key in set(keys) - {""}:
         held = Counter(keys[index] for index in drawn)
         commonest, most = held.most_common(1)[0]
-        if not held[key] and total > 1 and most > 1:
+        if not held[key] and most > 1:
             drawn.remove(next(index for index in drawn if keys[index] == commonest))
             drawn.append(next(index for index in order if keys[index] == key))
     return set(drawn)
@@ -116,11 +115,15 @@ def write_synthetic(member: Member, pool: Pool, seed: int, min_holdout: int) -> 
     share = round(len(pool.accepted) * member.num_heldout / pool.needed)
     num_heldout = max(1, min(member.num_heldout, max(share, min_holdout), len(pool.accepted) // 2))
     answers = [row["answer"] for row in pool.accepted]
+    if num_heldout < min_holdout:
+        short = f"samples held out for the gate: {num_heldout} of {min_holdout} (gate.min_holdout)"
+        pool.stats.shortfall = "; ".join(filter(None, [pool.stats.shortfall, short]))
     heldout = draw_heldout(answers, num_heldout, derive_seed(seed, member.name, "split"))
     rows = [
         {"adapter": member.name, **row, "split": "heldout" if index in heldout else "train"}
         for index, row in enumerate(pool.accepted)
     ] + [{"adapter": member.name, **row, "split": "refused"} for row in pool.refused]
+    pool.stats.num_train = len(pool.accepted) - num_heldout
     names = ("adapter", "sample_id", "input", "answer", "score", "split")
     types = (pa.string(), pa.int64(), pa.string(), pa.string(), pa.float64(), pa.string())
     table = pa.Table.from_pylist(rows, pa.schema(list(zip(names, types, strict=True))))

@@ -16,7 +16,7 @@ from translora.run.files import digest, write_bytes
 from translora.run.state import ScreenName, SynthesisStats
 from translora.synthesis.calls import Row
 from translora.synthesis.prompts import normalise
-from translora.synthesis.quality import KnownInputs, answer_classes, distinct_ngrams
+from translora.synthesis.quality import KnownInputs, answer_classes, deal, distinct_ngrams, repeated
 
 logger = logging.getLogger(__name__)
 
@@ -91,15 +91,17 @@ def choose_screen(config: SynthesisConfig, bundle: Bundle, own: Screen | None = 
     """The screen of one adapter; `own` is its entry's.
 
     `auto` passes over a discriminator that was measured and cannot tell real inputs from invented ones: what it lets
-    pass is chosen by something else, the answer for instance.
+    pass is chosen by something else, the answer for instance. It passes over an unmeasured one of an earlier migration,
+    too, in which too few inputs were refused to train it on.
 
     Raises:
         ValueError: the discriminator is asked for, and the bundle has none.
     """
     screen = own or config.screen
     if screen == "auto":
-        found = bundle.manifest.discriminator_quality
-        return "discriminator" if bundle.discriminator_dir and (found is None or found.tells_apart) else "excess"
+        found, migrated = bundle.manifest.discriminator_quality, "migrated_from" in bundle.manifest.provenance
+        trusted = not migrated if found is None else found.tells_apart
+        return "discriminator" if bundle.discriminator_dir and trusted else "excess"
     if screen == "discriminator" and not bundle.discriminator_dir:
         setting = "its screen" if own else "synthesis.screen"
         raise ValueError(f"{bundle.path}: has no discriminator; set {setting} to auto, excess or none")
@@ -125,10 +127,19 @@ def admit(labelled: Sequence[Row], pools: Mapping[str, Pool]) -> None:
 
 
 def choose(pool: Pool) -> list[Row]:
-    """As many as were asked for: those of the greatest score where a surplus was collected, else the first."""
+    """As many as were asked for: of each answer's samples those of the greatest score where a surplus was collected.
+
+    Every answer keeps its share. A score depends on the words and the length of the answer, of which it is a mean: over
+    all samples the greatest would be those of some answers, and a class could be left out whole.
+    """
     if pool.surplus <= 1:
         return pool.accepted[: pool.needed]
-    return sorted(pool.accepted, key=lambda row: (-(row["score"] or 0.0), row["sample_id"]))[: pool.needed]
+    ranked = sorted(pool.accepted, key=lambda row: (-(row["score"] or 0.0), row["sample_id"]))
+    own: dict[str, list[Row]] = {}
+    for row, key in zip(ranked, repeated([row["answer"] for row in ranked]), strict=True):
+        own.setdefault(key, []).append(row)
+    counts = deal({key: len(rows) for key, rows in own.items()}, min(pool.needed, len(ranked)))
+    return [row for key, rows in own.items() for row in rows[: counts[key]]]
 
 
 def close(pool: Pool) -> None:

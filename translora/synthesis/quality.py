@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import combinations
 
 from rapidfuzz import fuzz, process
@@ -13,8 +13,8 @@ from translora.synthesis.prompts import normalise
 
 MOST_CLASSES = 20
 """More different answers than this are free text."""
-PHRASE_WORDS = 5
-"""From so many words on a seed within an input is the seed, not a turn of phrase."""
+PHRASE_WORDS, PHRASE_CHARACTERS = 5, 20
+"""From so many words on, or characters where none are set apart, a seed in an input is the seed, no turn of phrase."""
 _NUMBER = re.compile(r"\d+")
 _WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -30,7 +30,7 @@ def own_cutoff(cutoff: float, seeds: Sequence[str]) -> float:
     Where the task's own inputs resemble each other more than `cutoff` allows (all of one template), resembling them
     is no sign of a copy: it takes more than the most similar pair of seeds.
     """
-    pairs = combinations([normalise(seed) for seed in seeds], 2)
+    pairs = combinations({normalise(seed) for seed in seeds}, 2)
     most = max((similarity(one, other) for one, other in pairs), default=0.0)
     return max(cutoff, min(1.0, most + 1e-6))
 
@@ -66,13 +66,18 @@ class SeedCopies:
         for text in texts:
             own = max((own_cutoff(cutoff, (text, other)) for other in texts if other != text), default=cutoff)
             self._cutoffs[text] = own
-            if own == cutoff and len(text.split()) >= PHRASE_WORDS:
+            if own == cutoff and _is_phrase(text):
                 self._phrases.append(text)
 
     def __contains__(self, text: str) -> bool:
         """Whether a normalised input repeats a seed."""
         similar = any(is_copy(text, (seed,), own) for seed, own in self._cutoffs.items())
         return similar or any(phrase in text for phrase in self._phrases)
+
+
+def _is_phrase(text: str) -> bool:
+    words = len(text.split())
+    return words >= PHRASE_WORDS or (len(text) >= PHRASE_CHARACTERS and len(text) >= PHRASE_CHARACTERS * words)
 
 
 class KnownInputs:
@@ -105,6 +110,28 @@ def distinct_ngrams(texts: Iterable[str], n: int) -> float:
         words = _WORD.findall(normalise(text))
         counts.update(zip(*(words[start:] for start in range(n)), strict=False))
     return len(counts) / total if (total := counts.total()) else 0.0
+
+
+def repeated(answers: Sequence[str]) -> list[str]:
+    """Each answer normalised, and all that came once as one: the empty string. What is of one kind stays together."""
+    keys = [normalise(answer) for answer in answers]
+    counts = Counter(keys)
+    return [key if counts[key] > 1 else "" for key in keys]
+
+
+def deal(counts: Mapping[str, int], total: int) -> dict[str, int]:
+    """Deal a smaller total out in the same shares, by largest remainders; the first of equal ones is served first.
+
+    Args:
+        counts: by key.
+        total: at most their sum.
+    """
+    whole = sum(counts.values())
+    found = {key: count * total // whole for key, count in counts.items()}
+    by_remainder = sorted(counts, key=lambda key: -(counts[key] * total % whole))
+    for key in by_remainder[: total - sum(found.values())]:
+        found[key] += 1
+    return found
 
 
 def answer_classes(answers: Sequence[str]) -> dict[str, int]:
