@@ -51,7 +51,7 @@ def test_it_says_where_the_adapter_comes_from_and_how_well_it_survived() -> None
         "moved": "`org/old` → `org/new`",
         "moved before": "`org/older` → `org/old`",
         "source bundle, sha256": f"`{'ab' * 32}`",
-        "synthetic samples asked for, /D_syn/": "120",
+        "synthetic samples trained on, /D_syn/": "120",
         "screen of the synthetic inputs": "discriminator",
         "acceptance": "72%: 144 of 200 generated inputs",
         "distinct-1 of the kept inputs": "0.31",

@@ -188,7 +188,8 @@ def test_the_page_says_what_was_measured(results: Results) -> None:
     assert "60 training rows and 50 test items" in text
     assert "2 of 3 tasks count" in text
     headline = text.split("## Headline")[1].split("## Task by task")[0]
-    assert "| migrated: plain | 78.0 [" in headline and "| 0.80 [" in headline and "| 1 of 2 | 1 of 2 |" in headline
+    assert "| migrated: plain | 78.0 [" in headline and "| 0.80 [" in headline and "| 1 of 2 |" in headline
+    assert "The mean is of 1 task, above the majority class of 1." in headline
     assert "0, by definition" in headline and "ρ is left undefined where" in headline
     counted, apart = text.split("## Task by task")[1].split("## Tasks listed apart")
     assert "| skill | 25.0 | 50.0 | 20.0 [" in counted and "| trivial |" not in counted

@@ -1,16 +1,26 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score
 
 from translora.config import OPEN_GATE, BaseModelConfig, GateConfig, ResourceConfig
 from translora.gate import agreement
-from translora.gate.agreement import GateMember, _judge_member, informedness, judge, run_gate, share_equal
+from translora.gate.agreement import (
+    GateMember,
+    _judge_member,
+    chance_agreement,
+    informedness,
+    judge,
+    run_gate,
+    share_equal,
+)
 from translora.run.state import Accuracy, GateResult
 from translora.synthesis.actors import Hosts
 
@@ -65,7 +75,7 @@ def test_agreement_with_a_teacher_of_one_answer_does_not_pass() -> None:
     assert not verdict.passed and "answers 'no' to every sample, so agreement says nothing" in verdict.reason
     open_gate = GateConfig(**OPEN_GATE)
     assert not judge(verdict, open_gate).passed, "whatever the thresholds"
-    assert judge(measured(0.0, 0.5, informedness=-0.2), open_gate).passed
+    assert judge(measured(0.0, 0.5, p_value=1.0), open_gate).passed
 
 
 def test_informedness_is_the_adjusted_balanced_accuracy() -> None:
@@ -80,6 +90,32 @@ def test_informedness_is_the_adjusted_balanced_accuracy() -> None:
     assert informedness(["a"] * 4, ["a"] * 4) == 0, "nothing is shown"
 
 
+def test_the_p_value_is_the_share_of_all_orders_of_the_answers_that_agree_as_often() -> None:
+    references, given = ["a", "a", "b", "b", "c", "d"], ["a", "A ", "b", "c", None, "x"]
+    orders = list(itertools.permutations(given))
+    as_many = [share_equal(order, references) >= share_equal(given, references) for order in orders]
+    assert chance_agreement(given, references) == pytest.approx(np.mean(as_many), abs=0.01)
+    assert chance_agreement(["a"] * 6, references) == chance_agreement(given, ["a"] * 6) == 1, "nothing is shown"
+    texts = [f"text {index}" for index in range(10)]
+    assert chance_agreement([*texts[:2], *"abcdefgh"], texts) == pytest.approx(1 / 90, abs=0.003)
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.8, 0.2), (0.9, 0.1)])
+def test_students_that_do_not_read_their_inputs_pass_one_time_in_twenty_at_most(shares: tuple[float, float]) -> None:
+    rng = np.random.default_rng(2)
+
+    def passes(faithful: float) -> float:
+        found = []
+        for _ in range(100):
+            labels, others = (rng.choice(["yes", "no"], 50, p=shares).tolist() for _ in range(2))
+            own = [label if rng.random() < faithful else other for label, other in zip(labels, others, strict=True)]
+            arms = {("paint", "gate_student"): own, ("paint", "gate_base"): [None] * 50}
+            found.append(_judge_member(classified(labels), arms, {}, GateConfig())[0].passed)
+        return float(np.mean(found))
+
+    assert passes(0.0) <= 0.1 and passes(0.85) >= 0.9
+
+
 def classified(labels: list[str]) -> GateMember:
     heldout = [{"input": f"held out {index}", "answer": label} for index, label in enumerate(labels)]
     return dataclasses.replace(member(), heldout=heldout, eval_rows=[], classes=("yes", "no"))
@@ -90,10 +126,14 @@ def test_a_student_of_one_answer_does_not_pass_however_well_it_agrees() -> None:
     arms: dict[tuple[str, str], list[str | None]] = {("paint", "gate_base"): [None] * 24}
     constant, _ = _judge_member(classified(labels), arms | {("paint", "gate_student"): ["yes"] * 24}, {}, GateConfig())
     assert constant.agreement_student > 0.9 and constant.informedness == 0 and not constant.passed
-    assert "gate.min_informedness 0.10" in constant.reason
-    one = ["yes"] * 20 + ["no"] * 3 + ["yes"]
-    some, _ = _judge_member(classified(labels), arms | {("paint", "gate_student"): one}, {}, GateConfig())
-    assert some.agreement_student < constant.agreement_student and some.passed
+    assert constant.p_value == 1 and "p = 1 > gate.max_p_value 0.05" in constant.reason
+    assert constant.commonest == constant.agreement_student
+    arms["paint", "gate_student"] = ["yes"] * 20 + ["no"] * 4
+    some, _ = _judge_member(classified(labels), arms, {}, GateConfig())
+    assert some.agreement_student == constant.agreement_student and some.passed, "both that have the other answer"
+    arms["paint", "gate_student"] = ["yes"] * 20 + ["no"] * 3 + ["yes"]
+    lucky, _ = _judge_member(classified(labels), arms, {}, GateConfig())
+    assert not lucky.passed and lucky.p_value == pytest.approx(66 / 276, abs=0.02), "one of two, by three tries"
     unseen, _ = _judge_member(
         classified(["yes"] * 24), arms | {("paint", "gate_student"): ["yes"] * 24}, {}, GateConfig()
     )
@@ -108,8 +148,11 @@ def test_a_member_is_judged_by_its_student_and_measured_by_every_arm() -> None:
         agreement_base=0.0,
         loglik_student=-0.5,
         loglik_base=-3.0,
+        commonest=0.25,
+        p_value=gate.p_value,
         passed=True,
     )
+    assert gate.p_value == pytest.approx(1 / 24, abs=0.01)
     assert accuracy == Accuracy(num_items=4, source_base=0.0, source_adapter=1.0, target_base=0.25, migrated=0.75)
 
 
@@ -117,7 +160,9 @@ def test_a_student_worse_than_the_bare_base_fails() -> None:
     gate, _ = _judge_member(member(), answers(student=1, base=3), {}, GateConfig())
     assert (gate.agreement_student, gate.agreement_base, gate.passed) == (0.25, 0.75, False)
     assert gate.reason == (
-        "agreement 0.25 < gate.min_agreement 0.60; gain over the target base -0.50 < gate.min_gain +0.00"
+        "agreement 0.25 < gate.min_agreement 0.60; gain over the target base -0.50 < gate.min_gain +0.00; p = 0.25 > "
+        "gate.max_p_value 0.05: its answers may well agree by chance, whatever the inputs; ship seeds of every answer, "
+        "or raise gate.min_holdout"
     )
 
 

@@ -57,6 +57,8 @@ def test_an_interval_is_wilsons_and_never_without_width() -> None:
     for right, count in ((0, 5), (3, 8), (21, 24), (50, 50), (431, 1000)):
         expected = binomtest(right, count).proportion_ci(method="wilson")
         assert wilson(right / count, count) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    for count in range(1, 200):
+        assert interval(0.0, count).startswith("0–") and interval(1.0, count).endswith("–100"), "whatever rounding does"
     assert interval(0.875, 24) == "69–96" and interval(1.0, 12) == "76–100" and interval(0.0, 12) == "0–24"
 
 

@@ -90,9 +90,8 @@ def _setup(setup: Setup, tasks: Sequence[TaskResult], json_name: str) -> list[st
         f"Per task and seed: {rows}, no input in both, and a source adapter, seed examples and migrations of its own.",
         "",
         f"Accuracy is exact match, case and white space aside, in percent{_harness(tasks)}; a bare base is cut at its "
-        f"first line. In brackets are 95 % bootstrap intervals ({setup.num_replicates} replicates): of accuracies over "
-        "the test items, of retention and differences over seeds and the items within, the same items for all arms; "
-        "with few seeds that differ they are somewhat too narrow. Retention ρ = (migrated − target base) / (real-data "
+        f"first line. In brackets are 95 % bootstrap intervals ({setup.num_replicates} replicates), the same items for "
+        f"all arms: {_drawn(len(setup.seeds))} Retention ρ = (migrated − target base) / (real-data "
         "LoRA on the target − target base): 0 is the bare target base, 1 is as good as training on the real data, and "
         "the source adapter's own ρ is that of a perfect copy: what is missing from 1 there is the teacher's, not the "
         "migration's. Where the bare base does not know the form of the answers, an adapter that learnt the form alone "
@@ -105,6 +104,19 @@ def _setup(setup: Setup, tasks: Sequence[TaskResult], json_name: str) -> list[st
         + ", ".join(f"{name} {version}" for name, version in setup.versions.items() if name in SHOWN_VERSIONS)
         + ".",
     ]
+
+
+def _drawn(num_seeds: int) -> str:
+    """What the bootstrap draws, and what is therefore not in its intervals."""
+    if num_seeds == 1:
+        return (
+            "over the test items alone. Everything was trained once, and how far another seed would be away is not in "
+            "them."
+        )
+    return (
+        "of accuracies over the test items, of retention and differences over seeds and the items within; with few "
+        "seeds that differ they are somewhat too narrow."
+    )
 
 
 def _harness(tasks: Sequence[TaskResult]) -> str:
@@ -148,7 +160,7 @@ def _headline(results: Results, num_counted: int) -> list[str]:
             REAL: ["1, by definition"] * 2,
         }
         rho = fixed.get(arm, [MISSING] * 2)
-        rows.append([ARM_WORDS[arm], points(results.references[arm]), *rho, MISSING, MISSING])
+        rows.append([ARM_WORDS[arm], points(results.references[arm]), *rho, MISSING])
     for arm, found in results.arms.items():
         rows.append(
             [
@@ -156,7 +168,6 @@ def _headline(results: Results, num_counted: int) -> list[str]:
                 points(found.accuracy),
                 ratio(found.retention),
                 ratio(found.skill),
-                f"{found.num_defined} of {num_counted}",
                 f"{found.num_not_below_source} of {num_counted}",
             ]
         )
@@ -165,7 +176,6 @@ def _headline(results: Results, num_counted: int) -> list[str]:
         "mean accuracy",
         "mean retention ρ",
         "ρ above the majority class",
-        "tasks with ρ",
         "tasks ≥ source adapter",
     ]
     lines = [
@@ -173,8 +183,17 @@ def _headline(results: Results, num_counted: int) -> list[str]:
         "",
         *table(headers, rows),
     ]
-    if any(found.num_defined < num_counted for found in results.arms.values()):
-        lines += ["", UNDEFINED]
+    first = next(iter(results.arms))
+    kept = [task for task in results.tasks if task.counted]
+    with_rho, with_skill = (
+        sum(found[first] is not None for found in of_all)
+        for of_all in ([task.retention for task in kept], [task.skill for task in kept])
+    )
+    if with_rho < num_counted or with_skill < num_counted:
+        lines += [
+            "",
+            f"{UNDEFINED} The mean is of {counted_noun(with_rho, 'task')}, above the majority class of {with_skill}.",
+        ]
     counted = {task.name for task in results.tasks if task.counted}
     lost = Counter(one.arm for one in results.migrations if one.accuracy is None and one.task in counted)
     if lost:
@@ -232,7 +251,8 @@ def _arms(results: Results) -> list[str]:
         rows.append([f"`{arm}`", _settings(results.setup.arms[arm]), *_migration_cells(own), *_arm_cells(found)])
     return [
         "Every arm migrates the same bundles. Counts and agreement are of all adapters (tasks × seeds), accuracy and "
-        "retention of the tasks that count; the last column is paired by test item.",
+        "retention of the tasks that count; the last column is paired by test item"
+        + (f", each of its {len(rows) - 1} intervals by itself." if len(rows) > 2 else "."),
         "",
         *table(headers, rows, num_text=2),
     ]

@@ -6,10 +6,12 @@ normalising case and white space.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from translora.config import BaseModelConfig, GateConfig
 from translora.run.state import Accuracy, GateResult
@@ -64,8 +66,31 @@ def informedness(answers: Sequence[str | None], references: Sequence[str]) -> fl
     return (sum(sum(right) / len(right) for right in found.values()) * chance - chance) / (1 - chance)
 
 
+NUM_DEALS = 10_000
+"""Random orders of the answers that a p-value is counted over."""
+
+
+def chance_agreement(answers: Sequence[str | None], references: Sequence[str]) -> float:
+    """p-value of a permutation test: the chance that as many agree when the answers are dealt out to other prompts.
+
+    It is small where the answers follow the prompts. One answer to everything has 1 whatever the references, and so has
+    everything where all references are the same; answers drawn in the references' own shares are below 0.05 one time in
+    twenty. Free text needs few: k right ones of n that all differ, the others like none, have (n - k)! / n!.
+
+    Source: E. J. G. Pitman, Significance tests which may be applied to samples from any populations (1937); with one
+    more deal than drawn, so that it is never 0 (Phipson and Smyth, arXiv 1603.05766).
+    """
+    codes = {text: code for code, text in enumerate(dict.fromkeys(map(normalise, references)))}
+    right = np.array([codes[normalise(text)] for text in references])
+    given = np.array([-1 if text is None else codes.get(normalise(text), -1) for text in answers])
+    generator = np.random.default_rng(0)
+    deals = np.array([generator.permutation(given) for _ in range(NUM_DEALS)])
+    as_many = int(((deals == right).sum(1) >= (given == right).sum()).sum())
+    return (as_many + 1) / (NUM_DEALS + 1)
+
+
 def judge(measured: GateResult, config: GateConfig) -> GateResult:
-    """The verdict on one adapter: enough agreement, beyond that of the bare target base and that of one fixed answer.
+    """The verdict on one adapter: enough agreement, beyond that of the bare target base and beyond chance.
 
     Agreement with a teacher that gave one answer to every sample is no sign that anything but that answer was learnt,
     and such an adapter does not pass, whatever the thresholds.
@@ -81,11 +106,11 @@ def judge(measured: GateResult, config: GateConfig) -> GateResult:
         reasons.append(f"agreement {agreement:.2f} < gate.min_agreement {config.min_agreement:.2f}")
     if gain < config.min_gain:
         reasons.append(f"gain over the target base {gain:+.2f} < gate.min_gain {config.min_gain:+.2f}")
-    asked = config.min_informedness if config.min_agreement > 0 else -1.0
-    if measured.informedness is not None and measured.informedness < asked:
+    most = config.max_p_value if config.min_agreement > 0 else 1.0
+    if measured.only_answer is None and measured.p_value is not None and measured.p_value > most:
         reasons.append(
-            f"informedness {measured.informedness:.2f} < gate.min_informedness {config.min_informedness:.2f}, of which "
-            "one answer to everything has 0; ship seeds of every answer"
+            f"p = {measured.p_value:.2g} > gate.max_p_value {most:g}: its answers may well agree by chance, whatever "
+            "the inputs; ship seeds of every answer, or raise gate.min_holdout"
         )
     return measured.model_copy(update={"passed": not reasons, "reason": "; ".join(reasons)})
 
@@ -247,6 +272,8 @@ def _judge_member(
         agreement_base=share_equal(base, labels),
         only_answer=member.classes[0] if len(member.classes) == 1 else None,
         informedness=informedness(student, labels) if member.classes else None,
+        commonest=max(Counter(map(normalise, labels)).values()) / len(labels),
+        p_value=chance_agreement(student, labels),
         loglik_student=logliks.get((member.name, "gate_student")),
         loglik_base=logliks.get((member.name, "gate_base")),
         passed=False,

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from translora.report.markdown import escape
-from translora.run.state import AdapterState, GateResult
+from translora.run.state import AdapterState, GateResult, set_size
 
 STATUS_WORDS = {
     "migrated": "migrated",
@@ -55,7 +55,8 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     z = NormalDist().inv_cdf(0.975)
     centre = share + z**2 / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return max(0.0, (centre - spread) / (1 + z**2 / count)), min(1.0, (centre + spread) / (1 + z**2 / count))
+    low, high = ((centre + sign * spread) / (1 + z**2 / count) for sign in (-1, 1))
+    return (0.0 if share == 0 else low), (1.0 if share == 1 else high)  # which they are but for rounding
 
 
 def interval(share: float, count: int) -> str:
@@ -134,7 +135,7 @@ def render_table(states: Sequence[AdapterState]) -> Table:
         table.add_column("accuracy, target:\nbase → migrated", no_wrap=True)
     for state in states:
         status = Text(status_text(state), STATUS_STYLES[state.status])
-        cells = [str(state.num_samples or MISSING), accepted_text(state), agreement_text(state)]
+        cells = [str(set_size(state) or MISSING), accepted_text(state), agreement_text(state)]
         if with_accuracy:
             cells += accuracy_texts(state)
         table.add_row(Text(state.name), status, *map(Text, cells))
@@ -163,7 +164,7 @@ def to_markdown(states: Sequence[AdapterState]) -> str:
     rows = []
     for state in states:
         shares = [getattr(state.accuracy, field) if state.accuracy else None for field in ACCURACY_FIELDS]
-        samples = str(state.num_samples or MISSING)
+        samples = str(set_size(state) or MISSING)
         rows.append([state.name, status_text(state), samples, accepted_text(state)])
         rows[-1] += [agreement_text(state), *map(percent, shares)]
     if not any(state.accuracy for state in states):

@@ -32,6 +32,8 @@ class SynthesisStats(BaseModel):
     """Passed the screen, those that were not needed in the end (outranked) included."""
     needed: int = 0
     """|D_syn| plus the held-out samples."""
+    num_train: int = 0
+    """Samples that are trained on; 0 until the set is written."""
     dropped: dict[str, int] = {}
     """Samples not used, by reason: malformed, seed_copy, duplicate, near_duplicate, refused, outranked, empty_answer or
     long_answer."""
@@ -67,6 +69,10 @@ class GateResult(BaseModel):
     """The teacher's answer to every synthetic sample, where it has only one."""
     informedness: float | None = None
     """Of the student's answers, where the teacher's are few: 0 is one answer to everything, 1 the teacher's."""
+    commonest: float | None = None
+    """Share of the held-out prompts that have the commonest answer: the agreement of one answer to everything."""
+    p_value: float | None = None
+    """Chance that as many of the student's answers would agree if they were dealt out to other prompts."""
     loglik_student: float | None = None
     loglik_base: float | None = None
     """Mean log-likelihood of a token of the teacher's answers."""
@@ -98,7 +104,7 @@ class AdapterState(BaseModel):
     reason: str = ""
     """Why it was quarantined or failed the gate."""
     num_samples: int = 0
-    """|D_syn| of the first attempt."""
+    """|D_syn| of the first attempt, as asked for."""
     attempt: int = 1
     """Above 1 the gate sent it back for more samples."""
     synthesis: SynthesisStats = SynthesisStats()
@@ -120,6 +126,11 @@ class AdapterState(BaseModel):
     """sha256 by path relative to the run directory: what a rerun verifies before it skips a phase."""
     output: str = ""
     """The migrated bundle, relative to the run directory."""
+
+
+def set_size(state: AdapterState) -> int:
+    """|D_syn|: samples of this attempt that are trained on; as many as were asked for while they are not there."""
+    return state.synthesis.num_train or state.num_samples
 
 
 def reached(state: AdapterState, phase: Phase) -> bool:
