@@ -33,7 +33,7 @@ from tests.tiny import make_adapter
 from translora.config import BaseModelConfig
 from translora.engine.transformers import TransformersEngine
 from translora.evaluate.statistics import Resample
-from translora.merge.config import METHODS, CatSettings, IterisSettings
+from translora.merge.config import METHODS, SETTINGS_OF, CatSettings, IterisSettings
 from translora.run.files import digest, sha256_file, sha256_path, write_json, write_jsonl
 
 WITH_DATA = ("cat", "iteris", "regmean")
@@ -80,7 +80,9 @@ def merge(arm: str, base: Path, adapters: dict[str, Path], work: Path, settings:
     arguments += ["--adapters", *map(str, adapters.values())]
     if source:
         arguments += ["--data", *(str(work / f"{skill}.{source}.jsonl") for skill in adapters)]
-    chosen = [*settings, *own]
+    method, shared = arguments[1], [(setting, re.split(r"[.=]", setting)[0]) for setting in settings]
+    followed = [setting for setting, key in shared if key not in SETTINGS_OF or method in SETTINGS_OF[key][0]]
+    chosen = [*followed, *own]
     return run_command([*arguments, *(["--set", *chosen] if chosen else [])])
 
 

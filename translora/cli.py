@@ -245,7 +245,12 @@ def run_merge(arguments: argparse.Namespace) -> int:
     config = merge_config({flag: getattr(arguments, flag) for flag in flags}, arguments.set)
     from translora.merge.run import merge
 
-    sys.stdout.write(f"{merge(config)}\n")
+    try:
+        merged = merge(config)
+    except KeyboardInterrupt:
+        say("ended before the merge was done; nothing was written")
+        return exit_code()
+    sys.stdout.write(f"{merged}\n")
     return MIGRATED
 
 

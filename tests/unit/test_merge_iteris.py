@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
 from tests.ranks import run_ranks
 from tests.tiny import make_adapter, make_base
@@ -260,13 +261,14 @@ def test_one_solve_with_equal_weights_is_regmean(llama) -> None:
         assert np.abs((B @ A).numpy() - regmean).max() < 1e-6, name
 
 
-def test_the_second_solve_takes_the_inputs_of_the_model_merged_so_far(llama) -> None:
+@pytest.mark.parametrize("norm", ["delta", "base+delta"])
+def test_the_second_solve_takes_the_inputs_of_the_model_merged_so_far(llama, norm) -> None:
     """Reference: numpy, on inputs by plain arithmetic on the weights; every ingredient at a value of its own."""
     model, loras = llama
     data = [causal_batches(0), causal_batches(1)]
     a1, a2, rho = 1e-3, 1e-2, 0.3
     solves = []
-    settings = IterisSettings(max_iter=2, reg_coef=rho, norm="delta", a1=a1, a2=a2)
+    settings = IterisSettings(max_iter=2, reg_coef=rho, norm=norm, a1=a1, a2=a2)
     run_iteris(model, loras, data, settings, lambda _, merged: solves.append(merged))
     so_far = LoraWeights(modules=solves[0], scaling=dict.fromkeys(solves[0], 1.0), config={})
     own = [inputs_with_peft(model, lora, batches[0]) for lora, batches in zip(loras, data, strict=True)]
@@ -277,7 +279,8 @@ def test_the_second_solve_takes_the_inputs_of_the_model_merged_so_far(llama) -> 
             A, B = (factor.double().numpy() for factor in lora.modules[name])
             W, x = lora.scaling[name] * B @ A, x_of[name].numpy()
             y = (1 - rho) * y_of[name].numpy() + rho * x
-            weight = (W**2).sum() / ((x @ W.T) ** 2).sum()
+            V = W + (model.get_submodule(name).weight.detach().numpy() if norm == "base+delta" else 0)
+            weight = (V**2).sum() / ((x @ V.T) ** 2).sum()
             G, H = x.T @ y, y.T @ y
             right = right + weight * W @ (G + a1 * np.linalg.norm(G) * np.eye(len(G)))
             left = left + weight * (H + a2 * np.linalg.norm(H) * np.eye(len(H)))
@@ -314,6 +317,38 @@ def test_ranks_with_a_share_of_the_samples_each_get_the_same_adapter(llama_files
     for name, (A, B) in whole.items():
         assert torch.equal(shares[0][name][0], shares[1][name][0])
         assert torch.allclose(B @ A, shares[0][name][1] @ shares[0][name][0], atol=1e-8), name
+
+
+def test_no_more_grams_are_there_than_the_bound_lets(llama, monkeypatch) -> None:
+    """Of every block that is collected, the last block's are gone."""
+    model, loras = llama
+    there, most = weakref.WeakSet(), []
+
+    def counted(make):
+        def made(*arguments, **options):
+            grams = make(*arguments, **options)
+            there.add(grams)
+            most.append(len(there))
+            return grams
+
+        return made
+
+    monkeypatch.setattr(Grams, "__hash__", object.__hash__)
+    for name in ("first", "paired"):
+        monkeypatch.setattr(Grams, name, counted(getattr(Grams, name)))
+    settings = IterisSettings(max_iter=2, max_gram_gigabytes=1e-9)
+    run_iteris(model, loras, [causal_batches(0), causal_batches(1)], settings)
+    assert len(most) > 4 and max(most) == 2, "one leader's, of two tasks"
+
+
+def test_inputs_without_rows_are_refused() -> None:
+    """OPT's fc1 is given rows and tokens in one."""
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "word_embed_proj_dim": 16, "vocab_size": 300}
+    model = OPTForCausalLM(OPTConfig(num_hidden_layers=1, num_attention_heads=2, dropout=0.0, **sizes)).eval()
+    name = "model.decoder.layers.0.fc1"
+    loras = [LoraWeights({name: (torch.randn(2, 16), torch.randn(32, 2))}, {name: 1.0}, {}) for _ in range(2)]
+    with pytest.raises(ValueError, match=f"{name}: is given its inputs as .*; merge by cat or by a method without"):
+        run_iteris(model, loras, [causal_batches(0), causal_batches(1)], IterisSettings(max_iter=1))
 
 
 def test_padding_does_not_count_and_modules_share_inputs(llama) -> None:

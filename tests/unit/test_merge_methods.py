@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from peft import LoraModel, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.tiny import SEEDS, make_adapter, make_base
+from tests.tiny import SEEDS, make_adapter, make_base, make_bundle
 from translora.cli import main
 from translora.engine.prompts import prompt_format
 from translora.lora.peft_io import LoraWeights, read_lora
@@ -24,8 +24,10 @@ from translora.merge.data import read_samples
 from translora.merge.peft_methods import ELEMENTWISE, combine, truncate
 from translora.run.files import write_jsonl
 
-QUICK = ["cat.learning_rate=0.1", "cat.batch_size=4", "dtype=float32"]
+SETTINGS = {"iteris": ["iteris.max_iter=2"], "cat": ["cat.learning_rate=0.1", "cat.batch_size=4"]}
+"""Quick ones, by method."""
 WITH_DATA = ("cat", "iteris", "regmean")
+PLAIN = "Q: {input}\nA:"
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +53,7 @@ def run(root: Path, method: str, names: list[str], out: str, *flags: str) -> dic
     arguments += ["--adapters", *(str(root / name) for name in names)]
     if method in WITH_DATA:  # the adapters of one first letter are those of one task
         arguments += ["--data", *(str(root / f"{name[0]}.jsonl") for name in names)]
-    solves = ["iteris.max_iter=2"] if method == "iteris" else []
-    assert main([*arguments, "--set", *QUICK, *solves]) == 0
+    assert main([*arguments, "--set", "dtype=float32", *SETTINGS.get(method, [])]) == 0
     return updates(read_lora(root / out))
 
 
@@ -134,6 +135,61 @@ def test_different_ranks_and_modules_are_merged(world: Path, method: str) -> Non
     found = run(world, method, ["a", "b", "wide"], f"mixed-{method}")
     assert {name.rsplit(".", 1)[-1] for name in found} == {"q_proj", "v_proj", "o_proj"}
     assert all(torch.isfinite(update).all() for update in found.values())
+
+
+@pytest.mark.parametrize("method", ["static_cat", "cat", "iteris", "regmean"])
+def test_what_adapts_other_modules_adds_nothing_to_the_rank(world: Path, method: str) -> None:
+    make_adapter(world / "aside", world / "base", 8, 3, target_modules=["o_proj"])
+    run(world, method, ["a", "b", "aside"], f"aside-{method}")
+    assert read_lora(world / f"aside-{method}").max_rank == 4
+
+
+@pytest.mark.parametrize("method", ["svd", "cat", "iteris"])
+def test_bundles_are_verified_and_bring_their_prompt_template(
+    world: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = {
+        name: make_bundle(world / f"{name}-{method}", world / "base", seed=place, rank=2, prompt_template=template).path
+        for place, (name, template) in enumerate((("chat", "chat"), ("a-plain", PLAIN), ("b-plain", PLAIN)))
+    }
+    run(world, method, [made["a-plain"].name, made["b-plain"].name], f"{method}-of-bundles")
+    record = json.loads((world / f"{method}-of-bundles/merge.json").read_text())
+    assert record["settings"]["prompt_template"] == PLAIN
+    arguments = ["merge", method, "--base", str(world / "base"), "--out", str(world / f"{method}-never")]
+    arguments += ["--data", str(world / "a.jsonl"), str(world / "b.jsonl")] if method in WITH_DATA else []
+    assert main([*arguments, "--adapters", str(made["chat"]), str(made["a-plain"])]) == 2
+    assert "the adapters have different prompt templates (Q: {input}" in capsys.readouterr().err
+    weights = made["a-plain"] / "adapter_model.safetensors"
+    weights.write_bytes((made["b-plain"] / "adapter_model.safetensors").read_bytes())
+    assert main([*arguments, "--adapters", str(made["a-plain"]), str(made["b-plain"])]) == 2
+    assert f"{weights}: changed or damaged" in capsys.readouterr().err and not (world / f"{method}-never").exists()
+
+
+def test_where_the_result_cannot_lie_is_said_first_and_a_link_is_followed(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["merge", "svd", "--base", str(world / "base"), "--adapters", str(world / "a"), str(world / "b")]
+    for out in (world / "a.jsonl/x", Path("/proc/x/y")):
+        assert main([*arguments, "--out", str(out)]) == 2
+        assert f"{out}: cannot be written (" in capsys.readouterr().err
+    earlier, link = world / "earlier", world / "link"
+    link.symlink_to(earlier)
+    for _ in range(2):
+        assert main([*arguments, "--out", str(link)]) == 0
+    assert link.is_symlink() and (earlier / "merge.json").is_file() and not list(world.glob(".tmp*"))
+
+
+def test_an_answer_is_text_or_a_number_and_nothing_is_none(world: Path) -> None:
+    prompts = prompt_format(AutoTokenizer.from_pretrained(world / "base"))
+    rows = [{"input": "a", "answer": 0}, {"input": "b", "target": "1"}, {"input": "c", "answer": ""}, {"input": "d"}]
+    write_jsonl(world / "labels.jsonl", rows)
+    samples = read_samples(world / "labels.jsonl", prompts, 512, 16, 0)
+    answers = [prompts.encode_answer("0"), prompts.encode_answer("1"), [], []]
+    assert [sample.answer_ids for sample in samples] == answers
+    for wrong in (["a", "b"], True, {"text": "a"}):
+        write_jsonl(world / "labels.jsonl", [*rows, {"input": "e", "answer": wrong}])
+        with pytest.raises(ValueError, match=f"labels.jsonl, row 5: its answer is {type(wrong).__name__}; give text"):
+            read_samples(world / "labels.jsonl", prompts, 512, 16, 0)
 
 
 @pytest.mark.parametrize("method", ELEMENTWISE)
@@ -234,6 +290,9 @@ def test_the_card_says_what_it_was_made_of(world: Path) -> None:
         ({"method": "cat"}, "data: missing"),
         ({"data": ["x", "y"]}, "linear uses none"),
         ({"method": "fedex", "weights": [0.5, 0.6]}, "sum to 1"),
+        ({"density": 0.2}, "density: linear does not follow it, which is of ties, dare and"),
+        ({"method": "cat", "data": ["x"], "batch_size": 1}, r"\(for cat see cat.batch_size\); leave it out"),
+        ({"cat": {"epochs": 3}}, "cat: linear does not follow it"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes: dict[str, object], fault: str) -> None:
@@ -242,9 +301,9 @@ def test_settings_that_do_not_fit_are_refused(changes: dict[str, object], fault:
 
 
 def test_assignments_reach_their_sections(world: Path) -> None:
-    settings = {"method": "linear", "adapters": ["a", "b"], "out": "o"}
-    config = merge_config(settings, ["iteris.max_iter=5", "density=0.2"])
-    assert config.iteris.max_iter == 5 and config.density == 0.2
+    settings = {"method": "iteris", "adapters": ["a", "b"], "out": "o", "data": ["x", "y"]}
+    config = merge_config(settings, ["iteris.max_iter=5", "max_samples=20", "prompt_template={input}"])
+    assert (config.iteris.max_iter, config.max_samples, config.prompt_template) == (5, 20, "{input}")
     with pytest.raises(ValueError, match="did you mean max_iter"):
         merge_config(settings, ["iteris.max_itr=5"])
     with pytest.raises(ValueError, match="not of the form"):

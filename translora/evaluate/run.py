@@ -26,7 +26,7 @@ from translora.evaluate.results import BaseSize, Results, Setup, summarise
 from translora.evaluate.statistics import NUM_REPLICATES
 from translora.fleet import migrate
 from translora.prepare import prepare
-from translora.run.files import digest, write_bytes, write_jsonl
+from translora.run.files import check_writable, digest, write_bytes, write_jsonl
 from translora.run.rundir import open_run, versions
 from translora.run.state import STUDENT, AdapterState
 from translora.run.verify import check_section, check_training
@@ -55,7 +55,7 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
         check_section(config.train, base, "train")
     for arm in config.arms:
         check_training(config.fleet(config.seeds[0], arm), source, target)
-    check_output(config.output)
+    check_writable(config.output, "change `output`")
     with open_run(config.run_dir, config):
         start_cluster()
         repetitions = [repeat(config, seed, splits[seed], source, target) for seed in config.seeds]
@@ -79,21 +79,6 @@ def settings_of(train: TrainConfig) -> dict[str, Any]:
     """What a reader has to know of a training."""
     names = {"peft" if train.peft else "lora", "epochs", "learning_rate", "batch_size", "warm_start", "token_share"}
     return train.model_dump(include=names if train.loss == "sft" else names | {"loss"})
-
-
-def check_output(output: Path) -> None:
-    """Refuse at once what could not be written at the end.
-
-    Raises:
-        ValueError: the directory of the results cannot be made or written.
-    """
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        fault = "" if os.access(output.parent, os.W_OK) else "Permission denied"
-    except OSError as error:
-        fault = error.strerror or str(error)
-    if fault:
-        raise ValueError(f"{output}: cannot be written ({fault}); change `output`")
 
 
 def repeat(

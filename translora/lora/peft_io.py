@@ -230,6 +230,18 @@ def read_lora(directory: str | Path) -> LoraWeights:
     return LoraWeights(modules=modules, scaling=scaling, config=config)
 
 
+def truncated(lora_A: torch.Tensor, lora_B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [rank, in] and B [out, rank] whose B A is nearest to that of larger factors, its size shared between them.
+
+    By a decomposition of the factors' own rank.
+    """
+    Q_B, R_B = torch.linalg.qr(lora_B.double())
+    Q_A, R_A = torch.linalg.qr(lora_A.double().T)
+    U, sizes, Vh = torch.linalg.svd(R_B @ R_A.T)
+    roots = sizes[:rank].sqrt()
+    return ((roots[:, None] * Vh[:rank]) @ Q_A.T).float(), (Q_B @ (U[:, :rank] * roots)).float()
+
+
 def pad_rank(pair: tuple[torch.Tensor, torch.Tensor], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B filled up with zeros to one rank for all modules: every reader of PEFT's format takes that."""
     lora_A, lora_B = pair

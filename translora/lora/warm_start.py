@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
-
 from translora.bundle import BaseInfo
 from translora.bundle.base import linear_modules
 from translora.lora.bank import Factors
-from translora.lora.peft_io import LoraWeights
+from translora.lora.peft_io import LoraWeights, truncated
 from translora.lora.targets import resolve_targets
 
 
@@ -39,18 +37,6 @@ def copy_adapter(source: LoraWeights, weights: Mapping[str, Factors], scaling: f
 def not_copied(source: LoraWeights, student_modules: Iterable[str]) -> list[str]:
     """Last parts of the names of modules that a source adapts and its student does not: that much of it gets lost."""
     return sorted({name.rpartition(".")[2] for name in source.modules.keys() - set(student_modules)})
-
-
-def truncated(lora_A: torch.Tensor, lora_B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [rank, in] and B [out, rank] whose B A is nearest to that of larger factors, its size shared between them.
-
-    By a decomposition of the factors' own rank; PEFT's svd, which merges call, decomposes [out, in].
-    """
-    Q_B, R_B = torch.linalg.qr(lora_B.double())
-    Q_A, R_A = torch.linalg.qr(lora_A.double().T)
-    U, sizes, Vh = torch.linalg.svd(R_B @ R_A.T)
-    roots = sizes[:rank].sqrt()
-    return ((roots[:, None] * Vh[:rank]) @ Q_A.T).float(), (Q_B @ (U[:, :rank] * roots)).float()
 
 
 def check_warm_start(source: BaseInfo, target: BaseInfo, target_modules: list[str] | str) -> None:

@@ -97,6 +97,20 @@ def answer_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Te
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
 
 
+def with_answers(data: Sequence[Sample]) -> list[Sample]:
+    """Those samples that can be learnt from; says how many are left out.
+
+    Raises:
+        ValueError: there is none.
+    """
+    answered = [sample for sample in data if sample.answer_ids]
+    if not answered:
+        raise ValueError("data: no row has an answer, and cat learns from answers; give rows with `answer` or `target`")
+    if len(answered) < len(data):
+        logger.warning("cat: %d of %d rows have no answer and are left out", len(data) - len(answered), len(data))
+    return answered
+
+
 def train_coefficients(
     model: nn.Module,
     adapters: Sequence[LoraWeights],
@@ -119,12 +133,7 @@ def train_coefficients(
     Raises:
         ValueError: there is no answer in `data` to learn from, or the loss is not finite.
     """
-    answered = [sample for sample in data if sample.answer_ids]
-    if not answered:
-        raise ValueError("data: no row has an answer, and cat learns from answers; give rows with `answer` or `target`")
-    if len(answered) < len(data):
-        logger.warning("cat: %d of %d rows have no answer and are left out", len(data) - len(answered), len(data))
-    data = answered
+    data = with_answers(data)
     steps = num_steps(len(data), settings.epochs, settings.batch_size)
     losses: list[float] = []
     with cat_modules(model, adapters, settings.coefficients == "softmax") as modules:

@@ -49,8 +49,8 @@ class IterisSettings(Strict):
     norm: Literal["delta", "base+delta", "equal"] = "delta"
     """Whose norm weighs a task: the LoRA's (paper), base and LoRA together, or every task alike."""
     max_gram_gigabytes: float = Field(default=16.0, gt=0)
-    """Most memory for Grams; more modules than fit take turns, with a pass over the data each. Solving takes about two
-    matrices of a module's width more for each thread."""
+    """Most memory for Grams; more modules than fit take turns, with a pass over the data each. Solving takes three
+    to five matrices of a module's width more for each thread."""
     num_threads: int = Field(default=4, ge=1)
     """Modules that are solved side by side."""
 
@@ -72,6 +72,19 @@ class CatSettings(Strict):
     """Rows of an optimizer step."""
 
 
+SPARSE = tuple(name for name in COMBINATIONS if name.startswith(("ties", "dare", "magnitude")))
+SETTINGS_OF: dict[str, tuple[Sequence[str], str]] = {
+    "density": (SPARSE, "ties, dare and magnitude_prune"),
+    "majority_sign_method": ([name for name in SPARSE if "ties" in name], "ties"),
+    "max_length": (("cat", *NEED_OWN_DATA), "cat, iteris and regmean"),
+    "max_samples": (("cat", *NEED_OWN_DATA), "cat, iteris and regmean"),
+    "batch_size": (NEED_OWN_DATA, "iteris and regmean (for cat see cat.batch_size)"),
+    "iteris": (NEED_OWN_DATA, "iteris and regmean"),
+    "cat": (("cat",), "cat"),
+}
+"""Methods that follow a setting, and their names in words."""
+
+
 class MergeSettings(Strict):
     """What a merge by the command and one of a fleet file have in common."""
 
@@ -82,7 +95,7 @@ class MergeSettings(Strict):
     weights: list[float] | None = None
     """One for each adapter; equal ones when unset: 1 for ties, which divides by the number that agree, else 1/N."""
     rank: int | None = Field(default=None, ge=1, le=1024)
-    """Truncate the result to this rank through PEFT's svd."""
+    """Truncate the result to this rank: the best approximation of it, as PEFT's svd finds it."""
     density: float = Field(default=0.5, gt=0, lt=1)
     """Share of entries that ties, dare and magnitude_prune keep."""
     majority_sign_method: Literal["total", "frequency"] = "total"
@@ -118,6 +131,9 @@ class MergeSettings(Strict):
             raise ValueError(f"weights: {len(self.weights)} for {num_adapters} adapters; give one for each")
         if self.weights is not None and self.needs_data:
             raise ValueError(f"weights: {self.method} finds its own; leave them out, or use another method")
+        for setting, (methods, words) in SETTINGS_OF.items():
+            if setting in self.model_fields_set and self.method not in methods:
+                raise ValueError(f"{setting}: {self.method} does not follow it, which is of {words}; leave it out")
         default = IterisSettings()
         for key in (*REGMEAN, "reg_coef") if self.method == "regmean" else ():
             if getattr(self.iteris, key) != getattr(default, key):
@@ -169,6 +185,7 @@ class MergeConfig(MergeSettings):
         if self.out.resolve() in {path.resolve() for path in self.adapters}:
             raise ValueError(f"out: {self.out} is one of the adapters; give another directory")
         self.check(len(self.adapters), len(self.data))
+        self.out = self.out.resolve()  # so that what a link points to is replaced, and not the link
         return self
 
 
@@ -218,6 +235,9 @@ def merge_config(settings: dict[str, Any], assignments: Sequence[str] = ()) -> M
             inner = inner.setdefault(section, {})
             if not isinstance(inner, dict):
                 raise ValueError(f"--set {assignment}: {section} has no settings of its own")
+        if key.strip() == "prompt_template":  # {input} is no mapping
+            inner[last] = text
+            continue
         try:
             inner[last] = yaml.safe_load(text)
         except yaml.YAMLError as error:

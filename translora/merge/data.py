@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [check_row(row, ("input",), f"{path}, row {number}") for number, row in enumerate(rows, 1)]
 
 
+def answer_of(row: Mapping[str, Any], where: str) -> str:
+    """A row's answer as text; empty where it has none.
+
+    Raises:
+        ValueError: it is no text and no number; names the place.
+    """
+    found = next((row[field] for field in ANSWERS if row.get(field) is not None), "")
+    if not isinstance(found, str | int | float) or isinstance(found, bool):
+        raise ValueError(f"{where}: its answer is {type(found).__name__}; give text, as the model has to write it")
+    return str(found).strip()
+
+
 def read_samples(path: Path, prompts: PromptFormat, max_length: int, max_samples: int, seed: int) -> list[Sample]:
     """Tokens of a file's rows, those longer than `max_length` dropped with a warning.
 
@@ -53,8 +65,8 @@ def read_samples(path: Path, prompts: PromptFormat, max_length: int, max_samples
     """
     samples = []
     rows = read_rows(path)
-    for row in rows:
-        answer = next((str(row[field]).strip() for field in ANSWERS if row.get(field)), None)
+    for number, row in enumerate(rows, 1):
+        answer = answer_of(row, f"{path}, row {number}")
         ids = prompts.encode_answer(answer) if answer else []
         sample = Sample(prompts.encode_prompt(row["input"]), ids)
         if len(sample.prompt_ids) + len(ids) <= max_length:

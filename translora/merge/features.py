@@ -88,6 +88,7 @@ def run_iteris(
                 if iteration == 0:
                     weights |= {name: _weights(bank, name, factors[name], grams, block, settings) for name in block}
                 solved |= _solve(block, factors, weights, grams, settings)
+                del grams  # before the next block's are made
             merged = {name: solved[name] for name in factors}
             _update(bank, merged)
             logger.info("solve %d of %d", iteration + 1, settings.max_iter)
@@ -119,6 +120,11 @@ def shared_inputs(model: nn.Module, bank: AdapterBank, batch: Batch) -> dict[str
         if last and last[0][1] is x:
             leaders[name] = last[0][0]
             return
+        if x.ndim != 3:
+            raise ValueError(
+                f"{name}: is given its inputs as {list(x.shape)}, rows and tokens in one, which cannot be told apart; "
+                "merge by cat or by a method without data"
+            )
         leaders[name] = name
         last[:] = [(name, x)]
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from translora.bundle import BaseInfo, Bundle, BundleError, read_bundle, verify_bundle, write_bundle
 from translora.bundle.remote import fetch_all, is_remote, name_of_url
 from translora.config import AdapterEntry, BaseModelConfig, FleetConfig
-from translora.engine.memory import is_out_of_memory
 from translora.merge.config import MergeConfig, MergeEntry, MergeSettings
 from translora.run.files import digest, remove_directory, sha256_file
 from translora.run.redact import first_line, printable, redact
@@ -161,7 +160,7 @@ def merge_bundles(
             "merge adapters that were trained with one"
         )
     command = MergeConfig(
-        **entry.model_dump(include=set(MergeSettings.model_fields)),
+        **entry.model_dump(include=set(MergeSettings.model_fields), exclude_unset=True),
         adapters=[part.path for part in parts],
         data=list(data),
         out=config.run_dir / MERGING / entry.name,
@@ -210,17 +209,11 @@ def run_merge(command: MergeConfig, config: FleetConfig, start_cluster: Callable
     Raises:
         ValueError: as merge does, or the memory does not suffice, or the worker was lost more than once.
     """
-    from translora.merge.run import merge
+    from translora.merge.run import MORE_MEMORY, merge
 
     logger.info("merging %s by %s: %d adapters", command.out.name, command.method, len(command.adapters))
-    remedy = "give it more memory, or lower iteris.max_gram_gigabytes, batch_size or max_length of the merge"
     if not command.needs_data:
-        try:
-            merge(command)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ValueError(f"{first_line(error)}; {remedy}") from error
+        merge(command)
         return
     start_cluster()
     import ray
@@ -232,8 +225,6 @@ def run_merge(command: MergeConfig, config: FleetConfig, start_cluster: Callable
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ValueError):
             raise error.cause from None
-        if not is_out_of_memory(error.cause):
-            raise
-        raise ValueError(f"{first_line(error.cause)}; {remedy}") from error
+        raise
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-        raise ValueError(f"the worker that merged was lost ({first_line(error)}); {remedy}") from error
+        raise ValueError(f"the worker that merged was lost ({first_line(error)}); {MORE_MEMORY}") from error

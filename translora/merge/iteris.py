@@ -41,8 +41,8 @@ class Grams:
     @classmethod
     def paired(cls, num_in: int, device: torch.device | str = "cpu", *, with_inputs: bool = True) -> Grams:
         """Empty sums for tokens that went through both models; `with_inputs` sums C too."""
-        G, H, C = (torch.zeros(num_in, num_in, dtype=torch.float64, device=device) for _ in range(3))
-        return cls(G, H, C if with_inputs else None)
+        sums = [torch.zeros(num_in, num_in, dtype=torch.float64, device=device) for _ in range(3 if with_inputs else 2)]
+        return cls(sums[0], sums[1], sums[2] if with_inputs else None)
 
 
 def gram_update(grams: Grams, x_TI: torch.Tensor, merged_TI: torch.Tensor | None = None, reg_coef: float = 0.0) -> None:
@@ -110,7 +110,7 @@ def adaptive_weights(
             size, response = (outer * (A64 @ A64.T)).sum(), (outer * (A64 @ C @ A64.T)).sum()
         else:
             assert base_weight is not None
-            weight = base_weight.to(C) + B64 @ A64
+            weight = base_weight.detach().to(C) + B64 @ A64
             size, response = weight.square().sum(), ((weight @ C) * weight).sum()
         if not response > 0:
             size, response = size.new_tensor(float(len(C))), C.trace()

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from translora.lora.peft_io import LoraWeights
+from translora.lora.peft_io import LoraWeights, truncated
 from translora.merge.config import Combination
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -74,26 +74,24 @@ def combine(
     for name in sorted({name for lora in loras for name in lora.modules}):
         layer = model.base_model.model.get_submodule(name)
         found[name] = (layer.lora_A[_MERGED].weight.detach(), layer.lora_B[_MERGED].weight.detach())
+    if combination == "static_cat":  # PEFT makes room for all adapters' greatest ranks: the rest is zeros
+        own = {name: sum(len(lora.modules[name][0]) for lora in loras if name in lora.modules) for name in found}
+        found = {name: (A[: own[name]], B[:, : own[name]]) for name, (A, B) in found.items()}
     return found
 
 
 def truncate(merged: Merged, rank: int) -> Merged:
-    """The best approximation of rank `rank` of every module's update, through PEFT's svd.
+    """The best approximation of rank `rank` of every module's update.
 
-    PEFT merges a single adapter by `linear` whatever is asked: it is given twice, at half its weight.
+    What PEFT's svd finds, by a decomposition of the factors' own rank: [out, in] is never made, and takes minutes where
+    it is wide.
     """
-    whole = as_lora(merged)
-    return combine([whole, whole], [0.5, 0.5], "svd", rank=rank)
+    return {name: truncated(A, B, rank) if len(A) > rank else (A, B) for name, (A, B) in merged.items()}
 
 
 def exact(factor: torch.Tensor) -> torch.Tensor:
     """A factor in float32 or more: sums over bfloat16 files are not made in bfloat16."""
     return factor.to(torch.promote_types(factor.dtype, torch.float32))
-
-
-def as_lora(merged: Merged) -> LoraWeights:
-    """A merged adapter as one that can be merged again."""
-    return LoraWeights(modules=merged, scaling=dict.fromkeys(merged, 1.0), config={})
 
 
 def fingerprint(lora: LoraWeights) -> str:

@@ -14,11 +14,13 @@ from typing import Any, cast
 
 import torch
 
-from translora.bundle import inspect_base
+from translora.bundle import inspect_base, read_bundle, verify_bundle
 from translora.bundle.adapter import check_adapter, check_recorded_base, recorded_base
 from translora.bundle.base import BaseInfo, linear_modules
+from translora.bundle.manifest import MANIFEST
 from translora.config import BaseModelConfig
 from translora.engine.loading import device, load_model, load_tokenizer, resolve_dtype
+from translora.engine.memory import is_out_of_memory
 from translora.engine.prompts import prompt_format
 from translora.lora.kinds import MAX_RANK
 from translora.lora.peft_io import LoraWeights, pad_rank, read_lora, write_lora
@@ -28,7 +30,7 @@ from translora.merge.data import batches, read_samples
 from translora.merge.features import run_iteris
 from translora.merge.peft_methods import Merged, combine, fingerprint, truncate
 from translora.report.merge_card import Ingredient, merge_card
-from translora.run.files import replace_directory, sha256_file, sha256_path, write_bytes, write_json
+from translora.run.files import check_writable, replace_directory, sha256_file, sha256_path, write_bytes, write_json
 from translora.run.redact import first_line
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,9 @@ STACKED = ("cat", "static_cat", "iteris", "regmean")
 """Methods whose result has the sum of the ranks."""
 SETTINGS_FILE = "merge.json"
 """Beside the adapter: settings, hashes and coefficients, and the mark of a directory that may be replaced."""
+
+
+MORE_MEMORY = "give it more memory, or lower iteris.max_gram_gigabytes, batch_size or max_length of the merge"
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,44 @@ def merge(config: MergeConfig) -> Path:
     for path in config.adapters:
         check_recorded_base(path, base.name, "merge adapters of one base")
         check_adapter(path, base)
+    config = config.model_copy(update={"prompt_template": prompt_template(config, base)})
+    check_writable(config.out, "give another --out")
+    try:
+        with replace_directory(config.out) as directory:
+            write_merged(config, base, directory)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(f"{first_line(error)}; {MORE_MEMORY}") from error
+    return config.out
+
+
+def prompt_template(config: MergeConfig, base: BaseInfo) -> str:
+    """The template that is asked for, or that of the bundles among the adapters.
+
+    Raises:
+        ValueError: a bundle is damaged or of another base, or two were trained with different templates.
+    """
+    bundles = [read_bundle(path.resolve()) for path in config.adapters if (path / MANIFEST).is_file()]
+    for bundle in bundles:
+        verify_bundle(bundle, base)
+    found = {bundle.manifest.prompt_template for bundle in bundles}
+    if config.prompt_template != "auto" or not found:
+        return config.prompt_template
+    if len(found) > 1:
+        raise ValueError(
+            f"the adapters have different prompt templates ({', '.join(sorted(found))}); merge adapters that were "
+            "trained with one"
+        )
+    return found.pop()
+
+
+def write_merged(config: MergeConfig, base: BaseInfo, directory: Path) -> None:
+    """Merge adapters that were checked, into a directory.
+
+    Raises:
+        ValueError: see `merge`.
+    """
     tasks = read_tasks(config)
     if (rank := whole_rank(config.method, tasks)) > MAX_RANK and config.rank is None:
         raise ValueError(f"the merged adapter would have rank {rank}, the limit is {MAX_RANK}; give --rank")
@@ -79,9 +122,9 @@ def merge(config: MergeConfig) -> Path:
             raise ValueError(
                 f"{config.method}: the merged update of {name} is not finite; look at the adapters' weights"
             )
+    rank = max(len(A) for A, _ in merged.values())
     logger.info("%s: %d adapters, rank %d, %.1f s", config.method, len(tasks), rank, time.monotonic() - started)
-    write_result(config, tasks, base, merged, learnt)
-    return config.out
+    write_result(config, tasks, base, merged, learnt, directory)
 
 
 def whole_rank(method: str, tasks: Sequence[Task]) -> int:
@@ -155,7 +198,7 @@ def run_method(config: MergeConfig, tasks: Sequence[Task], base: BaseInfo) -> tu
     chosen = config.max_length, config.max_samples, config.seed
     if config.method == "cat":
         files = sorted(config.data, key=sha256_file)
-        mixture = [sample for path in files for sample in read_samples(path, prompts, *chosen)]
+        mixture = cat.with_answers([sample for path in files for sample in read_samples(path, prompts, *chosen)])
         model = load_model(settings, resolve_dtype(config.dtype), device())
         found = cat.train_coefficients(model, loras, mixture, config.cat, pad_token_id=pad, seed=config.seed)
         learnt = {"coefficients": found.by_module, "initial": 1 / len(loras), "losses": found.losses}
@@ -167,9 +210,9 @@ def run_method(config: MergeConfig, tasks: Sequence[Task], base: BaseInfo) -> tu
 
 
 def write_result(
-    config: MergeConfig, tasks: Sequence[Task], base: BaseInfo, merged: Merged, learnt: dict[str, Any]
+    config: MergeConfig, tasks: Sequence[Task], base: BaseInfo, merged: Merged, learnt: dict[str, Any], directory: Path
 ) -> None:
-    """Write weights, config, card and record to one directory, whole or not at all."""
+    """Write weights, config, card and record."""
     rank = max(len(A) for A, _ in merged.values())
     modules = {name: pad_rank(pair, rank) for name, pair in merged.items()}
     ingredients = [
@@ -185,26 +228,25 @@ def write_result(
     data = sorted(sha256_file(path) for path in config.data) if config.method == "cat" else []
     shown = config.model_dump(mode="json", exclude={"adapters", "data", "out", "base", "weights", "trust_remote_code"})
     shown |= {"iteris": config.solving.model_dump(mode="json"), "max_samples": config.max_samples}
-    with replace_directory(config.out) as directory:
-        write_lora(
-            directory,
-            modules,
-            alpha=float(rank),
-            base_model=base.name,
-            target_modules=target_names(list(modules), base),
-        )
-        card = merge_card(
-            name=config.out.resolve().name,
-            method=config.method,
-            base=base.name,
-            rank=rank,
-            truncated=rank < whole_rank("static_cat" if config.method.endswith("svd") else config.method, tasks),
-            ingredients=ingredients,
-            mixture=data,
-        )
-        write_bytes(directory / "README.md", card.encode())
-        record = {"settings": shown, "base": base.fingerprint, "adapters": [vars(one) for one in ingredients], **learnt}
-        write_json(directory / SETTINGS_FILE, record)
+    write_lora(
+        directory,
+        modules,
+        alpha=float(rank),
+        base_model=base.name,
+        target_modules=target_names(list(modules), base),
+    )
+    card = merge_card(
+        name=config.out.resolve().name,
+        method=config.method,
+        base=base.name,
+        rank=rank,
+        truncated=rank < whole_rank("static_cat" if config.method.endswith("svd") else config.method, tasks),
+        ingredients=ingredients,
+        mixture=data,
+    )
+    write_bytes(directory / "README.md", card.encode())
+    record = {"settings": shown, "base": base.fingerprint, "adapters": [vars(one) for one in ingredients], **learnt}
+    write_json(directory / SETTINGS_FILE, record)
 
 
 def target_names(modules: Sequence[str], base: BaseInfo) -> list[str]:

@@ -24,6 +24,21 @@ def _temporary(path: Path) -> Path:
     return path.parent / f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}"
 
 
+def check_writable(path: Path, remedy: str) -> None:
+    """Refuse at once what could not be written at the end; makes the directory that it will lie in.
+
+    Raises:
+        ValueError: that cannot be made or written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fault = "" if os.access(path.parent, os.W_OK) else "Permission denied"
+    except OSError as error:
+        fault = error.strerror or str(error)
+    if fault:
+        raise ValueError(f"{path}: cannot be written ({fault}); {remedy}")
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` in one step; a reader sees the old or the new content, never a part."""
     temporary = _temporary(path)
