@@ -32,7 +32,7 @@ from examples.tasks import generate
 from tests.tiny import make_adapter
 from translora.config import BaseModelConfig
 from translora.engine.transformers import TransformersEngine
-from translora.evaluate.statistics import Resample
+from translora.evaluate.statistics import Resample, all_different
 from translora.merge.config import METHODS, SETTINGS_OF, CatSettings, IterisSettings
 from translora.run.files import digest, sha256_file, sha256_path, write_json, write_jsonl
 
@@ -151,7 +151,7 @@ def print_table(work: Path, arms: Sequence[str], sets: Sequence[str]) -> None:
         gains = []
         for name, own in correct[arm].items():
             gain = own - correct["static_cat"][name]
-            estimate = Resample(1, gain.shape[1], name, over_seeds=False).estimate(gain)
+            estimate = Resample(all_different(1, gain.shape[1]), name, over_seeds=False).estimate(gain)
             gains.append(f"{name} {cell(estimate, '+')}")
         print(f"\n{arm} minus static_cat, paired: {', '.join(gains)}")
 

@@ -23,7 +23,7 @@ from translora.distill.data import batch_indices, encode_samples, num_steps
 from translora.engine.decode import Request
 from translora.engine.prompts import prompt_format, raw_prompt
 from translora.engine.transformers import TransformersEngine
-from translora.evaluate.statistics import Estimate, Resample
+from translora.evaluate.statistics import Estimate, Resample, all_different
 from translora.gate.agreement import is_equal
 from translora.merge.data import pad_batch
 from translora.run.files import replace_directory, write_jsonl
@@ -108,7 +108,7 @@ def score(engine: TransformersEngine, rows: Rows) -> list[bool]:
 
 def accuracy(correct: Sequence[bool], name: str) -> Estimate:
     """With a bootstrap interval over the rows."""
-    return Resample(1, len(correct), name, over_seeds=False).estimate(np.array([correct], dtype=float))
+    return Resample(all_different(1, len(correct)), name, over_seeds=False).estimate(np.array([correct], dtype=float))
 
 
 def seeds(skill: str) -> list[str]:

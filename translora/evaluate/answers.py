@@ -17,10 +17,11 @@ from translora.evaluate.data import Split
 from translora.evaluate.results import Migration, TaskItems
 from translora.evaluate.statistics import majority_share
 from translora.gate.agreement import Answers, answer_rows, judge, run_answers
-from translora.run.files import sha256_path, write_parquet
+from translora.run.files import digest, sha256_path, write_parquet
 from translora.run.state import AdapterState
 from translora.synthesis.actors import Hosts, run_rows
 from translora.synthesis.calls import Row
+from translora.synthesis.prompts import normalise
 from translora.synthesis.stages import choice_block
 
 Logliks = dict[tuple[str, str], list[list[float]]]
@@ -176,6 +177,7 @@ def task_items(config: EvaluateConfig, name: str, repetitions: Sequence[Repetiti
         chance=sum(part.chance() for part in parts) / len(parts),
         correct=correct,
         metric=next((part.harness.metric for part in parts if part.harness), ""),
+        inputs={one.seed: [digest(normalise(row["input"])) for row in one.splits[name].test] for one in repetitions},
     )
 
 

@@ -6,7 +6,7 @@ Arrays are named as in `translora.evaluate.statistics`: [S, N] is right (1) or w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from translora.evaluate.statistics import (
     Floats,
     Resample,
     Retention,
+    all_different,
     mean_estimate,
     mean_retention,
     retention,
@@ -139,6 +140,8 @@ class TaskItems:
     correct: Mapping[str, Mapping[int, Sequence[float]]]
     """By arm and seed, in the order of the items: 1 is right, 0 wrong."""
     metric: str = ""
+    inputs: Mapping[int, Sequence[str]] = field(default_factory=dict)
+    """The items' inputs by seed, in their order; all of them different where there are none here."""
 
     @property
     def floor(self) -> float:
@@ -153,7 +156,10 @@ class TaskItems:
     def resample(self, *, over_seeds: bool) -> Resample:
         """The draws of the items, the same whoever asks."""
         seeds = sorted(self.correct[TARGET_BASE])
-        return Resample(len(seeds), self.num_test, f"{self.name}/{seeds}", over_seeds=over_seeds)
+        items_SN = np.array([self.inputs[seed] for seed in seeds]) if self.inputs else None
+        if items_SN is None:
+            items_SN = all_different(len(seeds), self.num_test)
+        return Resample(items_SN, f"{self.name}/{seeds}", over_seeds=over_seeds)
 
     def mean(self, first: str, second: str | None = None, *, over_seeds: bool) -> tuple[float, Floats]:
         """Mean and replicates of an arm's accuracy, or of one arm's minus another's."""

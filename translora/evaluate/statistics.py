@@ -38,26 +38,40 @@ class Estimate:
 class Resample:
     """One bootstrap of a task's items, the same draws for every arm: differences between arms are paired.
 
+    An input that is a test item in several seeds is drawn as one: what makes it hard is the same in all of them.
+
     Args:
-        num_seeds: S.
-        num_items: N.
+        items_SN: what tells one item's input from another's.
         key: what the draws depend on, beside the sizes.
-        over_seeds: draw seeds first and items within each of them (hierarchical); else items of every seed alone.
+        over_seeds: draw seeds, too (hierarchical); else items alone.
     """
 
-    def __init__(self, num_seeds: int, num_items: int, key: str, *, over_seeds: bool) -> None:
-        rng = np.random.default_rng(derive_seed("bootstrap", key, num_seeds, num_items, over_seeds))
-        shape = (NUM_REPLICATES, num_seeds)
-        self.seeds_RS = rng.integers(num_seeds, size=shape) if over_seeds else np.indices(shape)[1]
-        self.items_RSN = rng.integers(num_items, size=(*shape, num_items), dtype=np.int32)
+    def __init__(self, items_SN: npt.NDArray[Any], key: str, *, over_seeds: bool) -> None:
+        rng = np.random.default_rng(derive_seed("bootstrap", key, *items_SN.shape, over_seeds))
+        shape = (NUM_REPLICATES, len(items_SN))
+        self.seeds_RS = rng.integers(len(items_SN), size=shape) if over_seeds else np.indices(shape)[1]
+        inputs, places = np.unique(items_SN, return_inverse=True)
+        times_RI = rng.multinomial(len(inputs), np.full(len(inputs), 1 / len(inputs)), size=NUM_REPLICATES)
+        self.times_RSN = times_RI[:, places.reshape(items_SN.shape)]
 
     def means(self, correct_SN: Floats) -> Floats:
-        """The mean of every replicate, [R]."""
-        return correct_SN[self.seeds_RS[:, :, None], self.items_RSN].mean(axis=(1, 2))
+        """The mean of every replicate, [R]: over its seeds of the mean over the items that were drawn."""
+        drawn_RS = self.times_RSN.sum(axis=2)
+        right_RS = np.einsum("rsn,sn->rs", self.times_RSN, correct_SN)
+        means_RS = np.divide(right_RS, drawn_RS, out=np.full(drawn_RS.shape, np.nan), where=drawn_RS > 0)
+        means_RS = np.take_along_axis(means_RS, self.seeds_RS, axis=1)
+        there_RS = ~np.isnan(means_RS)  # of a few items none may be drawn
+        sums_R, counts_R = np.where(there_RS, means_RS, 0).sum(axis=1), there_RS.sum(axis=1)
+        return np.divide(sums_R, counts_R, out=np.full(len(sums_R), np.nan), where=counts_R > 0)
 
     def estimate(self, correct_SN: Floats) -> Estimate:
         """The mean with its interval; of differences where `correct_SN` is one array minus another."""
         return estimate(float(correct_SN.mean()), self.means(correct_SN))
+
+
+def all_different(num_seeds: int, num_items: int) -> npt.NDArray[Any]:
+    """Items [S, N] of which no two have one input."""
+    return np.arange(num_seeds * num_items).reshape(num_seeds, num_items)
 
 
 def estimate(value: float, replicates_R: Floats) -> Estimate:
