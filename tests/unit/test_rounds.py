@@ -334,5 +334,7 @@ def test_the_gate_gets_a_rare_answer_too_unless_the_training_would_have_none() -
         assert answer_classes(many) == {}, "as if it were free text"
         kinds = Counter(many[index][:2] for index in draw_heldout(many, 50, seed))
         assert (kinds["no"], kinds["ye"], kinds["ot"]) in ((40, 6, 4), (40, 7, 3))
+        rare = ["a"] * 40 + ["b"] * 21 + ["c"] * 3
+        assert sum(rare[index] == "c" for index in draw_heldout(rare, 24, seed)) == 1, "a share of 1.1"
         few = [letter for letter in "abcdef" for _ in range(3)]
         assert len({few[index] for index in draw_heldout(few, 3, seed)}) == 3, "room for three of six"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections import Counter
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -15,7 +14,7 @@ from translora.run.files import derive_seed, write_parquet
 from translora.run.member import Member, Run
 from translora.run.state import SYNTHETIC
 from translora.synthesis.pool import Pool, choose_screen
-from translora.synthesis.quality import answer_classes, repeated
+from translora.synthesis.quality import answer_classes, deal, repeated
 from translora.synthesis.rounds import synthesise
 
 logger = logging.getLogger(__name__)
@@ -96,18 +95,19 @@ def draw_heldout(answers: Sequence[str], count: int, seed: int) -> set[int]:
     """
     order = list(range(len(answers)))
     random.Random(seed).shuffle(order)
-    keys = repeated(answers)
+    kinds = repeated(answers)
     if answer_classes(answers):
-        order = [index for index in order if keys[index]] or order
-    order.sort(key=keys.__getitem__)
-    drawn = [order[(2 * place + 1) * len(order) // (2 * count)] for place in range(count)]
-    for key in set(keys) - {""}:
-        held = Counter(keys[index] for index in drawn)
-        commonest, most = held.most_common(1)[0]
-        if not held[key] and most > 1:
-            drawn.remove(next(index for index in drawn if keys[index] == commonest))
-            drawn.append(next(index for index in order if keys[index] == key))
-    return set(drawn)
+        order = [index for index in order if kinds[index]] or order
+    own: dict[str, list[int]] = {}
+    for index in order:
+        own.setdefault(kinds[index], []).append(index)
+    counts = deal({kind: len(indices) for kind, indices in own.items()}, count)
+    for kind in own:
+        most = max(counts, key=counts.__getitem__)
+        if kind and not counts[kind] and counts[most] > 1:
+            counts[most] -= 1
+            counts[kind] = 1
+    return {index for kind, indices in own.items() for index in indices[: counts[kind]]}
 
 
 def write_synthetic(member: Member, pool: Pool, seed: int, min_holdout: int) -> None:
