@@ -11,6 +11,7 @@ from translora.synthesis.quality import (
     SeedCopies,
     answer_classes,
     deal,
+    deal_evenly,
     distinct_ngrams,
     is_copy,
     own_cutoff,
@@ -77,6 +78,15 @@ def test_a_smaller_total_is_dealt_out_in_the_same_shares(counts: dict[str, int],
     assert sum(dealt.values()) == total and dealt.keys() == counts.keys()
     for key, count in counts.items():
         assert abs(dealt[key] - count * total / whole) < 1 and 0 <= dealt[key] <= count
+
+
+@given(st.dictionaries(st.text(max_size=3), st.integers(1, 50), max_size=8), st.floats(0, 1))
+def test_what_is_dealt_evenly_differs_by_one_where_the_counts_let(counts: dict[str, int], share: float) -> None:
+    total = int(share * sum(counts.values()))
+    dealt = deal_evenly(counts, total)
+    assert sum(dealt.values()) == total and all(0 <= dealt[key] <= count for key, count in counts.items())
+    short = [dealt[key] for key, count in counts.items() if dealt[key] < count]
+    assert not short or max(dealt.values()) <= min(short) + 1
 
 
 def test_answers_that_came_once_are_one_kind() -> None:

@@ -147,17 +147,32 @@ def test_of_a_surplus_those_with_the_greatest_excess_are_kept() -> None:
     assert one.stats.dropped == {"refused": 1, "outranked": 2} and one.stats.shortfall == ""
 
 
-def test_every_answer_keeps_its_share_however_little_the_adapter_has_to_say_with_it() -> None:
+def test_every_answer_is_there_however_little_the_adapter_has_to_say_with_it() -> None:
     """Excess is a mean over an answer's tokens: ranked over all, longer answers would be left out whole."""
     one = pool(needed=10)
     one.screen, one.surplus = "excess", 2.0
-    for answer, count, start, best in (("login", 10, 0, 12.0), ("repair", 8, 10, 5.0), ("error", 1, 18, 20.0)):
+    for answer, count, start, best in (("login", 14, 0, 12.0), ("repair", 4, 14, 5.0), ("error", 1, 18, 20.0)):
         for index in range(count):
             admit(labelled("task", 1, best - index / 100, answer=answer, start=start + index), {"task": one})
     close(one)
     assert one.stats.classes == {"login": 5, "repair": 4, "error": 1}
-    assert {row["sample_id"] for row in one.accepted} == {*range(5), *range(10, 14), 18}, "the best of each"
+    assert {row["sample_id"] for row in one.accepted} == {*range(5), *range(14, 18), 18}, "the best of each"
     assert one.stats.dropped == {"outranked": 9}
+
+
+@pytest.mark.parametrize("screen", ["none", "discriminator"])
+def test_what_is_over_goes_by_answers_too_and_within_one_by_its_place(screen: ScreenName) -> None:
+    one = pool(needed=6)
+    one.screen = screen
+    for answer, count, start in (("yes", 7, 0), ("no", 3, 7)):
+        admit(labelled("task", count, 1.0, answer=answer, start=start), {"task": one})
+    close(one)
+    assert [row["sample_id"] for row in one.accepted] == [0, 1, 2, 7, 8, 9]
+    texts = pool("texts", needed=3)
+    for index in range(5):
+        admit(labelled("texts", 1, answer=f"free text {index}", start=index), {"texts": texts})
+    close(texts)
+    assert [row["sample_id"] for row in texts.accepted] == [0, 1, 2]
 
 
 def test_a_teacher_with_one_answer_is_warned_of_and_one_that_answers_nothing_leaves_the_set_empty() -> None:

@@ -16,7 +16,7 @@ from translora.run.files import digest, write_bytes
 from translora.run.state import ScreenName, SynthesisStats
 from translora.synthesis.calls import Row
 from translora.synthesis.prompts import normalise
-from translora.synthesis.quality import KnownInputs, answer_classes, deal, distinct_ngrams, repeated
+from translora.synthesis.quality import KnownInputs, answer_classes, deal, deal_evenly, distinct_ngrams, repeated
 
 logger = logging.getLogger(__name__)
 
@@ -127,19 +127,23 @@ def admit(labelled: Sequence[Row], pools: Mapping[str, Pool]) -> None:
 
 
 def choose(pool: Pool) -> list[Row]:
-    """As many as were asked for: of each answer's samples those of the greatest score where a surplus was collected.
+    """As many as were asked for, of all answers as evenly as there are samples of them.
 
-    Every answer keeps its share. A score depends on the words and the length of the answer, of which it is a mean: over
-    all samples the greatest would be those of some answers, and a class could be left out whole.
+    Of an answer's samples the first ones, or those of the greatest score where a surplus was collected. Scores of
+    different answers are not compared: a score depends on the words and the length of the answer, of which it is a
+    mean, and the greatest over all could leave out a class whole. What the generator likes to write leaves some answers
+    rare anyway. Answers that came once, and free text, keep their share.
     """
-    if pool.surplus <= 1:
-        return pool.accepted[: pool.needed]
-    ranked = sorted(pool.accepted, key=lambda row: (-(row["score"] or 0.0), row["sample_id"]))
+    rows = pool.accepted
+    if pool.surplus > 1:
+        rows = sorted(rows, key=lambda row: (-(row["score"] or 0.0), row["sample_id"]))
     own: dict[str, list[Row]] = {}
-    for row, key in zip(ranked, repeated([row["answer"] for row in ranked]), strict=True):
-        own.setdefault(key, []).append(row)
-    counts = deal({key: len(rows) for key, rows in own.items()}, min(pool.needed, len(ranked)))
-    return [row for key, rows in own.items() for row in rows[: counts[key]]]
+    for row, kind in zip(rows, repeated([row["answer"] for row in rows]), strict=True):
+        own.setdefault(kind, []).append(row)
+    sizes, total = {kind: len(of_kind) for kind, of_kind in own.items()}, min(pool.needed, len(rows))
+    alone = deal(sizes, total).get("", 0)
+    counts = {"": alone} | deal_evenly({kind: size for kind, size in sizes.items() if kind}, total - alone)
+    return [row for kind, of_kind in own.items() for row in of_kind[: counts[kind]]]
 
 
 def close(pool: Pool) -> None:

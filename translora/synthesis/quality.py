@@ -134,6 +134,19 @@ def deal(counts: Mapping[str, int], total: int) -> dict[str, int]:
     return found
 
 
+def deal_evenly(counts: Mapping[str, int], total: int) -> dict[str, int]:
+    """Deal a smaller total out as evenly as the counts let; what a small one lacks goes to the greater ones.
+
+    Args:
+        counts: by key.
+        total: at most their sum.
+    """
+    found: dict[str, int] = {}
+    for place, key in enumerate(sorted(counts, key=counts.__getitem__)):
+        found[key] = min(counts[key], (total - sum(found.values())) // (len(counts) - place))
+    return found
+
+
 def answer_classes(answers: Sequence[str]) -> dict[str, int]:
     """The answers by frequency, as the first one spells them; empty where they are free text.
 
