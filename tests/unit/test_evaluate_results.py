@@ -201,6 +201,12 @@ def test_the_page_says_what_was_measured(results: Results) -> None:
     assert widths == [8, 4, 4], "chance, majority, four references, two arms; twice gain, source adapter, two arms"
 
 
+@pytest.mark.parametrize("page", ["results-options.md", "results-update.md"])
+def test_a_page_of_the_docs_is_what_its_figures_say(page: str) -> None:
+    path = Path(__file__).parents[2] / "docs" / page
+    assert to_markdown(read_results(path), path.stem) == path.read_text(encoding="utf-8")
+
+
 def test_without_a_task_that_counts_there_is_no_headline() -> None:
     found = summarise(setup(), [TRIVIAL], MIGRATIONS[-1:])
     assert set(found.references.values()) == {None} and found.arms["plain"].retention is None
