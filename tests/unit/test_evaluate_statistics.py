@@ -14,7 +14,6 @@ from translora.evaluate.statistics import (
     best_separation,
     chance_share,
     estimate,
-    majority_share,
     mean_estimate,
     mean_retention,
     rank_correlation,
@@ -22,6 +21,7 @@ from translora.evaluate.statistics import (
     retention,
     spearman,
 )
+from translora.synthesis.quality import majority_share
 
 
 def right(*counts: int, num_items: int = 40) -> np.ndarray:

@@ -10,12 +10,12 @@ from translora.synthesis.quality import (
     KnownInputs,
     SeedCopies,
     answer_classes,
+    by_answer,
     deal,
     deal_evenly,
     distinct_ngrams,
     is_copy,
     own_cutoff,
-    repeated,
     similarity,
 )
 
@@ -90,7 +90,7 @@ def test_what_is_dealt_evenly_differs_by_one_where_the_counts_let(counts: dict[s
 
 
 def test_answers_that_came_once_are_one_kind() -> None:
-    assert repeated(["Yes", "no", "yes ", "maybe", "never"]) == ["yes", "", "yes", "", ""]
+    assert by_answer(["Yes", "no", "yes ", "maybe", "never"]) == {"yes": [0, 2], "": [1, 3, 4]}
 
 
 def test_distinct_ngrams() -> None:

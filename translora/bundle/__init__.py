@@ -1,7 +1,7 @@
 """Bundles and bases on disk: reading, writing and verifying them."""
 
 from translora.bundle.base import BaseInfo, inspect_base
-from translora.bundle.bundle import Bundle, read_bundle, verify_bundle, write_bundle
+from translora.bundle.bundle import Bundle, common_template, read_bundle, verify_bundle, write_bundle
 from translora.bundle.manifest import BundleError, Manifest
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "Bundle",
     "BundleError",
     "Manifest",
+    "common_template",
     "inspect_base",
     "read_bundle",
     "verify_bundle",

@@ -15,7 +15,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,6 +149,23 @@ def _check_base(bundle: Bundle, base: BaseInfo) -> None:
         f"{where}: made for the base {manifest.base_name!r}, not for {base.name!r} ({prints}); "
         f"put it into a fleet whose source is {manifest.base_name!r}"
     )
+
+
+def common_template(bundles: Sequence[Bundle], words: str) -> str | None:
+    """The prompt template that bundles were trained with; None without bundles.
+
+    Args:
+        words: what the error calls them.
+
+    Raises:
+        BundleError: they have different ones.
+    """
+    found = sorted({bundle.manifest.prompt_template for bundle in bundles})
+    if len(found) > 1:
+        raise BundleError(
+            f"{words} have different prompt templates ({', '.join(found)}); merge adapters that were trained with one"
+        )
+    return found[0] if found else None
 
 
 def verify_bundle(bundle: Bundle, base: BaseInfo) -> None:

@@ -81,12 +81,16 @@ def with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
     """The config of the same base with its first layers only."""
     shallow = copy.deepcopy(config)
     text = shallow.get_text_config()
-    whole = text.num_hidden_layers
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == whole:  # layer_types and the like
-            setattr(text, name, value[:count])
+    for name, value in _by_layer(config).items():
+        setattr(text, name, value[:count])
     text.num_hidden_layers = count
     return shallow
+
+
+def _by_layer(config: PreTrainedConfig) -> dict[str, list[Any]]:
+    """The settings of a decoder that have a value for each layer: layer_types and the like."""
+    settings = vars(config.get_text_config())
+    return {name: own for name, own in settings.items() if isinstance(own, list) and len(own) == num_layers(config)}
 
 
 def depths_to_run(config: PreTrainedConfig) -> tuple[int, int]:
@@ -95,11 +99,9 @@ def depths_to_run(config: PreTrainedConfig) -> tuple[int, int]:
     Raises:
         ValueError: see `fake_base`.
     """
-    text, (_, deep) = config.get_text_config(), FEW_LAYERS
-    by_layer = [each for each in vars(text).values() if isinstance(each, list) and len(each) == num_layers(config)]
-    if any(value != each[0] for each in by_layer for value in each):
+    if any(value != own[0] for own in _by_layer(config).values() for value in own):
         return FEW_LAYERS
-    with fake_base(with_layers(config, deep), torch.float32, FLASH_SHAPED) as model:
+    with fake_base(with_layers(config, FEW_LAYERS[1]), torch.float32, FLASH_SHAPED) as model:
         forms = [[(name, value.shape) for name, value in layer.named_parameters()] for layer in decoder_layers(model)]
     return (1, 2) if all(form == forms[0] for form in forms) else FEW_LAYERS
 

@@ -15,13 +15,13 @@ from translora.config import BaseModelConfig
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, SOURCE_BASE, TARGET_BASE, EvaluateConfig
 from translora.evaluate.data import Split
 from translora.evaluate.results import Migration, TaskItems
-from translora.evaluate.statistics import majority_share
 from translora.gate.agreement import Answers, answer_rows, judge, run_answers
 from translora.run.files import digest, sha256_path, write_parquet
 from translora.run.state import AdapterState
 from translora.synthesis.actors import Hosts, run_rows
 from translora.synthesis.calls import Row
 from translora.synthesis.prompts import normalise
+from translora.synthesis.quality import majority_share
 from translora.synthesis.stages import choice_block
 
 Logliks = dict[tuple[str, str], list[list[float]]]

@@ -183,12 +183,9 @@ def _headline(results: Results, num_counted: int) -> list[str]:
         "",
         *table(headers, rows),
     ]
-    first = next(iter(results.arms))
-    kept = [task for task in results.tasks if task.counted]
-    with_rho, with_skill = (
-        sum(found[first] is not None for found in of_all)
-        for of_all in ([task.retention for task in kept], [task.skill for task in kept])
-    )
+    first, found = next(iter(results.arms.items()))
+    with_rho = found.num_defined
+    with_skill = sum(task.skill[first] is not None for task in results.tasks if task.counted)
     if with_rho < num_counted or with_skill < num_counted:
         lines += [
             "",

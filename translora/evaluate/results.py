@@ -156,10 +156,8 @@ class TaskItems:
     def resample(self, *, over_seeds: bool) -> Resample:
         """The draws of the items, the same whoever asks."""
         seeds = sorted(self.correct[TARGET_BASE])
-        items_SN = np.array([self.inputs[seed] for seed in seeds]) if self.inputs else None
-        if items_SN is None:
-            items_SN = all_different(len(seeds), self.num_test)
-        return Resample(items_SN, f"{self.name}/{seeds}", over_seeds=over_seeds)
+        own = [self.inputs[seed] for seed in seeds] if self.inputs else all_different(len(seeds), self.num_test)
+        return Resample(np.asarray(own), f"{self.name}/{seeds}", over_seeds=over_seeds)
 
     def mean(self, first: str, second: str | None = None, *, over_seeds: bool) -> tuple[float, Floats]:
         """Mean and replicates of an arm's accuracy, or of one arm's minus another's."""

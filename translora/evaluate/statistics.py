@@ -7,7 +7,6 @@ replicates, S of seeds (repetitions), N of test items in each.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,11 +124,6 @@ def mean_estimate(values: Sequence[float], replicates: Sequence[Floats]) -> Esti
     counts_R = np.maximum((~np.isnan(stacked)).sum(axis=0), 1)
     means_R = np.where(np.isnan(stacked).all(axis=0), np.nan, np.nansum(stacked, axis=0) / counts_R)
     return estimate(float(np.mean(values)), means_R)
-
-
-def majority_share(targets: Sequence[str]) -> float:
-    """Share of the commonest target: the most that one answer to every item can reach."""
-    return Counter(map(normalise, targets)).most_common(1)[0][1] / len(targets)
 
 
 def chance_share(targets: Sequence[str]) -> float:

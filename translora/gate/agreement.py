@@ -6,7 +6,7 @@ normalising case and white space.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from translora.run.state import Accuracy, GateResult
 from translora.synthesis.actors import Hosts, run_rows
 from translora.synthesis.calls import Row
 from translora.synthesis.prompts import LINE_END, normalise
+from translora.synthesis.quality import majority_share
 from translora.synthesis.stages import gate_block
 
 Answers = dict[tuple[str, str], list[str | None]]
@@ -83,9 +84,8 @@ def chance_agreement(answers: Sequence[str | None], references: Sequence[str]) -
     codes = {text: code for code, text in enumerate(dict.fromkeys(map(normalise, references)))}
     right = np.array([codes[normalise(text)] for text in references])
     given = np.array([-1 if text is None else codes.get(normalise(text), -1) for text in answers])
-    generator = np.random.default_rng(0)
-    deals = np.array([generator.permutation(given) for _ in range(NUM_DEALS)])
-    as_many = int(((deals == right).sum(1) >= (given == right).sum()).sum())
+    generator, agreed = np.random.default_rng(0), np.count_nonzero(given == right)
+    as_many = sum(np.count_nonzero(generator.permutation(given) == right) >= agreed for _ in range(NUM_DEALS))
     return (as_many + 1) / (NUM_DEALS + 1)
 
 
@@ -272,7 +272,7 @@ def _judge_member(
         agreement_base=share_equal(base, labels),
         only_answer=member.classes[0] if len(member.classes) == 1 else None,
         informedness=informedness(student, labels) if member.classes else None,
-        commonest=max(Counter(map(normalise, labels)).values()) / len(labels),
+        commonest=majority_share(labels),
         p_value=chance_agreement(student, labels),
         loglik_student=logliks.get((member.name, "gate_student")),
         loglik_base=logliks.get((member.name, "gate_base")),

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from translora.bundle import BaseInfo, Bundle, BundleError, read_bundle, verify_bundle, write_bundle
+from translora.bundle import BaseInfo, Bundle, BundleError, common_template, read_bundle, verify_bundle, write_bundle
 from translora.bundle.remote import fetch_all, is_remote, name_of_url
 from translora.config import AdapterEntry, BaseModelConfig, FleetConfig
 from translora.merge.config import MergeConfig, MergeEntry, MergeSettings
@@ -153,12 +153,8 @@ def merge_bundles(
         return made
     for part in parts:
         verify_bundle(part, base)
-    templates = {part.manifest.prompt_template for part in parts}
-    if len(templates) > 1:
-        raise ValueError(
-            f"{entry.name}: its parts have different prompt templates ({', '.join(sorted(templates))}); "
-            "merge adapters that were trained with one"
-        )
+    template = common_template(parts, f"{entry.name}: its parts")
+    assert template is not None, "a merge has two parts or more"
     command = MergeConfig(
         **entry.model_dump(include=set(MergeSettings.model_fields), exclude_unset=True),
         adapters=[part.path for part in parts],
@@ -168,7 +164,7 @@ def merge_bundles(
         dtype=settings.dtype,
         attn_implementation=settings.attn_implementation,
         trust_remote_code=settings.trust_remote_code,
-        prompt_template=templates.pop(),
+        prompt_template=template,
         seed=config.seed,
     )
     run_merge(command, config, start_cluster)

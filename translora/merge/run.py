@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 
-from translora.bundle import inspect_base, read_bundle, verify_bundle
+from translora.bundle import common_template, inspect_base, read_bundle, verify_bundle
 from translora.bundle.adapter import check_adapter, check_recorded_base, recorded_base
 from translora.bundle.base import BaseInfo, linear_modules
 from translora.bundle.manifest import MANIFEST
@@ -89,15 +89,9 @@ def prompt_template(config: MergeConfig, base: BaseInfo) -> str:
     bundles = [read_bundle(path.resolve()) for path in config.adapters if (path / MANIFEST).is_file()]
     for bundle in bundles:
         verify_bundle(bundle, base)
-    found = {bundle.manifest.prompt_template for bundle in bundles}
-    if config.prompt_template != "auto" or not found:
+    if config.prompt_template != "auto":
         return config.prompt_template
-    if len(found) > 1:
-        raise ValueError(
-            f"the adapters have different prompt templates ({', '.join(sorted(found))}); merge adapters that were "
-            "trained with one"
-        )
-    return found.pop()
+    return common_template(bundles, "the adapters") or config.prompt_template
 
 
 def write_merged(config: MergeConfig, base: BaseInfo, directory: Path) -> None:

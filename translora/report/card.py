@@ -10,7 +10,7 @@ from translora import __version__
 from translora.report.markdown import code, escape, one_line
 from translora.report.table import ACCURACY_FIELDS, interval, loglik_text, percent, remarks
 from translora.report.templates import environment
-from translora.run.state import AdapterState, set_size
+from translora.run.state import AdapterState
 
 
 def model_card(
@@ -51,6 +51,6 @@ def render_card(template: str, base: str, tags: list[str], **values: Any) -> str
     """A model card for an adapter of `base` in the hub's format: its metadata, and the template with these values."""
     metadata = ModelCardData(base_model=base, library_name="peft", tags=tags, pipeline_tag="text-generation")
     templates = environment(keep_trailing_newline=True)
-    templates.filters |= {"percent": percent, "set_size": set_size, "code": code, "line": one_line, "text": escape}
+    templates.filters |= {"percent": percent, "code": code, "line": one_line, "text": escape}
     body = templates.get_template(template).render(version=__version__, **values)
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}"))

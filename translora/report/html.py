@@ -25,7 +25,7 @@ from translora.report.table import (
 )
 from translora.report.templates import environment
 from translora.run.files import write_bytes
-from translora.run.state import AdapterState, load_states, set_size
+from translora.run.state import AdapterState, load_states
 
 REPORT_FILE = "report.html"
 NUM_KEPT, NUM_REFUSED = 4, 2
@@ -44,7 +44,7 @@ def write_report(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     states = load_states(run_dir)
     templates = environment(autoescape=True)
-    templates.filters |= {"percent": percent, "set_size": set_size}
+    templates.filters["percent"] = percent
     page = templates.get_template("template.html.j2").render(
         title=run_dir.resolve().name,
         version=__version__,

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from translora.report.markdown import escape
-from translora.run.state import AdapterState, GateResult, set_size
+from translora.run.state import AdapterState, GateResult
 
 STATUS_WORDS = {
     "migrated": "migrated",
@@ -135,7 +135,7 @@ def render_table(states: Sequence[AdapterState]) -> Table:
         table.add_column("accuracy, target:\nbase → migrated", no_wrap=True)
     for state in states:
         status = Text(status_text(state), STATUS_STYLES[state.status])
-        cells = [str(set_size(state) or MISSING), accepted_text(state), agreement_text(state)]
+        cells = [str(state.set_size or MISSING), accepted_text(state), agreement_text(state)]
         if with_accuracy:
             cells += accuracy_texts(state)
         table.add_row(Text(state.name), status, *map(Text, cells))
@@ -164,7 +164,7 @@ def to_markdown(states: Sequence[AdapterState]) -> str:
     rows = []
     for state in states:
         shares = [getattr(state.accuracy, field) if state.accuracy else None for field in ACCURACY_FIELDS]
-        samples = str(set_size(state) or MISSING)
+        samples = str(state.set_size or MISSING)
         rows.append([state.name, status_text(state), samples, accepted_text(state)])
         rows[-1] += [agreement_text(state), *map(percent, shares)]
     if not any(state.accuracy for state in states):

@@ -127,10 +127,10 @@ class AdapterState(BaseModel):
     output: str = ""
     """The migrated bundle, relative to the run directory."""
 
-
-def set_size(state: AdapterState) -> int:
-    """|D_syn|: samples of this attempt that are trained on; as many as were asked for while they are not there."""
-    return state.synthesis.num_train or state.num_samples
+    @property
+    def set_size(self) -> int:
+        """|D_syn|: samples of this attempt that are trained on; as many as were asked for while they are not there."""
+        return self.synthesis.num_train or self.num_samples
 
 
 def reached(state: AdapterState, phase: Phase) -> bool:

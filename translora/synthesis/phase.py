@@ -14,7 +14,7 @@ from translora.run.files import derive_seed, write_parquet
 from translora.run.member import Member, Run
 from translora.run.state import SYNTHETIC
 from translora.synthesis.pool import Pool, choose_screen
-from translora.synthesis.quality import answer_classes, deal, repeated
+from translora.synthesis.quality import answer_classes, by_answer, deal
 from translora.synthesis.rounds import synthesise
 
 logger = logging.getLogger(__name__)
@@ -95,19 +95,16 @@ def draw_heldout(answers: Sequence[str], count: int, seed: int) -> set[int]:
     """
     order = list(range(len(answers)))
     random.Random(seed).shuffle(order)
-    kinds = repeated(answers)
-    if answer_classes(answers):
-        order = [index for index in order if kinds[index]] or order
-    own: dict[str, list[int]] = {}
-    for index in order:
-        own.setdefault(kinds[index], []).append(index)
-    counts = deal({kind: len(indices) for kind, indices in own.items()}, count)
-    for kind in own:
+    own = by_answer([answers[index] for index in order])
+    if answer_classes(answers) and len(own) > 1:
+        own.pop("", None)
+    counts = deal({answer: len(places) for answer, places in own.items()}, count)
+    for answer in own:
         most = max(counts, key=counts.__getitem__)
-        if kind and not counts[kind] and counts[most] > 1:
+        if answer and not counts[answer] and counts[most] > 1:
             counts[most] -= 1
-            counts[kind] = 1
-    return {index for kind, indices in own.items() for index in indices[: counts[kind]]}
+            counts[answer] = 1
+    return {order[place] for answer, places in own.items() for place in places[: counts[answer]]}
 
 
 def write_synthetic(member: Member, pool: Pool, seed: int, min_holdout: int) -> None:

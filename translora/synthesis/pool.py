@@ -16,7 +16,7 @@ from translora.run.files import digest, write_bytes
 from translora.run.state import ScreenName, SynthesisStats
 from translora.synthesis.calls import Row
 from translora.synthesis.prompts import normalise
-from translora.synthesis.quality import KnownInputs, answer_classes, deal, deal_evenly, distinct_ngrams, repeated
+from translora.synthesis.quality import KnownInputs, answer_classes, by_answer, deal, deal_evenly, distinct_ngrams
 
 logger = logging.getLogger(__name__)
 
@@ -137,13 +137,11 @@ def choose(pool: Pool) -> list[Row]:
     rows = pool.accepted
     if pool.surplus > 1:
         rows = sorted(rows, key=lambda row: (-(row["score"] or 0.0), row["sample_id"]))
-    own: dict[str, list[Row]] = {}
-    for row, kind in zip(rows, repeated([row["answer"] for row in rows]), strict=True):
-        own.setdefault(kind, []).append(row)
-    sizes, total = {kind: len(of_kind) for kind, of_kind in own.items()}, min(pool.needed, len(rows))
+    own = by_answer([row["answer"] for row in rows])
+    sizes, total = {answer: len(places) for answer, places in own.items()}, min(pool.needed, len(rows))
     alone = deal(sizes, total).get("", 0)
-    counts = {"": alone} | deal_evenly({kind: size for kind, size in sizes.items() if kind}, total - alone)
-    return [row for kind, of_kind in own.items() for row in of_kind[: counts[kind]]]
+    counts = {"": alone} | deal_evenly({answer: size for answer, size in sizes.items() if answer}, total - alone)
+    return [rows[place] for answer, places in own.items() for place in places[: counts[answer]]]
 
 
 def close(pool: Pool) -> None:

@@ -112,11 +112,19 @@ def distinct_ngrams(texts: Iterable[str], n: int) -> float:
     return len(counts) / total if (total := counts.total()) else 0.0
 
 
-def repeated(answers: Sequence[str]) -> list[str]:
-    """Each answer normalised, and all that came once as one: the empty string. What is of one kind stays together."""
+def majority_share(targets: Sequence[str]) -> float:
+    """Share of the commonest target: the most that one answer to every item can reach."""
+    return Counter(map(normalise, targets)).most_common(1)[0][1] / len(targets)
+
+
+def by_answer(answers: Sequence[str]) -> dict[str, list[int]]:
+    """Places of each answer, normalised, in their order; of all that came once together, under the empty string."""
     keys = [normalise(answer) for answer in answers]
     counts = Counter(keys)
-    return [key if counts[key] > 1 else "" for key in keys]
+    found: dict[str, list[int]] = {}
+    for place, key in enumerate(keys):
+        found.setdefault(key if counts[key] > 1 else "", []).append(place)
+    return found
 
 
 def deal(counts: Mapping[str, int], total: int) -> dict[str, int]:
