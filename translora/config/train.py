@@ -45,7 +45,8 @@ class LoraSettings(Strict):
     lora_plus_ratio: float = Field(default=1, gt=0)
     """Learning rate of B over that of A (LoRA+ takes 16)."""
     gradient: Literal["plain", "riemannian", "lora-pro"] = "plain"
-    """What AdamW is given: the factors' gradients, or these made independent of the factors' scale."""
+    """`riemannian` makes the factors' gradients independent of the factors' scale; `lora-pro` trains with the AdamW of
+    LoRA-Pro, whose moments are of the modules' whole matrices: memory as if all of these were trained."""
     random_half: bool = False
     """Train a random half of the weights (LoRA-SP)."""
     chain: ChainSettings | None = None

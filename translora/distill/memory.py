@@ -111,7 +111,8 @@ def lora_weights(shapes: dict[str, tuple[int, int]], rank: int) -> int:
 def student_bytes(shapes: dict[str, tuple[int, int]], lora: LoraSettings, dtype: torch.dtype) -> int:
     """Bytes that one student owns: weights, gradient and two moments in float32, and the copy that passes use.
 
-    With `init: eva` also the sketches of its first step, and two numbers a weight where updates are scaled.
+    With `init: eva` also the sketches of its first step, two numbers a weight where updates are scaled, and LoRA-Pro's
+    moments are of the modules' whole matrices.
 
     Args:
         shapes: (out, in) of the adapted modules.
@@ -119,7 +120,9 @@ def student_bytes(shapes: dict[str, tuple[int, int]], lora: LoraSettings, dtype:
     copy = 0 if dtype == torch.float32 else dtype.itemsize
     sketches = sum(sketch_bytes(num_in, lora.total_rank) for _, num_in in shapes.values()) if lora.init == "eva" else 0
     scales = 8 if lora.scales_updates else 0
-    return (16 + copy + scales) * lora_weights(shapes, lora.total_rank) + sketches
+    weights = lora_weights(shapes, lora.total_rank)
+    moments = sum(map(math.prod, shapes.values())) if lora.gradient == "lora-pro" else weights
+    return (8 + copy + scales) * weights + 8 * moments + sketches
 
 
 def gang_bytes(

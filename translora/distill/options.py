@@ -1,14 +1,16 @@
 """Other ways to train a LoRA student, each off by default: what is done to its gradients and to its updates.
 
-Every option works on one student's own tensors, so it rides in a gang with others. A gradient is changed in place
-after it was clipped; an update, AdamW's step, is scaled element by element after it (0 leaves a weight as it is).
+Every option works on one student's own tensors, so it rides in a gang with others. Riemannian changes the gradient in
+place after it was clipped, LoRA-Pro has an AdamW of its own; an optimizer's step is scaled element by element after it
+(0 leaves a weight as it is).
 Factors are A [r, in] and B [out, r] by module, float32; the update of a module is s B A.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -18,8 +20,8 @@ from translora.run.files import derive_seed
 
 DAMPING = 1e-2
 """Riemannian: added to the diagonal of B^T B and A A^T, PEFT's default."""
-SINGULAR = 1e-6
-"""LoRA-Pro: the same, where the inverse is meant to be exact."""
+SINGULAR, TINY = 1e-9, 1e-30
+"""LoRA-Pro: the same relative to the matrix's trace, where the inverse is meant to be exact; and where that is 0."""
 
 
 def damped_inverse(matrix: torch.Tensor, damping: float) -> torch.Tensor:
@@ -28,56 +30,101 @@ def damped_inverse(matrix: torch.Tensor, damping: float) -> torch.Tensor:
     return torch.linalg.inv(matrix.double() + damping * eye)
 
 
-def riemannian(
-    lora_A: torch.Tensor, lora_B: torch.Tensor, grad_A: torch.Tensor, grad_B: torch.Tensor, scaling: float
-) -> None:
-    """grad_A <- (B^T B + d I)^-1 grad_A, grad_B <- grad_B (A A^T + d I)^-1 (arXiv 2402.02347, PEFT's Riemannian)."""
-    grad_A.copy_(damped_inverse(lora_B.T @ lora_B, DAMPING) @ grad_A.double())
-    grad_B.copy_(grad_B.double() @ damped_inverse(lora_A @ lora_A.T, DAMPING))
+def riemannian(lora: LoraSettings, weights: Mapping[str, Factors], gradients: Mapping[str, Factors], link: int) -> None:
+    """grad_A <- (B^T B + d I)^-1 grad_A, grad_B <- grad_B (A A^T + d I)^-1 (arXiv 2402.02347, PEFT's Riemannian).
+
+    In place, module by module; of a chain its present link alone.
+    """
+    own = slice(link * lora.rank, (link + 1) * lora.rank)
+    for name, (lora_A, lora_B) in weights.items():
+        A, B = lora_A[own], lora_B[:, own]
+        grad_A, grad_B = gradients[name][0][own], gradients[name][1][:, own]
+        grad_A.copy_(damped_inverse(B.T @ B, DAMPING) @ grad_A.double())
+        grad_B.copy_(grad_B.double() @ damped_inverse(A @ A.T, DAMPING))
 
 
-def lora_pro(
-    lora_A: torch.Tensor, lora_B: torch.Tensor, grad_A: torch.Tensor, grad_B: torch.Tensor, scaling: float
-) -> None:
+def lora_pro(A: torch.Tensor, B: torch.Tensor, grad_A: torch.Tensor, grad_B: torch.Tensor, scaling: float) -> Factors:
     """The changes whose s (B dA + dB A) comes nearest to the gradient by the whole matrix (LoRA-Pro, arXiv 2407.18242).
 
         dA = (B^T B)^-1 grad_A / s^2 + X A
         dB = (I - B (B^T B)^-1 B^T) grad_B (A A^T)^-1 / s^2 - B X
 
-    with X of the Sylvester equation B^T B X + X A A^T = -(B^T B)^-1 grad_A A^T / s^2 (theorems 2.1 and 2.3). AdamW's
-    moments are of dA and dB; the paper's own AdamW keeps those of the whole matrix.
+    with X of the Sylvester equation B^T B X + X A A^T = -(B^T B)^-1 grad_A A^T / s^2 (theorems 2.1 and 2.3).
+
+    Args:
+        A, B: factors [r, in] and [out, r], float64.
+        grad_A, grad_B: their gradients, s B^T G and s G A^T of the whole matrix's G.
+
+    Returns:
+        dA and dB.
     """
-    A, B, g_A, g_B = (tensor.double() for tensor in (lora_A, lora_B, grad_A, grad_B))
     gram_B, gram_A = B.T @ B, A @ A.T
-    inverse_B, inverse_A = damped_inverse(gram_B, SINGULAR), damped_inverse(gram_A, SINGULAR)
-    own_A = inverse_B @ g_A / scaling**2
-    own_B = g_B @ inverse_A / scaling**2
+    inverse_B, inverse_A = (damped_inverse(gram, SINGULAR * float(gram.trace()) + TINY) for gram in (gram_B, gram_A))
+    own_A = inverse_B @ grad_A / scaling**2
+    own_B = grad_B @ inverse_A / scaling**2
     own_B -= B @ (inverse_B @ (B.T @ own_B))
     X = sylvester(gram_B, gram_A, -own_A @ A.T)
-    grad_A.copy_(own_A + X @ A)
-    grad_B.copy_(own_B - B @ X)
+    return [own_A + X @ A, own_B - B @ X]
 
 
 def sylvester(left: torch.Tensor, right: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """X [r, r] of left X + X right = value, for symmetric matrices that are not negative."""
     lefts, U = torch.linalg.eigh(left)
     rights, V = torch.linalg.eigh(right)
-    sums = (lefts[:, None] + rights[None, :]).clamp(min=SINGULAR)
-    return U @ ((U.T @ value @ V) / sums) @ V.T
+    sums = lefts[:, None] + rights[None, :]
+    return U @ ((U.T @ value @ V) / sums.clamp(min=SINGULAR * float(sums.max()) + TINY)) @ V.T
 
 
-GRADIENTS: dict[str, Callable[..., None]] = {"riemannian": riemannian, "lora-pro": lora_pro}
+class LoraProAdamW(torch.optim.Optimizer):
+    """LoRA-Pro's own AdamW (arXiv 2407.18242, algorithm 2), without weight decay.
 
+    Its moments are those of what a whole matrix is given, s (B dA + dB A), and its step on that matrix is brought back
+    to the factors the same way: two numbers for each weight of an adapted module, as if all of it were trained.
 
-def change_gradients(
-    lora: LoraSettings, weights: Mapping[str, Factors], gradients: Mapping[str, Factors], link: int
-) -> None:
-    """Apply `gradient` to every module, in place; of a chain to its present link alone."""
-    change = GRADIENTS[lora.gradient]
-    own = slice(link * lora.rank, (link + 1) * lora.rank)
-    for name, (lora_A, lora_B) in weights.items():
-        grad_A, grad_B = gradients[name]
-        change(lora_A[own], lora_B[:, own], grad_A[own], grad_B[:, own], lora.scaling)
+    Args:
+        flat: the parameter that holds all factors.
+        lora: scaling and rank.
+        weights, gradients: views of `flat` and of its gradient, A [r, in] and B [out, r] by module. Of a chain the link
+            is trained that the group's `link` says.
+    """
+
+    def __init__(
+        self,
+        flat: torch.nn.Parameter,
+        lora: LoraSettings,
+        weights: Mapping[str, Factors],
+        gradients: Mapping[str, Factors],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__([flat], {"lr": lr, "link": 0})
+        self.flat, self.lora, self.weights, self.gradients = flat, lora, weights, gradients
+        self.betas, self.eps = betas, eps
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step of every module."""
+        scaling, (group,), state = self.lora.scaling, self.param_groups, self.state[self.flat]
+        sizes = [len(lora_B) * lora_A.shape[1] for lora_A, lora_B in self.weights.values()]
+        if not state:
+            state["step"] = torch.zeros((), device=self.flat.device)
+            state["exp_avg"], state["exp_avg_sq"] = self.flat.new_zeros(2, sum(sizes)).unbind()
+        state["step"] += 1
+        bias_1, bias_2 = (1 - beta ** float(state["step"]) for beta in self.betas)
+        own = slice(group["link"] * self.lora.rank, (group["link"] + 1) * self.lora.rank)
+        moments = zip(state["exp_avg"].split(sizes), state["exp_avg_sq"].split(sizes), strict=True)
+        for (name, (lora_A, lora_B)), (mean, square) in zip(self.weights.items(), moments, strict=True):
+            A, B = lora_A[own].double(), lora_B[:, own].double()
+            grad_A, grad_B = self.gradients[name]
+            dA, dB = lora_pro(A, B, grad_A[own].double(), grad_B[:, own].double(), scaling)
+            whole = (scaling * (B @ dA + dB @ A)).flatten().float()
+            mean.lerp_(whole, 1 - self.betas[0])
+            square.mul_(self.betas[1]).addcmul_(whole, whole, value=1 - self.betas[1])
+            direction = ((mean / bias_1) / ((square / bias_2).sqrt() + self.eps)).view(len(B), -1).double()
+            dA, dB = lora_pro(A, B, scaling * B.T @ direction, scaling * direction @ A.T, scaling)
+            lora_A[own] -= group["lr"] * dA
+            lora_B[:, own] -= group["lr"] * dB
 
 
 def update_rates(lora: LoraSettings, shapes: Mapping[str, Factors], seed: int, link: int) -> dict[str, Factors] | None:

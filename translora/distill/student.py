@@ -16,7 +16,7 @@ from translora.config import TrainConfig
 from translora.distill.data import Sample, batch_indices, num_steps
 from translora.distill.hooks import StudentHooks
 from translora.distill.job import RECIPE, TrainJob
-from translora.distill.options import change_gradients, update_rates
+from translora.distill.options import LoraProAdamW, riemannian, update_rates
 from translora.distill.slots import Slots
 from translora.lora.bank import Factors
 from translora.run.files import replace_directory
@@ -52,7 +52,7 @@ class Student:
         self.flat.grad = torch.zeros_like(self.flat)
         self.working = self.flat.detach().to(dtype)
         self.factors, self.gradients = self._views(self.working), self._views(self.flat.grad)
-        self.optimizer = torch.optim.AdamW([self.flat], lr=job.learning_rate, weight_decay=0.0, fused=True)
+        self.optimizer = self._make_optimizer()
         chain = None if job.peft is not None else self.config.lora.chain
         self.num_links = 1 if chain is None else chain.links
         if self.num_links > self.num_steps:
@@ -77,6 +77,12 @@ class Student:
         pieces = flat.detach().split([shape.numel() for shape in shapes])
         views = iter([piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)])
         return {name: [next(views) for _ in own] for name, own in self.shapes.items()}
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        rate, lora = self.job.learning_rate, self.config.lora
+        if self.job.peft is None and lora.gradient == "lora-pro":
+            return LoraProAdamW(self.flat, lora, self._views(self.flat), self.gradients, rate)
+        return torch.optim.AdamW([self.flat], lr=rate, weight_decay=0.0, fused=True)
 
     def _refresh(self) -> None:
         """Copy the weights for the next passes; nothing to do in float32: there both are one."""
@@ -122,12 +128,13 @@ class Student:
             raise FloatingPointError(
                 f"{self.job.name}: loss {loss}, gradient norm {norm} at step {self.step}; lower the learning rate"
             )
-        if self.job.peft is None and self.config.lora.gradient != "plain":
-            change_gradients(self.config.lora, self._views(self.flat), self.gradients, self.link)
+        if self.job.peft is None and self.config.lora.gradient == "riemannian":
+            riemannian(self.config.lora, self._views(self.flat), self.gradients, self.link)
             self._rest()
         first, behind = self.first_step(self.link), self.first_step(self.link + 1)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = self.job.learning_rate * (1 - (self.step - first) / (behind - first))
+            parameters["link"] = self.link
         if self.step < self.num_init_steps:
             self.hooks.initialise(self._views(self.flat), group)
         elif self.rates is None:
