@@ -27,7 +27,7 @@ class WholeBase:
         self.model.set_attn_implementation(PACKED)
         self.bank = new_bank(self.model, target_modules)
         self.head, self.tokenizer = Head.of(self.model), load_tokenizer(BaseModelConfig(model=str(path)))
-        self.fingerprint = inspect_base(str(path)).fingerprint
+        self.identity = inspect_base(str(path)).identity
 
     def __call__(self, inputs: dict[str, object]) -> torch.Tensor:
         """Last hidden states [T, D]."""

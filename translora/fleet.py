@@ -10,14 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from translora.bundle import inspect_base
+from translora.bundle.base import info_of
 from translora.config import FleetConfig
 from translora.distill.phase import distill_phase
 from translora.engine.loading import load_tokenizer
 from translora.gate.phase import gate_phase
 from translora.merge.fleet import entries_before, merge_after, merge_before
 from translora.run.member import Member, Run, cohort, end_cohort, expand_entries
-from translora.run.recipes import Seals, base_settings
+from translora.run.recipes import Seals, base_settings, keep_to_commits
 from translora.run.rundir import open_run
 from translora.run.state import AdapterState, Phase
 from translora.run.tracker import Tracker
@@ -37,15 +37,14 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
     """
     entries = expand_entries(config.adapters)
     entries |= entries_before(config, list(entries))
-    source, target, generator = (
-        inspect_base(settings.model, settings.trust_remote_code) for settings in base_settings(config)
-    )
+    source, target, generator = map(info_of, base_settings(config))
     if source.fingerprint == target.fingerprint:
         raise ValueError(f"source and target are the same base ({source.path}); set `target` to the new base")
     with (
         open_run(config.run_dir, config, settings_may_change=True),
         Tracker(config.run_dir, config.tracking, config.model_dump(mode="json"), config.run_dir.name) as tracker,
     ):
+        config = keep_to_commits(config)
         run = Run(
             config=config,
             source=source,

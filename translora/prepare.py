@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from translora.bundle import Bundle, BundleError, inspect_base, read_bundle, verify_bundle, write_bundle
+from translora.bundle import Bundle, BundleError, read_bundle, verify_bundle, write_bundle
 from translora.bundle.adapter import check_adapter, check_recorded_base
-from translora.bundle.base import BaseInfo
+from translora.bundle.base import BaseInfo, info_of, pinned
 from translora.bundle.bundle import MIN_SEEDS, is_foreign
 from translora.bundle.manifest import MANIFEST, SEEDS, DiscriminatorQuality
 from translora.config import DiscriminatorConfig, PrepareConfig, PrepareEntry, TrainConfig
@@ -57,7 +57,7 @@ def prepare(config: PrepareConfig) -> list[Bundle]:
         ValueError: the config, the base or the data of a task cannot be used.
     """
     tasks = [read_task(config, entry) for entry in config.tasks]
-    base = inspect_base(config.source.model, config.source.trust_remote_code)
+    base = info_of(config.source)
     template = prompt_format(load_tokenizer(config.source), config.prompt_template).template
     check_engine(config.source)
     for task in tasks:
@@ -72,6 +72,7 @@ def prepare(config: PrepareConfig) -> list[Bundle]:
         if todo:
             check_section(config.train, base, "train")
             warn_of_shipped_rows(todo)
+            config = config.model_copy(update={"source": pinned(config.source)})
             negatives = invent_negatives(config, tasks, base)  # all tasks: a rerun finds the same batches again
             known, unseen = part_inputs(config, todo, negatives)
             train(config, todo, known, base, template, tracker)
@@ -209,7 +210,7 @@ def invent_negatives(config: PrepareConfig, tasks: list[Task], base: BaseInfo) -
             batch_size=config.synthesis.batch_size,
             run_dir=config.run_dir,
             place="negatives/invented",
-            weights=base.fingerprint,
+            weights=base.identity,
             settings={"sampling": config.synthesis.sampling.model_dump()},
             order=generation_order,
         )
@@ -314,7 +315,7 @@ def measure_discriminators(
             batch_size=config.synthesis.batch_size,
             hosts=hosts,
             run_dir=config.run_dir,
-            digests={name: sha256_path(judge.directory) for name, judge in judges.items()} | {"base": base.fingerprint},
+            digests={name: sha256_path(judge.directory) for name, judge in judges.items()} | {"base": base.identity},
         )
     for name, one in found.items():
         logger.info("%s: discriminator: %s", name, one)

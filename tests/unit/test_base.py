@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -21,8 +22,9 @@ from tests.bad_inputs.workshop import make_untied
 from tests.tiny import Family, make_base
 from translora.bundle import inspect_base
 from translora.bundle.adapter import same_name
-from translora.bundle.base import linear_modules, output_head
+from translora.bundle.base import info_of, linear_modules, output_head, pinned
 from translora.bundle.reading import read_header
+from translora.config import BaseModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,26 @@ def test_fingerprint_ignores_sharding_and_config(base: Path, tmp_path: Path) -> 
     one, many = inspect_base(str(base)), inspect_base(str(sharded))
     assert one.fingerprint == many.fingerprint
     assert one.shapes == many.shapes
+
+
+def test_an_identity_is_of_all_that_decides_an_answer(base: Path, tmp_path: Path) -> None:
+    """A corrected chat template or config is another base for a rerun; where it lies and who saved it is not."""
+    known = inspect_base(str(base)).identity
+    assert inspect_base(str(shutil.copytree(base, tmp_path / "elsewhere"))).identity == known
+    found = {known}
+    for number, (file, key, value) in enumerate(
+        [
+            ("tokenizer_config.json", "chat_template", "{{ messages }}"),
+            ("config.json", "rope_theta", 5e5),
+            ("config.json", "transformers_version", "9"),
+        ]
+    ):
+        directory = shutil.copytree(base, tmp_path / str(number))
+        settings = json.loads((directory / file).read_text())
+        (directory / file).write_text(json.dumps({**settings, key: value}))
+        assert inspect_base(str(directory)).fingerprint == inspect_base(str(base)).fingerprint
+        found.add(inspect_base(str(directory)).identity)
+    assert len(found) == 3
 
 
 def test_fingerprint_sees_weights_dtype_and_names(base: Path, tmp_path: Path) -> None:
@@ -145,6 +167,15 @@ def test_hub_cache_is_used_when_the_hub_is_away(base: Path, tmp_path: Path) -> N
     (repository / "refs" / "main").write_text(commit)
     with patch.object(constants, "HF_HUB_OFFLINE", True), patch.object(constants, "HF_HUB_CACHE", str(tmp_path)):
         info = inspect_base("org/tiny")
+        assert inspect_base("org/tiny", revision=commit).path == info.path
+        base_of_a_run = pinned(BaseModelConfig(model="org/tiny"))
+        (repository / "refs" / "main").write_text("f" * 40)
+        assert info_of(base_of_a_run).path == info.path, "though the hub's main is another one by now"
+        with pytest.raises(ValueError, match=r"org/tiny: not a directory here, not in the hub's cache"):
+            inspect_base("org/tiny", revision="other")
+    assert info.revision == base_of_a_run.revision == commit
+    assert base_of_a_run.decides() == BaseModelConfig(model="org/tiny").decides(), "what it holds decides, not its name"
+    assert pinned(BaseModelConfig(model=str(base))) == BaseModelConfig(model=str(base))
     assert info.name == "org/tiny"
     assert info.path == repository / "snapshots" / commit
     assert info.fingerprint == inspect_base(str(base)).fingerprint

@@ -173,6 +173,42 @@ def test_a_student_begins_with_the_directions_of_its_first_batch(tmp_path: Path,
     assert first.link_steps == 1 and other.link_steps == 1
 
 
+@pytest.mark.usefixtures("process_group")
+def test_the_noise_of_a_step_is_in_the_passes_of_a_gang(tmp_path: Path) -> None:
+    """Flat-LoRA alone: the second step's gradients are those on a base whose weights have the step's noise."""
+    path = make_base(tmp_path / "base", std=0.1)
+    write_jsonl(tmp_path / "a.jsonl", [{"input": f"Please send {index}", "answer": f"{index}"} for index in range(8)])
+    targets = ["q_proj", "down_proj"]
+    gradients = []
+    for noisy_base in (False, True):
+        out = str(tmp_path / f"out-{noisy_base}")
+        job = TrainJob("a", str(tmp_path / "a.jsonl"), out, out, seed=7, epochs=4, learning_rate=1e-2)
+        sigma = 0.0 if noisy_base else 0.5
+        settings = {"rank": RANK, "flat_sigma": sigma, "target_modules": targets}
+        config = TrainConfig.model_validate({"lora": settings, "batch_size": 8, "micro_batch_size": 8})
+        base = WholeBase(path, torch.float32, targets)
+        gang = Gang(base, [job], config, 1, base_name="base", group=None)
+        gang.fill()
+        (student,) = gang.students.values()
+        for step in range(2):
+            shards = gang.shards()
+            if step == 1 and noisy_base:
+                shapes = {name: tuple(one.base.weight.shape) for name, one in base.bank.modules.items()}
+                lora = LoraSettings.model_validate({**settings, "flat_sigma": 0.5})
+                hooks = student_hooks(lora, shapes, row_norms(base.bank), job.seed, CPU)
+                hooks.begin(1, student.num_steps)
+                for name, module in base.bank.modules.items():
+                    noise = hooks.by_module[name].noise
+                    assert noise is not None and noise.sigma > 0.05
+                    module.base.weight.data += noise.matrix(module.base.weight)
+            for shard in shards:
+                run_pass(base, gang, shard)
+            if step == 0:
+                gang.update()
+        gradients.append(torch.cat([part.flatten() for own in student.gradients.values() for part in own]).clone())
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+
+
 def test_row_norms_are_those_of_the_base(tmp_path: Path) -> None:
     base = WholeBase(make_base(tmp_path / "base", std=0.1), torch.float32, ("q_proj",))
     norms = row_norms(base.bank)

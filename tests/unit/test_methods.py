@@ -20,6 +20,7 @@ from translora.distill.job import TrainJob
 from translora.distill.peft_slot import peft_slot
 from translora.distill.train import train
 from translora.engine.decode import Request
+from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
 from translora.engine.transformers import TransformersEngine
 from translora.lora.kinds import METHODS as KINDS
@@ -182,6 +183,29 @@ def test_a_text_that_the_virtual_tokens_have_no_room_for_is_warned_of(
         caplog.clear()
         check_section(TrainConfig.model_validate({"peft": settings}), info, "distill")
         assert ("its first 2 are taken" in caplog.text) is (count == 2)
+
+
+def test_the_initial_text_is_taken_however_its_kind_is_written_and_refused_where_it_is_none(base: Path) -> None:
+    """PEFT compares with "TEXT" and takes anything else for RANDOM."""
+    info = inspect_base(str(base))
+    own = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}
+    lower = {**own, "prompt_tuning_init": "text", "prompt_tuning_init_text": "Answer:"}
+    assert parse_method(lower, "distill.peft", base).prompt_tuning_init == "TEXT"
+    with pytest.raises(ValueError, match=r"distill.peft.prompt_tuning_init: 'ZERO'; expected TEXT"):
+        parse_method({**own, "prompt_tuning_init": "ZERO"}, "distill.peft", base)
+    if not load_tokenizer(BaseModelConfig(model=str(base)))("")["input_ids"]:
+        empty = {**lower, "prompt_tuning_init_text": ""}
+        with pytest.raises(ValueError, match=r"prompt_tuning_init_text: '' has no token"):
+            check_section(TrainConfig.model_validate({"peft": empty}), info, "distill")
+
+
+def test_a_plain_lora_of_peft_is_warned_of(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    info = inspect_base(str(base))
+    for extra, warned in (({}, True), ({"use_dora": True}, False)):
+        caplog.clear()
+        peft = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], **extra}
+        check_section(TrainConfig.model_validate({"peft": peft}), info, "distill")
+        assert any("as distill.lora it would be one of a gang" in line for line in caplog.messages) is warned
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:

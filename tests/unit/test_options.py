@@ -15,12 +15,12 @@ from torch import nn
 
 from benchmarks.whole import WholeBase
 from tests.tiny import make_base
-from translora.config import LoraSettings, TrainConfig
+from translora.config import ChainSettings, LoraSettings, TrainConfig
 from translora.distill.checkpoint import read_checkpoints, write_checkpoint
 from translora.distill.data import Sample
 from translora.distill.gang import Gang
 from translora.distill.job import TrainJob
-from translora.distill.options import LoraProAdamW, lora_pro
+from translora.distill.options import LoraProAdamW, layers_of_link, lora_pro
 from translora.distill.student import Student
 from translora.distill.train import run_pass, train
 from translora.lora.peft_io import read_lora
@@ -231,6 +231,16 @@ def test_the_links_of_a_chain_are_trained_one_after_the_other(freeze_A: bool, la
                 assert torch.equal(lora_A, old_A)
         assert changed == 2 * layer_fraction
     assert student.is_done
+
+
+def test_each_link_adapts_layers_of_its_own() -> None:
+    """XGBLoRA's: over the links every layer has its turn, nearly surely, and no two students have the same order."""
+    chain, modules = ChainSettings(links=4, layer_fraction=0.25), [f"layers.{layer}.q_proj" for layer in range(8)]
+    links = [[layers_of_link(chain, modules, seed, link) for link in range(4)] for seed in range(20)]
+    assert all(len(layers) == 2 for own in links for layers in own)
+    assert all(len(set(map(frozenset, own))) > 1 for own in links)
+    drawn = [layer for own in links for layers in own for layer in layers]
+    assert all(10 <= drawn.count(str(layer)) <= 30 for layer in range(8)), "each with even odds: 20 of 160 expected"
 
 
 def test_adamw_begins_anew_with_each_link() -> None:

@@ -1,6 +1,10 @@
+from pathlib import Path
+
 import pytest
 
-from tests.tiny import make_tokenizer
+from tests.tiny import make_base, make_tokenizer
+from translora.config import BaseModelConfig
+from translora.engine.loading import load_tokenizer, without_clock
 from translora.engine.prompts import PLAIN_TEMPLATE, prompt_format, raw_prompt
 from translora.synthesis.prompts import (
     discriminator_question,
@@ -93,3 +97,18 @@ def test_seeds_cover_the_answer_classes_the_frequent_ones_first() -> None:
     assert [of[text] for text in choose_seeds(rows, 5, seed=0)] == ["a", "b", "c", "a", "b"]
     assert len(choose_seeds([*rows, rows[0]], 20, seed=0)) == len(rows), "no input twice"
     assert choose_seeds(rows, 5, seed=0) != choose_seeds(rows, 5, seed=1)
+
+
+def test_a_prompt_is_the_same_on_every_day(tmp_path: Path) -> None:
+    """Llama 3.1's and SmolLM3's templates write today's date where nobody gives one."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{%- if strftime_now is defined %}{%- set date = strftime_now('%d %b %Y') %}{%- endif %}"
+        "Today Date: {{ date }} {{ messages[0]['content'] }}"
+    )
+    base = make_base(tmp_path / "base")
+    tokenizer.save_pretrained(base)
+    found = load_tokenizer(BaseModelConfig(model=str(base)))
+    assert prompt_format(found).render("a") == "Today Date: 26 Jul 2024 a"
+    plain = "{{ messages[0]['content'] }}"
+    assert without_clock(plain) == plain

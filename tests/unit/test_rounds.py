@@ -257,7 +257,7 @@ def fleet_run(
         pools,
         generator=BaseModelConfig(model="new"),
         source=BaseModelConfig(model="old"),
-        fingerprints=("1", "2"),
+        identities=("1", "2"),
         config=SynthesisConfig(max_rounds=2),
         resources=ResourceConfig(),
         seed=0,

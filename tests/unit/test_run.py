@@ -20,7 +20,7 @@ from translora.report.table import note
 from translora.run.files import read_jsonl, replace_directory, sha256_path, write_json
 from translora.run.member import Member, Run, attempt_size, expand_entries
 from translora.run.recipes import Seals, recipes
-from translora.run.resume import continue_state
+from translora.run.resume import continue_state, sent_back
 from translora.run.rundir import check_free, open_run
 from translora.run.state import AdapterState, GateResult, Phase, load_state, save_state
 from translora.run.tracker import Tracker
@@ -226,8 +226,13 @@ def test_another_attempt_lays_the_first_set_aside_and_survives_a_kill(
     assert (state.gate, state.accuracy, state.earlier_agreement) == (None, None, 0.4), "the verdict was on the first"
     again = continue_state(tmp_path, fresh(), target)
     assert again == state and attempt_size(again, run.config.gate) == 8
+    for phase in ("synthesis", "gate"):
+        assert sent_back(state, fresh(), phase).earlier_agreement == 0.4, "what the next attempt is compared with"
+    shipped = tmp_path / "bundles/a"
+    shipped.mkdir(parents=True, exist_ok=True)
     member.earlier_set.write_bytes(b"damaged")
     assert continue_state(tmp_path, fresh(), target) == fresh(), "without the first set everything is made anew"
+    assert not shipped.exists(), "a next hop would take it for the new one"
 
 
 def verdict(agreement: float) -> GateResult:
@@ -296,8 +301,10 @@ def test_a_state_that_cannot_be_read_quarantines_its_adapter_and_is_kept(
     assert isinstance(state, AdapterState) and state.status == "quarantined" and "state.json" in state.reason
     assert path.read_text() == content, "it may be of a newer version"
     path.unlink()
+    (tmp_path / "bundles/a").mkdir(parents=True)
     member = verify(run, "a", AdapterEntry(bundle=str(bundle.path)))
     assert isinstance(member, Member) and member.waits_for("synthesis")
+    assert not (tmp_path / "bundles/a").exists(), "what was shipped before is not of this run"
 
 
 @pytest.fixture
@@ -584,3 +591,24 @@ def test_a_warm_start_says_what_it_does_not_copy(
     check_training(warm.config, warm.source, warm.target)
     assert warm_start(warm, member) == (None if "none of" in warning else bundle.path)
     assert caplog.messages == ([warning] if warning else [])
+
+
+@pytest.mark.parametrize(
+    ("lora", "num_samples", "fits"),
+    [
+        ({"chain": {"links": 7}}, 16, False),
+        ({"chain": {"links": 2}}, 16, True),
+        ({"chain": {"links": 2}, "init": "eva"}, 16, False),
+        ({"chain": {"links": 2}, "init": "eva"}, 24, True),
+        ({"init": "eva"}, 8, True),
+    ],
+)
+def test_a_chain_of_more_links_than_steps_is_refused_before_the_synthesis(
+    run: Run, bundle: Bundle, lora: dict[str, object], num_samples: int, fits: bool
+) -> None:
+    settings = TrainConfig.model_validate({"lora": lora, "epochs": 1, "batch_size": 8})
+    chained = dataclasses.replace(run, config=run.config.model_copy(update={"distill": settings}))
+    found = verify(chained, "a", AdapterEntry(bundle=str(bundle.path), num_samples=num_samples))
+    state = found.state if isinstance(found, Member) else found
+    assert (state.status == "pending") is fits, state.reason
+    assert fits or "lower lora.chain.links, or raise epochs" in state.reason

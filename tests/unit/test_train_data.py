@@ -93,6 +93,12 @@ def test_the_characters_of_every_token_are_known_and_the_share_is_kept(answer: s
     assert sum(with_text) == math.ceil(share * len(with_text) - 1e-9) and chosen[-1]
 
 
+def test_a_token_that_the_teacher_has_no_character_of_is_trained_on() -> None:
+    """A tokenizer that leaves white space out of its spans, and one with a token for it."""
+    teacher = {"spans": [[0, 1], [2, 3]], "excess": [0.0, 1.0]}
+    assert chosen_tokens(teacher, [(0, 1), (1, 2), (2, 3), (3, 3)], 0.5) == [False, True, True, True]
+
+
 def test_tokens_that_are_not_chosen_weigh_nothing() -> None:
     prompts = prompt_format(make_tokenizer("llama"))
     spans = prompts.answer_spans("a b c d")
@@ -124,7 +130,7 @@ def test_the_checkpoints_of_a_driver_that_died_after_the_last_adapter_are_remove
     job = TrainJob("client/student", str(data), str(output), str(tmp_path), seed=0, epochs=1, learning_rate=1e-3)
     config = TrainConfig()
     output.mkdir()
-    (output / RECIPE).write_text(job.recipe(config, inspect_base(str(base)).fingerprint))
+    (output / RECIPE).write_text(job.recipe(config, inspect_base(str(base)).identity))
     checkpoints = tmp_path / "run" / "gangs" / digest([job.name])
     checkpoints.mkdir(parents=True)
     (checkpoints / "plan.json").write_text("{}")

@@ -112,6 +112,10 @@ def test_bases_of_two_shapes_are_refused(tmp_path: Path) -> None:
     check_warm_start(small, small, ["q_proj"])
     with pytest.raises(ValueError, match=r"distill.warm_start: model.layers.0.self_attn.q_proj is .* set warm_start"):
         check_warm_start(small, wide, ["q_proj"])
+    deep = inspect_base(make_base(tmp_path / "deep", "llama", 1, num_layers=3))
+    for source, target in ((deep, small), (small, deep)):
+        with pytest.raises(ValueError, match=r"model.layers.2.self_attn.q_proj is .* set warm_start"):
+            check_warm_start(source, target, ["q_proj"])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -9,11 +10,12 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
 from translora.bundle.reading import TensorHeader, read_header, read_json_object
+from translora.config import BaseModelConfig
+from translora.run.files import digest, sha256_file
 from translora.run.redact import first_line
 
 logger = logging.getLogger(__name__)
@@ -23,9 +25,24 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _HUB_IGNORED = ["*/*", "consolidated*", "adapter_*"]
 _COPY_AGAIN = "copy or download the base again"
+_SAYS_NOTHING = ("_name_or_path", "transformers_version")
+"""Of a config.json: they decide no answer."""
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class BaseInfo:
     """A base model on disk; the fingerprint covers every tensor's name, dtype, shape and first 4 KiB."""
 
@@ -35,31 +52,43 @@ class BaseInfo:
     """Local directory that transformers loads."""
     fingerprint: str
     """Hex sha256, the same for every sharding of the same weights."""
-    shapes: dict[str, tuple[int, ...]] = field(repr=False)
+    shapes: dict[str, tuple[int, ...]] = dataclasses.field(repr=False)
     """Shape of every tensor of the safetensors files."""
-    config: dict[str, Any] = field(repr=False)
+    config: dict[str, Any] = dataclasses.field(repr=False)
     """config.json."""
     trust_remote_code: bool = False
     """Whether its own Python code may be run."""
+    revision: str | None = None
+    """Commit of a base from the hub."""
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Hex sha256 of what decides its answers: the fingerprint, config.json, and the tokenizer and chat template."""
+        config = {key: value for key, value in self.config.items() if key not in _SAYS_NOTHING}
+        files = (self.path / name for name in _TOKENIZER_FILES)
+        return digest(self.fingerprint, config, {file.name: sha256_file(file) for file in files if file.is_file()})
 
 
-def _find_on_hub(model: str, with_code: bool) -> Path:
+@functools.cache
+def _find_on_hub(model: str, with_code: bool, wanted: str | None) -> Path:
     """Download a hub model's config, safetensors and tokenizer, or take them from the hub's cache when offline.
 
-    Python files only `with_code`.
+    Asked once a process, which so keeps to one commit. Python files only `with_code`.
 
     A fault boundary: which errors the hub's client lets through depends on its version's HTTP library.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     advice = "give a local directory with config.json and *.safetensors, or an id that this machine can reach"
     revision, refusal = None, "no answer"
     try:
         # snapshot_download asks for the revision without a time limit, so it is asked for here.
-        revision = HfApi().model_info(model, timeout=HUB_TIMEOUT_SECONDS).sha
+        revision = HfApi().model_info(model, revision=wanted, timeout=HUB_TIMEOUT_SECONDS).sha
     except GatedRepoError as error:
         raise ValueError(f"{model}: the hub asks for permission to download it; accept its terms and log in") from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{model}: has no revision {wanted!r} on the hub; give a commit, a tag or a branch") from error
     except RepositoryNotFoundError as error:
         raise ValueError(f"{model}: neither a directory here nor a model on the hub; {advice}") from error
     except Exception as error:
@@ -69,7 +98,7 @@ def _find_on_hub(model: str, with_code: bool) -> Path:
         return Path(
             snapshot_download(
                 model,
-                revision=revision,
+                revision=revision or wanted,
                 local_files_only=revision is None,
                 allow_patterns=[*_HUB_FILES, *(["*.py"] if with_code else [])],
                 ignore_patterns=_HUB_IGNORED,
@@ -94,7 +123,7 @@ def name_of_path(path: str) -> str:
     return parts[-1] if parts else path
 
 
-def _locate(model: str, with_code: bool) -> tuple[str, Path]:
+def _locate(model: str, with_code: bool, revision: str | None) -> tuple[str, Path]:
     """Name and directory of a base; raises ValueError when there is none."""
     path = os.path.expanduser(model)
     if os.path.isdir(path):
@@ -103,7 +132,7 @@ def _locate(model: str, with_code: bool) -> tuple[str, Path]:
         raise ValueError(f"{model}: a file; give a model directory (convert GGUF or other single files first)")
     if not _HUB_ID.fullmatch(model):
         raise ValueError(f"{model}: no such directory; give a model directory or a hub id (owner/name)")
-    return model, _find_on_hub(model, with_code)
+    return model, _find_on_hub(model, with_code, revision)
 
 
 def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
@@ -196,22 +225,35 @@ def _inspect(name: str, directory: Path, trust_remote_code: bool) -> BaseInfo:
     return BaseInfo(name, directory, fingerprint, shapes, config, trust_remote_code)
 
 
-def inspect_base(model: str, trust_remote_code: bool = False) -> BaseInfo:
+def inspect_base(model: str, trust_remote_code: bool = False, revision: str | None = None) -> BaseInfo:
     """Find a base (hub id or directory) and read its headers and the first 4 KiB of each tensor.
 
     Args:
         model: as `BaseModelConfig.model`.
         trust_remote_code: whether its own Python code may be run later on; nothing is run here.
+        revision: as `BaseModelConfig.revision`.
 
     Raises:
         ValueError: not found, no config or tokenizer, only pickles, a missing or truncated shard; names the file
             and the remedy; code that lies elsewhere.
     """
-    name, directory = _locate(model, trust_remote_code)
+    name, directory = _locate(model, trust_remote_code, revision)
     try:
-        return _inspect(name, directory, trust_remote_code)
+        found = _inspect(name, directory, trust_remote_code)
     except OSError as error:
         raise ValueError(f"{error.filename or directory}: cannot be read ({error.strerror}); {_COPY_AGAIN}") from error
+    return found if os.path.isdir(os.path.expanduser(model)) else dataclasses.replace(found, revision=directory.name)
+
+
+def info_of(base: BaseModelConfig) -> BaseInfo:
+    """`inspect_base` of a setting."""
+    return inspect_base(base.model, base.trust_remote_code, base.revision)
+
+
+def pinned(base: BaseModelConfig) -> BaseModelConfig:
+    """The setting with the commit that its hub id stands for at present: every worker is to load the same."""
+    revision = info_of(base).revision
+    return base if revision is None else base.model_copy(update={"revision": revision})
 
 
 def refuse_quantised(config: Mapping[str, Any], name: str, remedy: str = "give the base as it was before") -> None:
@@ -249,12 +291,12 @@ def refuse_code(path: Path, error: Exception) -> None:
         ) from error
 
 
-def meta_model(base: str | Path, trust_remote_code: bool) -> Any:
+def meta_model(base: str | Path, trust_remote_code: bool, revision: str | None = None) -> Any:
     """The causal LM of a directory with a config.json, or of a hub id, on the meta device: shapes and no weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, revision=revision)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 

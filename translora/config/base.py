@@ -35,10 +35,12 @@ VLLM_EXECUTION_ONLY = frozenset(
 class BaseModelConfig(Strict):
     """A base model: where it is and how it is loaded."""
 
-    added: ClassVar[frozenset[str]] = frozenset({"vllm"})
+    added: ClassVar[frozenset[str]] = frozenset({"revision", "vllm"})
 
     model: str
     """Local directory (config.json, *.safetensors, tokenizer) or hub id."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id; main when unset. A run keeps to the commit that it began with."""
     dtype: DType = "auto"
     """Weights' dtype in synthesis and gate; `auto` is bfloat16 where the device multiplies it natively."""
     attn_implementation: Attention = "auto"
@@ -52,7 +54,7 @@ class BaseModelConfig(Strict):
 
     def decides(self) -> dict[str, Any]:
         """What of it decides results, but for rounding."""
-        found = self.model_dump()
+        found = self.model_dump(exclude={"revision"})  # what it stands for is hashed
         if self.vllm is not None:
             found["vllm"] = {key: value for key, value in self.vllm.items() if key not in VLLM_EXECUTION_ONLY}
         return found

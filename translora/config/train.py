@@ -88,7 +88,12 @@ class LoraSettings(Strict):
     @property
     def total_rank(self) -> int:
         """Rank of the exported LoRA."""
-        return self.rank * (1 if self.chain is None else self.chain.links)
+        return self.rank * self.num_links
+
+    @property
+    def num_links(self) -> int:
+        """LoRAs that are trained one after the other."""
+        return 1 if self.chain is None else self.chain.links
 
     @property
     def scaling(self) -> float:

@@ -93,7 +93,7 @@ def chosen_tokens(teacher: Mapping[str, Any], spans: Sequence[tuple[int, int]], 
     """Which tokens of an answer are trained on: the share of them, rounded up, with the greatest excess (TiTok).
 
     The tokens of two tokenizers meet in the characters: a token has the mean excess of the teacher's tokens that it
-    shares any with. Tokens without a character of the answer, as its end, are always trained on.
+    shares any with. Tokens that share none, as the answer's end does, are always trained on.
 
     Args:
         teacher: `spans`, the first character of each of its tokens and the one behind the last, and their `excess`.
@@ -103,7 +103,7 @@ def chosen_tokens(teacher: Mapping[str, Any], spans: Sequence[tuple[int, int]], 
     for index, (start, end) in enumerate(spans):
         own = zip(teacher["spans"], teacher["excess"], strict=True)
         shared = [value for (first, behind), value in own if first < end and start < behind]
-        if start < end:
+        if start < end and shared:
             scores[index] = sum(shared) / len(shared)
     best = set(sorted(scores, key=lambda index: -scores[index])[: math.ceil(share * len(scores) - 1e-9)])
     return [index in best or index not in scores for index in range(len(spans))]
@@ -112,6 +112,19 @@ def chosen_tokens(teacher: Mapping[str, Any], spans: Sequence[tuple[int, int]], 
 def num_steps(num_samples: int, epochs: float, batch_size: int) -> int:
     """Optimizer steps of a run; the last batch of an epoch may be smaller."""
     return max(1, math.ceil(epochs * math.ceil(num_samples / batch_size)))
+
+
+def check_links(num_links: int, num_steps: int, num_init_steps: int, where: str) -> None:
+    """Whether the steps of a run are enough for each link of its chain, the first of which an initialisation precedes.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if num_links > num_steps or (num_links > 1 and math.ceil(num_steps / num_links) <= num_init_steps):
+        init = ", the first of which eva takes" * bool(num_init_steps)
+        raise ValueError(
+            f"{where}: a chain of {num_links} links in {num_steps} steps{init}; lower lora.chain.links, or raise epochs"
+        )
 
 
 def batch_indices(num_samples: int, batch_size: int, step: int, seed: int) -> list[int]:

@@ -55,7 +55,7 @@ class Gang:
         self.tokenizer, self.place = base.tokenizer, base.place
         self.slots = slots or LoraSlots(base, num_slots, config.lora.flat_sigma)
         self.queue, self.config, self.num_slots = list(queue), config, num_slots
-        self.recipes = [job.recipe(config, base.fingerprint) for job in queue]
+        self.recipes = [job.recipe(config, base.identity) for job in queue]
         self.done, self.refused = {*done, *refused}, set(refused)
         self.base_name, self.group = base_name, group
         self.rank = 0 if group is None else dist.get_rank(group)

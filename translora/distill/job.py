@@ -50,7 +50,7 @@ class TrainJob:
         """How this job is trained: the options of `lora` are for students, discriminators have its shape alone."""
         return config if self.with_end else config.model_copy(update={"lora": config.lora.plain()})
 
-    def recipe(self, config: TrainConfig, fingerprint: str) -> str:
+    def recipe(self, config: TrainConfig, identity: str) -> str:
         """Hash of all that decides the result: data, seed, settings, base. A finished output bears it.
 
         Data that cannot be read makes a recipe that no output bears; `samples` says what is wrong with it.
@@ -64,16 +64,16 @@ class TrainJob:
             data, *start = map(sha256_file, (Path(self.data), *begun))
         except OSError:
             data, start = f"unreadable {self.name}", []
-        return digest((*own, *start), data, settings, fingerprint)
+        return digest((*own, *start), data, settings, identity)
 
     def is_made(self, recipe: str) -> bool:
         """Whether the output was made by this recipe."""
         path = Path(self.output) / RECIPE
         return path.is_file() and path.read_text(encoding="utf-8") == recipe
 
-    def is_done(self, config: TrainConfig, fingerprint: str) -> bool:
+    def is_done(self, config: TrainConfig, identity: str) -> bool:
         """Whether the output was made by exactly this job."""
-        return self.is_made(self.recipe(config, fingerprint))
+        return self.is_made(self.recipe(config, identity))
 
     def samples(self, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> list[Sample]:
         """The job's data as tokens.

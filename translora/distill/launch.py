@@ -14,7 +14,7 @@ from pathlib import Path
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from translora.bundle.base import inspect_base
+from translora.bundle.base import info_of
 from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
 from translora.distill.checkpoint import ask_for_checkpoints
 from translora.distill.job import TrainJob
@@ -105,8 +105,8 @@ def train_adapters(
         ray.train.TrainingFailedError: a worker failed more than `config.max_failures` times.
         KeyboardInterrupt: Ctrl-C or SIGTERM; what is finished and the checkpoints are kept.
     """
-    fingerprint = inspect_base(base.model).fingerprint
-    missing = [job for job in jobs if not job.is_done(config, fingerprint)]
+    identity = info_of(base).identity
+    missing = [job for job in jobs if not job.is_done(config, identity)]
     # All jobs, also those that are done: a resumed run must find the same gangs again.
     directory = run_dir / "gangs" / digest([job.name for job in jobs])
     if not missing:

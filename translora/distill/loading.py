@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, initialization
 
-from translora.bundle.base import inspect_base, stored_tensors
+from translora.bundle.base import info_of, stored_tensors
 from translora.bundle.reading import TensorHeader
 from translora.config import BaseModelConfig
 from translora.engine.loading import attention_of, load_model, plain_class
@@ -40,7 +40,7 @@ def load_partitioned(base: BaseModelConfig, dtype: torch.dtype, ds_config: dict[
     transformers loads what is not stored as it is computed with (under other names, in other shapes), what has a part
     beside the decoder, and what DeepSpeed quantises, partitions twice or keeps on disks.
     """
-    path = inspect_base(base.model, base.trust_remote_code).path
+    path = info_of(base).path
     stored, zero = stored_tensors(path), ds_config["zero_optimization"]
     config = AutoConfig.from_pretrained(path, trust_remote_code=base.trust_remote_code)
     kind = plain_class(config)

@@ -104,9 +104,8 @@ def student_start(run: Run, path: Path) -> tuple[Path | None, str]:
 def distill_phase(run: Run, members: list[Member]) -> None:
     """Train all students and discriminators on one worker group that holds the target base."""
     config = run.config
+    teachers = ask_teachers(run, members)  # of the whole cohort: a rerun finds the same batches again
     members = [member for member in members if member.waits_for("distill")]
-    teachers = ask_teachers(run, members)
-    members = [member for member in members if member.waits_for("distill")]  # all that could be asked
     by_name = {member.name: member for member in members}
     jobs = [job for member in members for job in train_jobs(run, member, teachers.get(member.name))]
     last_saved = 0.0

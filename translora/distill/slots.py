@@ -29,7 +29,7 @@ class ResidentBase(Protocol):
 
     bank: AdapterBank
     tokenizer: PreTrainedTokenizerBase
-    fingerprint: str
+    identity: str
     place: torch.device
     dtype: torch.dtype
     model: PreTrainedModel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from translora.config import TrainConfig
-from translora.distill.data import Sample, batch_indices, num_steps
+from translora.distill.data import Sample, batch_indices, check_links, num_steps
 from translora.distill.hooks import StudentHooks
 from translora.distill.job import RECIPE, TrainJob
 from translora.distill.options import LoraProAdamW, riemannian, update_rates
@@ -21,6 +22,7 @@ from translora.distill.slots import Slots
 from translora.lora.bank import Factors
 from translora.run.files import replace_directory
 
+logger = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -53,16 +55,13 @@ class Student:
         self.working = self.flat.detach().to(dtype)
         self.factors, self.gradients = self._views(self.working), self._views(self.flat.grad)
         self.optimizer = self._make_optimizer()
-        chain = None if job.peft is not None else self.config.lora.chain
-        self.num_links = 1 if chain is None else chain.links
-        if self.num_links > self.num_steps:
-            raise ValueError(
-                f"{job.name}: a chain of {self.num_links} links in {self.num_steps} steps; lower lora.chain.links, or "
-                "raise epochs"
-            )
+        self.num_links = 1 if job.peft is not None else self.config.lora.num_links
         self.hooks = hooks
         self.num_init_steps = int(hooks.have_sketches and self.num_steps > 1)
         """Steps before the first update, which only see the inputs."""
+        check_links(self.num_links, self.num_steps, self.num_init_steps, job.name)
+        if hooks.have_sketches and not self.num_init_steps:
+            logger.warning("%s: has one step in all, and none for eva: A begins at random", job.name)
         self.rates: torch.Tensor | None = None
         """What each weight's update is multiplied with, where an option asks for it (see translora.distill.options)."""
         self.rated_link = -1

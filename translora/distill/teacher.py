@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from translora.run.member import Member, Run
+from translora.run.state import SYNTHETIC
 from translora.synthesis.actors import Hosts, run_rows
 from translora.synthesis.stages import teach_block
 
@@ -49,6 +50,7 @@ def ask_teachers(run: Run, members: Sequence[Member]) -> dict[str, list[Teacher]
             "template": member.bundle.manifest.prompt_template,
         }
         for member in members
+        if (member.directory / SYNTHETIC).is_file()
         for index, row in enumerate(member.samples("train"))
     ]
     faults: dict[str, str] = {}
@@ -62,7 +64,7 @@ def ask_teachers(run: Run, members: Sequence[Member]) -> dict[str, list[Teacher]
             batch_size=config.synthesis.batch_size,
             run_dir=config.run_dir,
             place="rounds/teach",
-            weights=[run.source.fingerprint, {member.name: member.bundle.digest for member in members}],
+            weights=[run.source.identity, {member.name: member.bundle.digest for member in members}],
             adapters={member.name: str(member.bundle.path) for member in members},
             settings={
                 "top_k": config.distill.kl_top_k if config.distill.loss == "kl" else None,
@@ -76,6 +78,6 @@ def ask_teachers(run: Run, members: Sequence[Member]) -> dict[str, list[Teacher]
         if row["adapter"] in answers:
             answers[row["adapter"]].append(row["teacher"])
     for member in members:
-        if member.name in faults:
+        if member.name in faults and member.waits_for("distill"):
             run.quarantine(member.state, faults[member.name])
     return answers

@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from translora.distill.plan import JobSize, Layout, choose_gang_size, lay_out
 from translora.distill.shrink import given_up, largest, note_out_of_memory, read_notes
 from translora.distill.slots import ResidentBase, Shard, Slots
 from translora.engine.head import cross_entropy, divergence
-from translora.engine.loading import device, hide_gpus
+from translora.engine.loading import hide_gpus
 from translora.engine.memory import is_out_of_memory
 from translora.run.files import write_json
 from translora.run.log import quiet_worker
@@ -73,7 +74,7 @@ def train(
             held = ()
             gang.step_seconds = time.monotonic() - begun
             one_left = gang.update()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 note_pass(checkpoint.parent, gang, held, error)
             raise
@@ -141,47 +142,85 @@ def train_on(
         slots: where the students are put; the base's bank when unset.
         label: of the checkpoints.
     """
-    rank, num_ranks, place = dist.get_rank(), dist.get_world_size(), device()
-    # One rank looks at the files and tells the others: they must not differ in what they saw.
-    seen: list[list[Any]] = [[], [], []]
-    if rank == 0:
-        seen[0] = [measure(job, base.tokenizer, config) for job in jobs]
-        seen[1] = [job.name for job in jobs if job.is_done(config, base.fingerprint)]
-        seen[2] = read_notes(directory)
-    dist.broadcast_object_list(seen, src=0)
-    sizes, done, notes = seen
-    too_large = given_up(notes)
-    config = config.model_copy(update={"micro_batch_size": largest(notes, "micro_batch_size", config.micro_batch_size)})
-    layout = layout or lay_out(sizes, num_ranks)
-    gang_size = saved_gang_size(directory) if config.gang_size == "auto" else None
+    found = look_at_files(base, jobs, config, directory)
+    micro_batch_size = largest(found.notes, "micro_batch_size", config.micro_batch_size)
+    config = config.model_copy(update={"micro_batch_size": micro_batch_size})
+    layout = layout or lay_out(found.sizes, dist.get_world_size())
+    gang_size = agree_on_gang_size(base, config, layout, found, saved_gang_size(directory))
+    own, group = own_group(layout)
+    queue, too_large = [jobs[index] for index in layout.queues[own]], given_up(found.notes)
+    gang = Gang(
+        base,
+        queue,
+        config,
+        gang_size,
+        base_name=base_name,
+        group=group,
+        done=found.done,
+        refused=too_large,
+        slots=slots,
+    )
+    for job in queue:
+        if job.name in too_large and job.name not in found.done:
+            gang.give_up(job, too_large[job.name])
+    names = [f"{label}-{number:04d}.safetensors" for number in range(len(layout.queues))]
+    checkpoint = directory / names[own]
+    read_checkpoints(directory, checkpoint.name, gang)
+    dist.barrier()  # nobody replaces a file that another rank still reads
+    if dist.get_rank() == 0:
+        (directory / ASKED).unlink(missing_ok=True)
+        write_json(directory / "plan.json", {"checkpoints": names})
+    train(base, gang, checkpoint, config.checkpoint_every_steps, config.checkpoint_every_seconds, watchdog)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies there before a training."""
+
+    sizes: list[JobSize]
+    done: list[str]
+    """Jobs whose output is there already."""
+    notes: list[dict[str, Any]]
+    """Of passes that were too large for the memory."""
+
+
+def look_at_files(base: zero3.ShardedBase, jobs: Sequence[TrainJob], config: TrainConfig, directory: Path) -> Found:
+    """One rank looks at the files and tells the others: they must not differ in what they saw."""
+    told: list[Found | None] = [None]
+    if dist.get_rank() == 0:
+        sizes = [measure(job, base.tokenizer, config) for job in jobs]
+        done = [job.name for job in jobs if job.is_done(config, base.identity)]
+        told[0] = Found(sizes, done, read_notes(directory))
+    dist.broadcast_object_list(told, src=0)
+    assert told[0] is not None
+    return told[0]
+
+
+def agree_on_gang_size(
+    base: zero3.ShardedBase, config: TrainConfig, layout: Layout, found: Found, saved: int | None
+) -> int:
+    """How many students train side by side on every rank: as configured, as before, or what fits everywhere.
+
+    Args:
+        saved: that of the checkpoints, whose students a smaller gang could not take up.
+    """
+    gang_size = saved if config.gang_size == "auto" else None
     if gang_size is None:
         free_bytes, gang_bytes = base.free_bytes(), functools.partial(base.gang_bytes, config)
         gang_size = choose_gang_size(
-            sizes, layout, config, device=place.type, free_bytes=free_bytes, gang_bytes=gang_bytes
+            found.sizes, layout, config, device=base.place.type, free_bytes=free_bytes, gang_bytes=gang_bytes
         )
-    gang_size = largest(notes, "gang_size", -most_of_all_ranks(-gang_size, place))  # what fits everywhere
-    own_group, group = rank // layout.ranks_per_group, None
-    for first in range(0, num_ranks, layout.ranks_per_group):
-        ranks = list(range(first, first + layout.ranks_per_group))
-        made = dist.new_group(ranks) if len(ranks) > 1 else None  # every rank makes every group
-        group = made if rank in ranks else group
-    queue = [jobs[index] for index in layout.queues[own_group]]
-    gang = Gang(
-        base, queue, config, gang_size, base_name=base_name, group=group, done=done, refused=too_large, slots=slots
-    )
-    for job in queue:
-        if job.name in too_large and job.name not in done:
-            gang.give_up(job, too_large[job.name])
-    names = [f"{label}-{number:04d}.safetensors" for number in range(len(layout.queues))]
-    checkpoint = directory / names[own_group]
-    read_checkpoints(directory, checkpoint.name, gang)
-    dist.barrier()  # nobody replaces a file that another rank still reads
-    if rank == 0:
-        (directory / ASKED).unlink(missing_ok=True)
-        queues = [[jobs[index].name for index in queue] for queue in layout.queues]
-        plan = {"gang_size": gang_size, "ranks_per_student": layout.ranks_per_group, "queues": queues}
-        write_json(directory / "plan.json", {**plan, "checkpoints": names})
-    train(base, gang, checkpoint, config.checkpoint_every_steps, config.checkpoint_every_seconds, watchdog)
+    return largest(found.notes, "gang_size", -most_of_all_ranks(-gang_size, base.place))
+
+
+def own_group(layout: Layout) -> tuple[int, dist.ProcessGroup | None]:
+    """The number of this rank's group, and the group, where it is of several ranks; every rank makes every group."""
+    rank, size = dist.get_rank(), layout.ranks_per_group
+    groups = [
+        dist.new_group(list(range(first, first + size))) if size > 1 else None
+        for first in range(0, dist.get_world_size(), size)
+    ]
+    return rank // size, groups[rank // size]
 
 
 def measure(job: TrainJob, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> JobSize:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import psutil
@@ -21,7 +22,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from translora.bundle.base import inspect_base
+from translora.bundle.base import BaseInfo, info_of
 from translora.config import BaseModelConfig, TrainConfig
 from translora.distill.build_lock import free_build_locks
 from translora.distill.data import Sample, pack
@@ -48,7 +49,8 @@ class ShardedBase:
 
     def __init__(self, base: BaseModelConfig, config: TrainConfig) -> None:
         self.place, self.dtype = device(), resolve_dtype(config.dtype)
-        self.tokenizer, self.fingerprint = load_tokenizer(base), inspect_base(base.model).fingerprint
+        info = info_of(base)
+        self.tokenizer, self.identity = load_tokenizer(base), info.identity
         self.ds_config = ds_config = read_ds_config(config.ds_config, self.dtype)
         free_build_locks()
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
@@ -56,7 +58,7 @@ class ShardedBase:
         self.model = load_partitioned(base, self.dtype, ds_config)
         for name, parameter in self.model.named_parameters():
             assert hasattr(parameter, "ds_id"), f"{name} is not partitioned: the model was not loaded under ZeRO-3"
-        check_loaded(self.model, base.model)
+        check_loaded(self.model, info)
         self.attention = self.model.config._attn_implementation
         # Capped scores are eager elsewhere, whose mask lets one sample's NaN through to the others of the row.
         capped = caps_attention(self.model.config.to_dict())
@@ -150,7 +152,7 @@ def check_packing(base: ResidentBase, kind: str) -> None:
         )
 
 
-def check_loaded(model: nn.Module, base: str, max_tensors: int = 8) -> None:
+def check_loaded(model: nn.Module, info: BaseInfo, max_tensors: int = 8) -> None:
     """Compare some partitioned weights with the files: a silently re-initialised base must never train.
 
     Guards against transformers #43964 and #45313. Collective.
@@ -158,7 +160,6 @@ def check_loaded(model: nn.Module, base: str, max_tensors: int = 8) -> None:
     Raises:
         ValueError: a weight differs from its file.
     """
-    info = inspect_base(base)
     parameters = {name: p for name, p in model.named_parameters() if name in info.shapes and p.ndim > 0}
     assert parameters, "no parameter of the model bears the name of a tensor in the files"
     names = sorted(parameters)[:: max(1, len(parameters) // max_tensors)]
@@ -166,18 +167,25 @@ def check_loaded(model: nn.Module, base: str, max_tensors: int = 8) -> None:
     for name in names:
         with deepspeed.zero.GatheredParameters([parameters[name]]):
             if dist.get_rank() == 0:
-                stored = _stored_slice(info.path, name)
-                loaded = parameters[name].detach()[: len(stored)].cpu()
+                stored = _stored_ends(info.path, name)
+                parameter = parameters[name].detach()
+                loaded = _ends(parameter, len(parameter)).cpu()
                 if not torch.equal(loaded, stored.to(loaded.dtype)):
                     wrong[0] = name
     dist.broadcast_object_list(wrong, src=0)
     if wrong[0]:
-        raise ValueError(f"{base}: {wrong[0]} differs from its file after loading under ZeRO-3; pin transformers")
+        raise ValueError(f"{info.path}: {wrong[0]} differs from its file after loading under ZeRO-3; pin transformers")
 
 
-def _stored_slice(directory: Path, name: str, rows: int = 4) -> torch.Tensor:
+def _ends(rows: Any, num_rows: int, count: int = 4) -> torch.Tensor:
+    """The first rows and the last, which lie with different ranks."""
+    return torch.cat((rows[:count], rows[max(0, num_rows - count) :]))
+
+
+def _stored_ends(directory: Path, name: str) -> torch.Tensor:
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as handle:
             if name in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
-                return handle.get_slice(name)[:rows]
+                found = handle.get_slice(name)
+                return _ends(found, found.get_shape()[0])
     raise AssertionError(f"{name} is in the header of no file of {directory}")

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from translora.bundle.base import inspect_base
+from translora.bundle.base import info_of
 from translora.config import BaseModelConfig
 from translora.engine.loading import device, hide_gpus, num_gpus, resolve_dtype
 from translora.engine.memory import BANK_SHARE, VLLM_SHARE, is_out_of_memory, release_memory, weights_bytes
@@ -191,5 +191,5 @@ def _in_halves(engine: Engine, function: BlockFunction, rows: list[Row], setting
 
 def base_bytes(base: BaseModelConfig) -> int:
     """Bytes of a base's weights as it is loaded, from the headers of its files."""
-    num_weights = sum(math.prod(shape) for shape in inspect_base(base.model).shapes.values())
+    num_weights = sum(math.prod(shape) for shape in info_of(base).shapes.values())
     return num_weights * resolve_dtype(base.dtype).itemsize

@@ -21,12 +21,13 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
-from translora.bundle.base import inspect_base, refuse_code, refuse_quantised
+from translora.bundle.base import info_of, refuse_code, refuse_quantised
 from translora.config import BaseModelConfig
 from translora.config_file import Attention, DType
 from translora.run.redact import first_line
 
 logger = logging.getLogger(__name__)
+FIXED_DATE = "26 Jul 2024"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _PROBE = "Hello, world 1 \u2603\n"
 
@@ -69,7 +70,7 @@ def attention_of(settings: BaseModelConfig, dtype: torch.dtype) -> str:
     Raises:
         ValueError: SDPA is asked for where it would leave out the cap of the scores.
     """
-    base = inspect_base(settings.model, settings.trust_remote_code)
+    base = info_of(settings)
     kind = plain_class(AutoConfig.from_pretrained(base.path, trust_remote_code=settings.trust_remote_code))
     capped = caps_attention(base.config)
     if settings.attn_implementation == "sdpa" and capped:
@@ -132,7 +133,7 @@ def load_tokenizer(base: BaseModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: the base is not there, or its tokenizer files are incomplete or damaged; names the directory.
     """
-    return _tokenizer(inspect_base(base.model, base.trust_remote_code).path, base.trust_remote_code)
+    return _tokenizer(info_of(base).path, base.trust_remote_code)
 
 
 @functools.cache
@@ -150,12 +151,25 @@ def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
             refuse_code(path / TOKENIZER_CONFIG, error)
         reason = first_line(error)
         raise ValueError(f"{path}: its tokenizer cannot be loaded ({reason}); {remedy}") from error
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = without_clock(tokenizer.chat_template)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise ValueError(f"{path}: its tokenizer has neither a padding nor an end-of-text token; {remedy}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def without_clock(template: str) -> str:
+    """A chat template that writes the same date every day, where it asks the clock (Llama 3.1, SmolLM3).
+
+    Else a run over midnight, or one that goes on the next morning, would train, answer and judge with other prompts.
+    It is the date that Llama's own template falls back on.
+    """
+    if "strftime_now" not in template:
+        return template
+    return f"{{%- macro strftime_now(format) %}}{FIXED_DATE}{{%- endmacro %}}{template}"
 
 
 def plain_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -199,7 +213,7 @@ def load_model(
     Raises:
         ValueError: the attention that is asked for would not be the base's, or its weights are quantised.
     """
-    base = inspect_base(config.model, config.trust_remote_code)
+    base = info_of(config)
     refuse_quantised(base.config, config.model)
     attention = attention_of(config, dtype)
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True}

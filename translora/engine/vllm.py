@@ -25,7 +25,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from translora.bundle.base import inspect_base
+from translora.bundle.base import info_of
 from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request, Row
 from translora.engine.loading import load_tokenizer
@@ -67,7 +67,7 @@ class VllmEngine:
         """Why vLLM does not compute an adapter, by its path."""
         self._copies = tempfile.TemporaryDirectory(prefix="translora-")
         self._numbers = itertools.count(1)
-        path = inspect_base(base.model, base.trust_remote_code).path
+        path = info_of(base).path
         has_own = (path / GENERATION_CONFIG_NAME).exists()
         own = GenerationConfig.from_pretrained(path).eos_token_id if has_own else None
         self._end_ids = set(end_tokens(self.tokenizer, own))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from translora.bundle.base import inspect_base, refuse_quantised
+from translora.bundle.base import info_of, refuse_quantised
 from translora.config import BaseModelConfig
 from translora.engine.loading import num_gpus, resolve_dtype
 
@@ -42,7 +42,7 @@ def check_engine(base: BaseModelConfig) -> None:
         ValueError: it has not, or the base is one for vLLM alone.
     """
     if base.vllm is None:
-        info = inspect_base(base.model, base.trust_remote_code)
+        info = info_of(base)
         refuse_quantised(info.config, base.model, "give the base as it was before, or have vLLM compute with it (vllm)")
         return
     if importlib.util.find_spec("vllm") is None:
@@ -71,7 +71,7 @@ def engine_arguments(base: BaseModelConfig, max_rank: int, modules: Collection[s
     """
     dtype = resolve_dtype(base.dtype)
     arguments: dict[str, Any] = {
-        "model": str(inspect_base(base.model, base.trust_remote_code).path),
+        "model": str(info_of(base).path),
         "trust_remote_code": base.trust_remote_code,
         "dtype": str(dtype).removeprefix("torch."),
         "tensor_parallel_size": max(1, num_gpus()),

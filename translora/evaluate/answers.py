@@ -93,7 +93,7 @@ def answer(
                 "batch_size": config.synthesis.batch_size,
                 "hosts": hosts,
                 "run_dir": config.seed_dir(seed),
-                "digests": {slot: sha256_path(path) for slot, path in own.items()} | {"base": info.fingerprint},
+                "digests": {slot: sha256_path(path) for slot, path in own.items()} | {"base": info.identity},
             }
             label = f"seed {seed}: test items, {arm}"
             if texts := [row for row in rows if "choices" not in row]:

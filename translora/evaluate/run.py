@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from translora.bundle import BaseInfo, inspect_base
-from translora.bundle.base import name_of_path
+from translora.bundle import BaseInfo
+from translora.bundle.base import info_of, name_of_path
 from translora.config import TrainConfig
 from translora.distill.job import make_job, refuse_failures
 from translora.distill.launch import train_adapters
@@ -48,7 +48,7 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
     """
     data = [load_task(task) for task in config.tasks]
     splits = {seed: {one.entry.name: split(one, seed) for one in data} for seed in config.seeds}
-    source, target = (inspect_base(base.model, base.trust_remote_code) for base in (config.source, config.target))
+    source, target = (info_of(base) for base in (config.source, config.target))
     if source.fingerprint == target.fingerprint:
         raise ValueError(f"source and target are the same base ({source.path}); set `target` to another base")
     for base in (source, target):

@@ -35,7 +35,7 @@ def gate_phase(run: Run, members: list[Member]) -> None:
         for member in members
     ]
     template = prompt_format(load_tokenizer(config.target)).template
-    bases = {"source base": run.source.fingerprint, "target base": run.target.fingerprint}
+    bases = {"source base": run.source.identity, "target base": run.target.identity}
     with Hosts(config.resources) as hosts:
         qualities = measure(
             judges(run, members, template),

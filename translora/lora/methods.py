@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model, get_peft_model_state_dict
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PromptTuningInit,
+    get_peft_config,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import set_peft_model_state_dict
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -79,7 +86,11 @@ def parse_method(settings: Mapping[str, Any], where: str, base_path: Path | str 
     check_settings({**settings, "peft_type": kind}, where)
     if kind == "LORA" and str(settings.get("init_lora_weights")).lower() == "eva":
         raise ValueError(f"{where}.init_lora_weights: PEFT needs the data for eva; use distill.lora.init: eva instead")
-    if settings.get("prompt_tuning_init_text") and str(settings.get("prompt_tuning_init")).upper() != "TEXT":
+    if (init := settings.get("prompt_tuning_init")) is not None:
+        settings = {**settings, "prompt_tuning_init": str(init).upper()}  # PEFT takes others for RANDOM, unsaid
+        if settings["prompt_tuning_init"] not in (choices := [one.value for one in PromptTuningInit]):
+            raise ValueError(f"{where}.prompt_tuning_init: {init!r}; expected {', '.join(choices)}")
+    if settings.get("prompt_tuning_init_text") and settings.get("prompt_tuning_init") != "TEXT":
         raise ValueError(f"{where}.prompt_tuning_init_text: is read for prompt_tuning_init: TEXT alone; set that too")
     own = {"tokenizer_name_or_path": str(base_path)} if "tokenizer_name_or_path" in known else {}
     try:
@@ -89,9 +100,17 @@ def parse_method(settings: Mapping[str, Any], where: str, base_path: Path | str 
 
 
 def check_text(config: PeftConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Warn where the virtual tokens have no room for the text that they begin with."""
+    """Warn where the virtual tokens have no room for the text that they begin with.
+
+    Raises:
+        ValueError: the text has no token.
+    """
     text, count = getattr(config, "prompt_tuning_init_text", None), getattr(config, "num_virtual_tokens", None)
-    if text and count and (length := len(tokenizer(text)["input_ids"])) > count:
+    if text is None or not count:
+        return
+    if (length := len(tokenizer(text)["input_ids"])) == 0:
+        raise ValueError(f"{where}.prompt_tuning_init_text: {text!r} has no token; give a text, or leave it out")
+    if length > count:
         logger.warning("%s: prompt_tuning_init_text has %d tokens, its first %d are taken", where, length, count)
 
 

@@ -46,7 +46,14 @@ def check_warm_start(source: BaseInfo, target: BaseInfo, target_modules: list[st
         ValueError: names the first module that differs.
     """
     old, new = linear_modules(source), linear_modules(target)
-    for name in resolve_targets(new, target_modules, target.name, "distill.lora.target_modules"):
+    own = resolve_targets(new, target_modules, target.name, "distill.lora.target_modules")
+    ends = {name.rpartition(".")[2] for name in own}
+    if extra := sorted(name for name in old.keys() - set(own) if name.rpartition(".")[2] in ends):
+        raise ValueError(
+            f"distill.warm_start: {extra[0]} is in {source.name} and not in {target.name}; an adapter can be copied "
+            "between bases of one shape only; set warm_start to false"
+        )
+    for name in own:
         if old.get(name) != new[name]:
             has = f"is {old[name]} there" if name in old else "is not there"
             raise ValueError(

@@ -147,7 +147,7 @@ def merge_bundles(
         entry.model_dump(mode="json", exclude={"adapters", "data", "eval_data", "when"}),
         [part.digest for part in parts],
         [sha256_file(path) for path in data],
-        (settings.dtype, base.fingerprint, config.seed),
+        (settings.dtype, base.identity, config.seed),
     )
     if (made := made_before(output, recipe, base)) is not None:
         return made

@@ -94,7 +94,7 @@ def read_shape(base: BaseModelConfig, dtype: torch.dtype) -> Shape:
     if os.path.isdir(path) and not (Path(path) / "config.json").is_file():
         raise ValueError(f"{path}: has no config.json; give a model directory, or a hub id")
     try:
-        model = meta_model(Path(path) if os.path.isdir(path) else base.model, base.trust_remote_code)
+        model = meta_model(Path(path) if os.path.isdir(path) else base.model, base.trust_remote_code, base.revision)
     except Exception as error:  # a fault boundary: hub clients and model classes raise what they like
         raise ValueError(
             f"{base.model}: no base can be planned with ({first_line(error)}); give a directory with config.json of an "

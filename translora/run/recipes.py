@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from translora.bundle import BaseInfo
+from translora.bundle.base import pinned
 from translora.config import AdapterEntry, BaseModelConfig, FleetConfig
 from translora.run.files import digest, read_object, sha256_file, write_json
 from translora.run.rundir import EXECUTION_ONLY
@@ -31,7 +32,7 @@ def recipes(
         bases: source, target and generator; they count by their weights, not by where they lie.
     """
     source, target, generator = (
-        (base.fingerprint, {key: value for key, value in settings.decides().items() if key != "model"})
+        (base.identity, {key: value for key, value in settings.decides().items() if key != "model"})
         for base, settings in zip(bases, base_settings(config), strict=True)
     )
     gate = config.gate.model_dump()
@@ -66,6 +67,15 @@ def recipes(
     }
 
 
+def keep_to_commits(config: FleetConfig) -> FleetConfig:
+    """The fleet file with the commits that its bases' hub ids stand for at present, as every worker is to load them."""
+    update: dict[str, Any] = {"source": pinned(config.source), "target": pinned(config.target)}
+    if config.synthesis.generator is not None:
+        generator = pinned(config.synthesis.generator)
+        update["synthesis"] = config.synthesis.model_copy(update={"generator": generator})
+    return config.model_copy(update=update)
+
+
 def base_settings(config: FleetConfig) -> tuple[BaseModelConfig, BaseModelConfig, BaseModelConfig]:
     """Source, target and generator as the fleet file has them."""
     return config.source, config.target, config.generator
@@ -85,7 +95,7 @@ class Seals:
     def __init__(self, run_dir: Path, config: FleetConfig, bases: tuple[BaseInfo, BaseInfo, BaseInfo]) -> None:
         self.run_dir = run_dir
         settings = config.model_dump(exclude={"adapters", "merges", "resources", "tracking", "run_dir"})
-        self._common = digest(settings, [base.fingerprint for base in bases])
+        self._common = digest(settings, [base.identity for base in bases])
         known = read_object(run_dir / SEALS)
         self._known = {str(name): seal for name, seal in known.items()}
 

@@ -47,23 +47,18 @@ def continue_state(run_dir: Path, fresh: AdapterState, target: BaseInfo) -> Adap
     makes it, a changed setting or base to the first phase that it touches. A quarantined adapter is tried again; one
     that failed the gate is not.
     """
-    directory = run_dir / "adapters" / fresh.name
     if not state_path(run_dir, fresh.name).is_file():
-        remove_directory(directory)
-        return fresh
+        return begun_anew(run_dir, fresh)
     state = load_state(run_dir, fresh.name)
     if (state.bundle_digest, state.num_samples) != (fresh.bundle_digest, fresh.num_samples):
         logger.info("%s: the bundle or its size changed: migrated anew", fresh.name)
-        remove_directory(directory)
-        remove_directory(run_dir / BUNDLES / fresh.name)
-        return fresh
+        return begun_anew(run_dir, fresh)
     state.bundle = fresh.bundle
     state = touched_again(run_dir, state, fresh)
     earlier = [name for name in state.artifacts if name.startswith(f"adapters/{fresh.name}/synthetic-")]
     if any(artifact_digest(run_dir, name, target) != state.artifacts[name] for name in earlier):
         logger.warning("%s: the samples of its first attempt are missing or changed: migrated anew", fresh.name)
-        remove_directory(directory)
-        return fresh
+        return begun_anew(run_dir, fresh)
     made_by: dict[str, Phase] = {
         f"adapters/{fresh.name}/{SYNTHETIC}": "synthesis",
         f"adapters/{fresh.name}/{STUDENT}": "distill",
@@ -91,6 +86,13 @@ def continue_state(run_dir: Path, fresh: AdapterState, target: BaseInfo) -> Adap
     return state
 
 
+def begun_anew(run_dir: Path, fresh: AdapterState) -> AdapterState:
+    """`fresh`, with nothing left of an earlier run: a next hop would take its bundle for the new one."""
+    remove_directory(run_dir / "adapters" / fresh.name)
+    remove_directory(run_dir / BUNDLES / fresh.name)
+    return fresh
+
+
 def touched_again(run_dir: Path, state: AdapterState, fresh: AdapterState) -> AdapterState:
     """The state, sent back to the first phase that was made from something else than now.
 
@@ -114,7 +116,8 @@ def touched_again(run_dir: Path, state: AdapterState, fresh: AdapterState) -> Ad
 
 def sent_back(state: AdapterState, fresh: AdapterState, phase: Phase) -> AdapterState:
     """`fresh` with what the phases before `phase` have come to."""
-    kept: dict[str, Any] = {"phase": phase} | {key: getattr(state, key) for key in ("artifacts", "attempt", "earlier")}
+    of_attempts = ("artifacts", "attempt", "earlier", "earlier_agreement")
+    kept: dict[str, Any] = {"phase": phase} | {key: getattr(state, key) for key in of_attempts}
     if phase != "synthesis":
         kept["synthesis"] = state.synthesis
     if phase == "gate":

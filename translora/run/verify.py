@@ -10,6 +10,7 @@ from translora.bundle.adapter import highest_rank, is_in_bank
 from translora.bundle.base import linear_modules, refuse_quantised
 from translora.bundle.remote import fetch_all, is_remote
 from translora.config import AdapterEntry, BaseModelConfig, FleetConfig, TrainConfig
+from translora.distill.data import check_links, num_steps
 from translora.distill.ds_config import check_partitions, read_ds_config
 from translora.distill.phase import student_start
 from translora.distill.teacher import check_vocabularies
@@ -17,6 +18,7 @@ from translora.engine.loading import attention_of, load_tokenizer, resolve_dtype
 from translora.engine.prompts import prompt_format
 from translora.engine.vllm_settings import check_engine, check_rank
 from translora.lora.kinds import SOURCES_ONLY
+from translora.lora.peft_io import is_banked
 from translora.lora.targets import resolve_targets
 from translora.lora.warm_start import check_warm_start
 from translora.run.files import read_jsonl
@@ -47,8 +49,8 @@ def check_training(config: FleetConfig, source: BaseInfo, target: BaseInfo) -> N
         raise ValueError("target.vllm: vLLM computes LoRAs alone; leave it out, or distill.peft")
     if config.distill.peft is None:
         check_rank(config.distill.lora.total_rank, config.target, "distill.lora")
-    check_target_context(config, target)
     check_section(config.distill, target, "distill")
+    check_target_context(config, target)
     if config.distill.loss == "kl":
         check_vocabularies(load_tokenizer(config.source), load_tokenizer(config.target))
     if config.distill.token_share < 1:
@@ -56,6 +58,8 @@ def check_training(config: FleetConfig, source: BaseInfo, target: BaseInfo) -> N
             prompt_format(load_tokenizer(settings)).answer_spans("a")
     if config.distill.warm_start:
         check_warm_start(source, target, config.distill.lora.target_modules)
+        if load_tokenizer(config.source).get_vocab() != load_tokenizer(config.target).get_vocab():
+            logger.warning("distill.warm_start: the bases have different vocabularies: a copied adapter may say little")
 
 
 def check_target_context(config: FleetConfig, target: BaseInfo) -> None:
@@ -87,6 +91,10 @@ def check_section(settings: TrainConfig, base: BaseInfo, section: str) -> None:
     check_partitions(ds_config, settings.num_workers, f"{section}.ds_config {settings.ds_config}")
     resolve_targets(linear_modules(base), settings.lora.target_modules, base.name, f"{section}.lora.target_modules")
     if settings.peft is not None:
+        if is_banked(settings.peft):
+            logger.warning(
+                "%s.peft: PEFT trains this LoRA alone; as %s.lora it would be one of a gang", section, section
+            )
         if settings.lora.has_options:
             raise ValueError(
                 f"{section}.lora: init, lora_plus_ratio, gradient, random_half, chain and flat_sigma are not for "
@@ -102,7 +110,7 @@ def check_method(settings: TrainConfig, base: BaseInfo, section: str) -> None:
         ValueError: it cannot, or its virtual keys and values would get lost; names the setting.
     """
     from translora.lora.methods import check_text, expected_shapes, parse_method
-    from translora.lora.peft_io import check_name, is_banked
+    from translora.lora.peft_io import check_name
 
     assert settings.peft is not None
     config = parse_method(settings.peft, section, base.path)
@@ -210,6 +218,7 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
             check_rank(highest_rank(directory), config.source, str(directory))
         check_prompts(run, bundle)
         check_copy(run, bundle, entry)
+        check_steps(config, entry, entry.num_samples or bundle.manifest.num_samples)
         eval_rows = read_jsonl(entry.eval_data, required=("input", "target")) if entry.eval_data else []
     except (BundleError, ValueError) as error:
         run.quarantine(state, str(error))
@@ -242,6 +251,17 @@ def check_copy(run: Run, bundle: Bundle, entry: AdapterEntry) -> None:
         start, remark = student_start(run, bundle.path)
         if start is None:
             raise ValueError(f"{bundle.path}: {remark}, and 0 epochs train nothing; give it epochs of its own")
+
+
+def check_steps(config: FleetConfig, entry: AdapterEntry, num_samples: int) -> None:
+    """Whether a student has steps for each link of a chain, and for EVA's initialisation.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if config.distill.peft is None and config.epochs_of(entry) > 0:
+        lora, steps = config.distill.lora, num_steps(num_samples, config.epochs_of(entry), config.distill.batch_size)
+        check_links(lora.num_links, steps, int(lora.init == "eva"), entry.bundle)
 
 
 def check_name_and_size(config: FleetConfig, entry: AdapterEntry, bundle: Bundle) -> None:

@@ -58,7 +58,7 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
         pools,
         generator=config.generator,
         source=config.source,
-        fingerprints=(run.generator.fingerprint, run.source.fingerprint),
+        identities=(run.generator.identity, run.source.identity),
         config=config.synthesis,
         resources=config.resources,
         seed=config.seed,

@@ -81,7 +81,7 @@ def synthesise(
     *,
     generator: BaseModelConfig,
     source: BaseModelConfig,
-    fingerprints: tuple[str, str],
+    identities: tuple[str, str],
     config: SynthesisConfig,
     resources: ResourceConfig,
     seed: int,
@@ -95,10 +95,10 @@ def synthesise(
     has a `fault` and is given up; the others go on.
 
     Args:
-        fingerprints: of the generator and of the source base; blocks computed on other weights are not reused.
+        identities: of the generator and of the source base; blocks computed on other weights are not reused.
         on_round: called after each round, with the pools' statistics up to date.
     """
-    decided_by = (config.model_dump(exclude={"generator"}), generator.decides(), source.decides(), fingerprints, seed)
+    decided_by = (config.model_dump(exclude={"generator"}), generator.decides(), source.decides(), identities, seed)
     known = read_outcomes(run_dir / "rounds")
     keyed = {
         digest(pool.name, pool.bundle.digest, pool.needed, pool.budget, pool.screen, *decided_by): pool
@@ -114,7 +114,7 @@ def synthesise(
                 list(keyed.values()),
                 generator=generator,
                 source=source,
-                fingerprints=fingerprints,
+                identities=identities,
                 config=config,
                 hosts=hosts,
                 seed=seed,
@@ -134,7 +134,7 @@ def run_round(
     *,
     generator: BaseModelConfig,
     source: BaseModelConfig,
-    fingerprints: tuple[str, str],
+    identities: tuple[str, str],
     config: SynthesisConfig,
     hosts: Hosts,
     seed: int,
@@ -155,7 +155,7 @@ def run_round(
         batch_size=config.batch_size,
         run_dir=run_dir,
         place=f"rounds/{number:03d}-generate",
-        weights=fingerprints[0],
+        weights=identities[0],
         settings={"sampling": config.sampling.model_dump()},
         order=generation_order,
         faults=faults,
@@ -169,7 +169,7 @@ def run_round(
         batch_size=config.batch_size,
         run_dir=run_dir,
         place=f"rounds/{number:03d}-label",
-        weights=[fingerprints[1], {pool.name: pool.bundle.digest for pool in pools}],
+        weights=[identities[1], {pool.name: pool.bundle.digest for pool in pools}],
         adapters=bank_adapters(pools),
         settings={"max_answer_tokens": config.max_answer_tokens},
         faults=faults,
