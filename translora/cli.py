@@ -1,7 +1,6 @@
 """The command line: translora migrate | prepare | evaluate | merge | plan | status | report.
 
-Exit codes: 0 all adapters migrated, 1 some failed the gate or were quarantined, 2 the input cannot be used,
-3 a worker or the cluster failed, 130 Ctrl-C, 143 SIGTERM (after these three the same command continues).
+EXIT_CODES says what the numbers mean that a command ends with.
 """
 
 from __future__ import annotations
@@ -37,10 +36,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 DISK_FULL = os.strerror(errno.ENOSPC)
-MIGRATED, FAILED, UNUSABLE, BROKEN = 0, 1, 2, 3
+MIGRATED, FAILED, UNUSABLE, BROKEN, CRASHED = 0, 1, 2, 3, 70
 EXIT_CODES = """\
 exit codes: 0 every adapter migrated, 1 some failed the gate or were quarantined, 2 the input cannot be used,
-3 a worker or the cluster failed, 130 Ctrl-C, 143 SIGTERM; after the last three the same command continues"""
+70 an error that nobody foresaw (with its traceback), 3 a worker or the cluster failed, 130 Ctrl-C, 143 SIGTERM;
+after the last three the same command continues"""
 
 
 class RunFailedError(RuntimeError):
@@ -58,9 +58,27 @@ def cluster_faults() -> Iterator[None]:
     except (ray.exceptions.RayError, ray.train.TrainingFailedError, ConnectionError) as error:
         if DISK_FULL in str(error):
             raise RunFailedError(f"a worker could not write: {DISK_FULL}; free some space") from error
+        if (refusal := worker_refusal(error)) is not None:
+            logger.debug("refused by a worker", exc_info=True)
+            raise ValueError(str(refusal)) from error
         logger.error("the cluster or a worker failed", exc_info=True)
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise RunFailedError(lines[-1] if lines else type(error).__name__) from error
+
+
+def worker_refusal(error: BaseException) -> ValueError | None:
+    """What a worker said of a base or a setting that it cannot use: a rerun would not change it. None for faults."""
+    from ray.exceptions import RayError
+
+    if isinstance(error, ValueError) and not isinstance(error, RayError):
+        return error
+    # Of Ray's tasks, of its training's workers and controller, and of what a worker raised (ray 2.60).
+    failures = getattr(error, "worker_failures", {})
+    links = [getattr(error, name, None) for name in ("cause", "controller_failure", "_base_exc", "__cause__")]
+    for link in (*failures.values(), *links):
+        if isinstance(link, BaseException) and (found := worker_refusal(link)) is not None:
+            return found
+    return None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -152,11 +170,12 @@ def main(argv: list[str] | None = None) -> int:
         say(f"{error}; what is finished is kept, the same command continues")
         return BROKEN
     except ValueError as error:
+        logger.debug("", exc_info=True)
         say(str(error))
         return UNUSABLE
     except OSError as error:
         if not full_disk(error):
-            raise
+            return crashed()
         where = f"{error.filename}: " if error.filename else ""
         say(f"{where}{error.strerror}; free some space: what is finished is kept, the same command continues")
         return BROKEN
@@ -165,6 +184,14 @@ def main(argv: list[str] | None = None) -> int:
         what = "interrupted" if code == INTERRUPTED else "terminated"
         say(f"{what}; what is finished is kept, the same command continues")
         return code
+    except Exception:
+        return crashed()
+
+
+def crashed() -> int:
+    """Show the traceback of an error that no part foresaw, with an exit code that none of the foreseen ends has."""
+    logger.exception("an error that was not foreseen; what is finished is kept")
+    return CRASHED
 
 
 def say(text: str) -> None:

@@ -150,5 +150,33 @@ def test_a_full_disk_is_one_line_and_another_error_of_the_system_is_not_hidden(
         raise FileNotFoundError(2, "No such file", "x")
 
     monkeypatch.setattr(cli, "run_status", read_nothing)
-    with pytest.raises(FileNotFoundError):
-        cli.main(["status", "run"])
+    assert cli.main(["status", "run"]) == cli.CRASHED not in (cli.FAILED, cli.UNUSABLE, cli.BROKEN)
+
+
+def test_a_refusal_of_a_worker_is_unusable_input_and_its_death_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    """As Ray's tasks and its training bring them: the same command would not help against the first."""
+    import ray.exceptions
+    import ray.train
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+
+    refusal = ValueError("model: this base cannot be packed; take another")
+    task = ray.exceptions.RayTaskError("run", "Traceback ...", refusal).as_instanceof_cause()
+    training = ray.train.WorkerGroupError("...", {0: RuntimeError("NCCL"), 1: UserExceptionWithTraceback(refusal, "")})
+    died = ray.train.WorkerGroupError("...", {0: RuntimeError("NCCL")})
+    killed = ray.exceptions.RayTaskError("run", "Traceback ...", MemoryError("x")).as_instanceof_cause()
+    for error, code in (
+        (task, cli.UNUSABLE),
+        (training, cli.UNUSABLE),
+        (died, cli.BROKEN),
+        (killed, cli.BROKEN),
+        (ray.exceptions.ActorDiedError(), cli.BROKEN),
+    ):
+
+        def work(_: object, error: Exception = error) -> int:
+            with cli.cluster_faults():
+                raise error
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cli, "run_status", work)
+            assert cli.main(["status", "run"]) == code, error
+        assert ("take another" in capsys.readouterr().err) is (code == cli.UNUSABLE)
