@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import make_adapter, make_base
-from translora.lora.peft_io import LoraWeights, read_config, read_lora, write_lora
+from translora.lora.peft_io import LoraWeights, lora_config, read_lora, write_lora
 
 IDS = torch.tensor([[5, 9, 33, 80, 120, 7]])
 
@@ -162,7 +162,7 @@ def test_odd_numbers_are_refused(values: dict[str, Any], message: str, base: Pat
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
     with pytest.raises(ValueError, match=r"adapter_config\.json") as caught:
-        read_config(adapter)
+        lora_config(adapter)
     assert message in str(caught.value)
 
 

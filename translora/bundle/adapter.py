@@ -162,10 +162,10 @@ def check_adapter(directory: Path, base: BaseInfo) -> None:
     if not is_in_bank(directory):
         _check_method(directory, base)
         return
-    from translora.lora.peft_io import read_config, read_lora
+    from translora.lora.peft_io import lora_config, read_lora
 
     path = directory / WEIGHTS
-    read_config(directory)  # what it says of an option is clearer than what its tensors do
+    lora_config(directory)  # what it says of an option is clearer than what its tensors do
     _check_pairs(path, base)
     lora = read_lora(directory)
     for module, factors in lora.modules.items():
@@ -181,11 +181,11 @@ def _check_finite(path: Path, name: str, tensors: Iterable[Any]) -> None:
 
 def _check_method(directory: Path, base: BaseInfo) -> None:
     """Check an adapter that the bank does not have against what PEFT would make of its config on this base."""
-    from translora.lora.methods import expected_shapes, read_config
+    from translora.lora.methods import expected_shapes, method_config
     from translora.lora.peft_io import read_tensors
 
     path = directory / WEIGHTS
-    config = read_config(directory)  # before a byte of the weights
+    config = method_config(directory)  # before a byte of the weights
     shapes = _read_shapes(path)
     try:
         expected = expected_shapes(base, config)

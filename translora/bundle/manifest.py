@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from translora.bundle.adapter import CONFIG, WEIGHTS
 from translora.bundle.reading import read_json_object
+from translora.config_file import NAME_PATTERN
 from translora.run.redact import printable
 
 SCHEMA_VERSION = 1
-TASK_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 MANIFEST = "translora/manifest.json"
 SEEDS = "translora/seeds.jsonl"
 DISCRIMINATOR = "translora/discriminator"
@@ -80,7 +80,7 @@ class Manifest(_Record):
 
     schema_version: Literal[1] = 1
     """Version of this layout."""
-    task_name: str = Field(pattern=TASK_NAME)
+    task_name: str = Field(pattern=NAME_PATTERN)
     """The <NAME> of the discriminator's question."""
     base_name: str = Field(min_length=1, max_length=256)
     """Hub id or directory name of the base that the adapter was trained on."""

@@ -166,7 +166,7 @@ def patterns_of(name: str, value: Any) -> list[str]:
     return found
 
 
-def read_config(directory: str | Path) -> PeftConfig:
+def method_config(directory: str | Path) -> PeftConfig:
     """PEFT's config of an adapter on disk, for inference.
 
     A fault boundary, as `expected_shapes`: what PEFT raises for an odd config is its own affair.
@@ -201,7 +201,7 @@ def read_method(directory: str | Path) -> Method:
     Raises:
         ValueError: one of them cannot be read, or not be used here; names the file and the remedy.
     """
-    return read_config(directory), read_tensors(Path(directory) / WEIGHTS)
+    return method_config(directory), read_tensors(Path(directory) / WEIGHTS)
 
 
 def read_adapter(directory: str | Path) -> LoraWeights | Method:

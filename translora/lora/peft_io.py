@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from translora.bundle.adapter import read_adapter_config
 from translora.lora.kinds import MAX_RANK
 
 PREFIX = "base_model.model."
@@ -139,20 +140,15 @@ def refuse_options(config: Mapping[str, Any], where: Path | str, *, through_peft
         raise ValueError(f"{where}: bias is {config['bias']!r}; only bias='none' is supported")
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def lora_config(directory: Path) -> dict[str, Any]:
     """Read adapter_config.json.
 
     Raises:
         ValueError: missing, not JSON, not LoRA, or with options that the adapter bank does not cover.
     """
-    path = directory / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); save the adapter with PEFT's save_pretrained") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path}: peft_type is {kind!r}; only LORA adapters can be read here")
+    path, config = directory / "adapter_config.json", read_adapter_config(directory)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be read here")
     refuse_options(config, path)
     check_init(config.get("init_lora_weights"), path)
     _check_numbers(config, path)
@@ -200,7 +196,7 @@ def read_lora(directory: str | Path) -> LoraWeights:
             fit the config or exceeds MAX_RANK. Names the file and the remedy.
     """
     directory = Path(directory)
-    config = read_config(directory)
+    config = lora_config(directory)
     path = directory / "adapter_model.safetensors"
     tensors = read_tensors(path)
     pairs: dict[str, dict[str, torch.Tensor]] = {}

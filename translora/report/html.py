@@ -24,7 +24,7 @@ from translora.report.table import (
     summary,
 )
 from translora.report.templates import environment
-from translora.run.files import write_bytes
+from translora.run.files import read_object, write_bytes
 from translora.run.state import AdapterState, load_states
 
 REPORT_FILE = "report.html"
@@ -64,7 +64,7 @@ def write_report(run_dir: Path) -> Path:
 
 def _run_facts(run_dir: Path, states: Sequence[AdapterState]) -> dict[str, Any]:
     """What the head and the foot of the page say: bases, tiles, config and versions."""
-    config = _read_json(run_dir / "config.json")
+    config = read_object(run_dir / "config.json")
     gates = [state.gate for state in states if state.gate]
     counts = {status: sum(state.status == status for state in states) for status in STATUS_WORDS}
     tiles = [(word, counts[status], status) for status, word in STATUS_WORDS.items() if counts[status]]
@@ -80,21 +80,13 @@ def _run_facts(run_dir: Path, states: Sequence[AdapterState]) -> dict[str, Any]:
         "mean_agreement": mean_agreement,
         "min_agreement": (config.get("gate") or {}).get("min_agreement"),
         "config": json.dumps(config, indent=2, ensure_ascii=False),
-        "versions": _read_json(run_dir / "versions.json"),
+        "versions": read_object(run_dir / "versions.json"),
     }
 
 
 def _model_name(config: dict[str, Any], role: str) -> str:
     model = (config.get(role) or {}).get("model") or MISSING
     return str(model).rstrip("/").rsplit("/", 1)[-1] if str(model).startswith(("/", ".", "~")) else str(model)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def describe(run_dir: Path, state: AdapterState) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from translora.report.markdown import escape
 from translora.run.state import AdapterState, GateResult
 
 STATUS_WORDS = {
@@ -30,19 +29,6 @@ STATUS_STYLES = {
 }
 MISSING = "–"
 ACCURACY_FIELDS = ("source_base", "source_adapter", "target_base", "migrated")
-MARKDOWN_HEADERS = (
-    "adapter",
-    "status",
-    "|D_syn|",
-    "accepted",
-    "agreement with teacher: target base → migrated",
-    "accuracy: source base",
-    "accuracy: source adapter",
-    "accuracy: target base",
-    "accuracy: migrated",
-)
-_TEXT_COLUMNS = 2
-_ACCURACY_COLUMN = 5
 
 
 def percent(share: float | None) -> str:
@@ -156,23 +142,3 @@ def accuracy_texts(state: AdapterState) -> list[str]:
         return [MISSING, MISSING]
     pairs = ((accuracy.source_base, accuracy.source_adapter), (accuracy.target_base, accuracy.migrated))
     return [f"{percent(base)} → {percent(own)} ({interval(own, accuracy.num_items)})" for base, own in pairs]
-
-
-def to_markdown(states: Sequence[AdapterState]) -> str:
-    """The same table as GitHub Markdown, notes in full, with the summary below it."""
-    headers = list(MARKDOWN_HEADERS)
-    rows = []
-    for state in states:
-        shares = [getattr(state.accuracy, field) if state.accuracy else None for field in ACCURACY_FIELDS]
-        samples = str(state.set_size or MISSING)
-        rows.append([state.name, status_text(state), samples, accepted_text(state)])
-        rows[-1] += [agreement_text(state), *map(percent, shares)]
-    if not any(state.accuracy for state in states):
-        headers, rows = headers[:_ACCURACY_COLUMN], [row[:_ACCURACY_COLUMN] for row in rows]
-    rule = ["---" if column < _TEXT_COLUMNS else "---:" for column in range(len(headers))]
-    if any(note(state) for state in states):
-        headers, rule = [*headers, "note"], [*rule, "---"]
-        rows = [[*row, note(state)] for row, state in zip(rows, states, strict=True)]
-    cells = [[header.replace("|", "\\|") for header in headers], rule, *(map(escape, row) for row in rows)]
-    lines = ["| " + " | ".join(row) + " |" for row in cells]
-    return "\n".join([*lines, "", summary(states) + "."])
