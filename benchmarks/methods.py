@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from translora.config import load_config
-from translora.evaluate.cells import points, ratio, table
+from translora.evaluate.cells import points, table
 from translora.evaluate.config import REAL, SOURCE_ADAPTER, EvaluateConfig, merge
 from translora.evaluate.render import write_results
 from translora.evaluate.results import Results
@@ -22,9 +22,10 @@ HEAD = """\
 # Every PEFT method into every other
 
 **{source} → {target}, {tasks}, {seeds}, \\|D_syn\\| = {num_samples}.** A row is the method of the source adapters, a
-column that of the students. Mean accuracy over the tasks in percent, below it retention ρ, in brackets 95 % bootstrap
-intervals; [results.md](results.md) says what they mean. The adapters that are trained on the target with the real data,
-against which ρ is measured, are of the row's method.
+column that of the students. Mean accuracy over the tasks in percent, below it the points that the student has more than
+its source adapter, paired by test item, in brackets 95 % bootstrap intervals; [results.md](results.md) says what they
+mean. Beside them adapters of the row's method that are trained on the target with the real data. Made by
+`python -m benchmarks.methods {config}`.
 """
 
 
@@ -47,7 +48,7 @@ def row(source: str, results: Results, arms: list[str]) -> list[str]:
         cells.append(points(results.references[arm]))
     for arm in arms:
         found = results.arms[arm]
-        cells.append(f"{points(found.accuracy)}<br>ρ {ratio(found.retention)}")
+        cells.append(f"{points(found.accuracy)}<br>{points(found.against_source, signed=True)}")
     return cells
 
 
@@ -70,6 +71,7 @@ def main() -> None:
         tasks=", ".join(task.name for task in config.tasks),
         seeds=f"{len(config.seeds)} seed{'s' if len(config.seeds) > 1 else ''}",
         num_samples=config.num_samples,
+        config=arguments.config,
     )
     lines = table(
         ["from", "source adapter", "real data on the target", *(f"into {arm}" for arm in arms)],

@@ -127,6 +127,10 @@ def test_means_are_over_the_tasks_that_count(results: Results) -> None:
     assert plain.accuracy is not None and plain.accuracy.value == pytest.approx((38 + 40) / 100)
     assert (plain.num_not_below_source, other.num_not_below_source) == (1, 1)
     assert plain.against_first is None
+    lost = other.against_source
+    assert lost is not None and lost.value == pytest.approx(
+        other.accuracy.value - results.references["source_adapter"].value
+    )
     assert other.against_first is not None and other.against_first.value == pytest.approx((24 + 41 - 38 - 40) / 100)
 
 

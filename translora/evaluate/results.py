@@ -109,6 +109,8 @@ class ArmResult(Record):
     """Tasks on which the migrated adapter is at least as good as the source adapter."""
     against_first: Estimate | None
     """Accuracy minus that of the first arm, paired by item; None for the first arm."""
+    against_source: Estimate | None = None
+    """Accuracy minus that of the source adapter, paired by item."""
 
 
 class Results(Record):
@@ -213,6 +215,7 @@ def arm_result(arm: str, first: str, tasks: Sequence[TaskItems]) -> ArmResult:
         num_defined=sum(one.value is not None for one in found),
         num_not_below_source=sum(value >= 0 for value, _ in differences),
         against_first=None if arm == first else mean_over(tasks, arm, first),
+        against_source=mean_over(tasks, arm, SOURCE_ADAPTER),
     )
 
 
