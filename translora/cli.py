@@ -58,10 +58,9 @@ def cluster_faults() -> Iterator[None]:
     except (ray.exceptions.RayError, ray.train.TrainingFailedError, ConnectionError) as error:
         if DISK_FULL in str(error):
             raise RunFailedError(f"a worker could not write: {DISK_FULL}; free some space") from error
-        if (refusal := worker_refusal(error)) is not None:
-            logger.debug("refused by a worker", exc_info=True)
-            raise ValueError(str(refusal)) from error
         logger.error("the cluster or a worker failed", exc_info=True)
+        if (refusal := worker_refusal(error)) is not None:
+            raise ValueError(str(refusal)) from error
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise RunFailedError(lines[-1] if lines else type(error).__name__) from error
 

@@ -35,7 +35,7 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
     Raises:
         ValueError: the config or a base cannot be used. A fault of one bundle quarantines that adapter alone.
     """
-    entries = expand_entries(config.adapters)
+    entries = expand_entries(config.adapters, config.run_dir)
     entries |= entries_before(config, list(entries))
     source, target, generator = map(info_of, base_settings(config))
     if source.fingerprint == target.fingerprint:

@@ -44,8 +44,10 @@ def prepare(text: str) -> Callable[[Bench], object]:
 
 
 def adapters(*bundles: str) -> Callable[[Bench], object]:
-    """Expand these entries of a fleet file."""
-    return lambda bench: expand_entries([AdapterEntry(bundle=str(bench.directory / path)) for path in bundles])
+    """Expand these entries of a fleet file whose run_dir is `run`."""
+    return lambda bench: expand_entries(
+        [AdapterEntry(bundle=str(bench.directory / path)) for path in bundles], bench.directory / "run"
+    )
 
 
 def jsonl(content: str | bytes) -> Callable[[Bench], object]:
@@ -195,6 +197,7 @@ PATH_CASES = [
         "a directory instead of a fleet file", lambda bench: load_config(bench.directory, FleetConfig), "cannot be read"
     ),
     Case("a glob that matches nothing", adapters("bundles/*"), "matches no directory; correct it"),
+    Case("bundles that the run would replace", adapters("run/bundles/orders"), "there; give another run_dir"),
     Case("two bundles of one name", adapters("a/orders", "b/orders"), "are both named orders; rename one directory"),
 ]
 

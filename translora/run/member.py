@@ -19,7 +19,7 @@ from translora.config import AdapterEntry, FleetConfig, GateConfig
 from translora.run.files import digest, sha256_path, write_json
 from translora.run.redact import printable, redact
 from translora.run.resume import artifact_digest, continue_state
-from translora.run.state import SYNTHETIC, AdapterState, Phase, reached, save_state
+from translora.run.state import BUNDLES, SYNTHETIC, AdapterState, Phase, reached, save_state
 from translora.run.tracker import Tracker
 
 logger = logging.getLogger(__name__)
@@ -183,14 +183,18 @@ def is_name(name: str) -> bool:
     return len(name) <= MAX_NAME and name.isprintable() and not name.startswith((".", "~")) and name.strip() == name
 
 
-def expand_entries(entries: list[AdapterEntry]) -> dict[str, AdapterEntry]:
+def expand_entries(entries: list[AdapterEntry], run_dir: Path | None = None) -> dict[str, AdapterEntry]:
     """Entries by adapter name, globs expanded; an entry of its own overrides a glob's, in any order.
 
     A directory whose name is none for an adapter gets another here, under which it can be quarantined.
 
+    Args:
+        run_dir: of the run that is to migrate them.
+
     Raises:
-        ValueError: a glob matches nothing, or two bundles bear the same name.
+        ValueError: a glob matches nothing, two bundles bear the same name, or one lies where the run would replace it.
     """
+    own_output = None if run_dir is None else (run_dir / BUNDLES).resolve()
     found: dict[str, AdapterEntry] = {}
     explicit: set[str] = set()
     for entry in entries:
@@ -210,6 +214,8 @@ def expand_entries(entries: list[AdapterEntry]) -> dict[str, AdapterEntry]:
                 raise ValueError(
                     f"adapters: {found[name].bundle} and {path} are both named {name}; rename one directory"
                 )
+            if not is_remote(path) and Path(path).resolve().parent == own_output:
+                raise ValueError(f"adapters: {path}: this run writes its own bundles there; give another run_dir")
             if is_glob and name in explicit:
                 continue
             found[name] = entry.model_copy(update={"bundle": path})
