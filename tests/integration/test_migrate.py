@@ -275,7 +275,7 @@ def test_a_failed_gate_is_tried_again_with_more_samples_also_without_a_discrimin
         kept = [sum(row["split"] != "refused" for row in rows) for rows in (first, second)]
         assert kept[0] <= 6 < kept[1] <= 10
     bare = next(state for state in load_states(world.root / "runs" / "retried") if state.name == "bare")
-    assert bare.synthesis.screen == "excess" and bare.gate is not None and bare.gate.loglik_student is not None
+    assert bare.synthesis.screen == "confidence" and bare.gate is not None and bare.gate.loglik_student is not None
     rows = pq.read_table(world.root / "runs/retried/adapters/bare/synthetic.parquet").to_pylist()
     assert all(row["score"] > 0 for row in rows if row["split"] != "refused")
     assert not (world.root / "runs" / "retried" / "bundles").exists()

@@ -88,9 +88,9 @@ def test_the_verdict_keeps_its_level_where_scores_say_nothing() -> None:
     [
         (None, {}, "discriminator"),
         (0.9, {}, "discriminator"),
-        (0.49, {}, "excess"),
+        (0.49, {}, "confidence"),
         (0.9, {"migrated_from": "old"}, "discriminator"),
-        (None, {"migrated_from": "old"}, "excess"),
+        (None, {"migrated_from": "old"}, "confidence"),
     ],
 )
 def test_auto_passes_over_a_discriminator_that_cannot_tell(

@@ -2,6 +2,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -10,7 +11,9 @@ from transformers import AutoModelForCausalLM
 from tests.tiny import make_adapter, make_base
 from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request, Row, choose_tokens
+from translora.engine.prompts import prompt_format
 from translora.engine.transformers import TransformersEngine
+from translora.synthesis.stages import ANSWER_SCORES, screen_and_label_block
 
 PROMPTS = ["Route the message:", "The parcel is late. I was charged twice", "When does the shop open", "a"]
 
@@ -149,6 +152,25 @@ def test_the_heads_input_has_plain_strides(engine: TransformersEngine, num_rows:
     engine.generate([Request(prompt, None, 1) for prompt in PROMPTS[:num_rows]])
     hook.remove()
     assert strides == [(32, 32, 1)]
+
+
+@pytest.mark.parametrize("screen", ["confidence", "excess"])
+def test_an_answer_is_scored_by_the_adapter_and_its_base(engine: TransformersEngine, screen: str) -> None:
+    """Confidence: the geometric mean of the answer's probabilities, its end's among them; excess: over the base's."""
+    template = "{input} ->"
+    rows = [
+        {"slot": "a0", "screen": screen, "template": template, "stop": None, "input": f"Order {i}"} for i in range(3)
+    ]
+    answered = screen_and_label_block(engine, rows, {"max_answer_tokens": 6})
+    assert [row["score"] is not None for row in answered] == [
+        bool(row["answer"]) and row["finished"] for row in answered
+    ]
+    given = [{**row, "answer": answer} for row, answer in zip(rows, ("yes", "no, thanks", "ok"), strict=True)]
+    for row, score in zip(given, ANSWER_SCORES[screen](engine, given), strict=True):
+        prompts = prompt_format(engine.tokenizer, template)
+        sample = (prompts.encode_prompt(row["input"]), prompts.encode_answer(row["answer"]))
+        own, bare = (np.mean(engine.log_likelihood([sample], [slot])[0]) for slot in ("a0", None))
+        assert score == pytest.approx(math.exp(own) if screen == "confidence" else own - bare, rel=1e-3)
 
 
 def test_log_likelihood_is_that_of_the_whole_logits(engine: TransformersEngine, base: Path) -> None:

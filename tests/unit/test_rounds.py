@@ -119,7 +119,7 @@ def test_what_repeats_a_seed_or_an_earlier_input_but_for_a_trifle_is_dropped() -
     assert len(clean(generated("task", *texts), {"task": off}, strict)) == 4
 
 
-@pytest.mark.parametrize("screen", ["none", "discriminator", "excess"])
+@pytest.mark.parametrize("screen", ["none", "discriminator", "confidence", "excess"])
 def test_what_is_over_is_laid_aside_whatever_the_screen_and_all_is_counted(screen: ScreenName) -> None:
     one = pool(needed=3)
     one.screen, one.stats.generated = screen, 6
@@ -204,9 +204,11 @@ def test_the_screen_of_a_bundle() -> None:
     bundle = pool().bundle
     without = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"discriminator": False}))
     assert choose_screen(SynthesisConfig(), bundle) == "discriminator"
-    assert choose_screen(SynthesisConfig(), without) == "excess"
+    assert choose_screen(SynthesisConfig(), without) == "confidence"
     assert choose_screen(SynthesisConfig(screen="none"), bundle) == "none"
-    with pytest.raises(ValueError, match=r"has no discriminator; set synthesis.screen to auto, excess or none"):
+    with pytest.raises(
+        ValueError, match=r"has no discriminator; set synthesis.screen to auto, confidence, excess or none"
+    ):
         choose_screen(SynthesisConfig(screen="discriminator"), without)
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from translora.config.base import BaseModelConfig
 from translora.config_file import Strict
 
-Screen = Literal["auto", "discriminator", "excess", "none"]
+Screen = Literal["auto", "discriminator", "confidence", "excess", "none"]
 
 
 class SamplingConfig(Strict):
@@ -35,11 +35,12 @@ class SynthesisConfig(Strict):
     max_answer_tokens: int = Field(default=64, ge=1)
     """Longest answer of the teacher, in tokens of the source base; longer answers are dropped as malformed."""
     screen: Screen = "auto"
-    """Which inputs are kept: those that the owner's `discriminator` takes for real (the paper), those on which the
-    adapter has most to say beyond its base (`excess`, for bundles without a discriminator), or all (`none`); `auto` is
-    the discriminator where the bundle has one that tells real inputs from invented ones, and excess elsewhere."""
-    excess_surplus: float = Field(default=1.5, ge=1)
-    """Excess screen: collect |D_syn| times this, and keep those with the greatest excess."""
+    """Which inputs are kept: those that the owner's `discriminator` takes for real (the paper), those whose answer the
+    adapter is surest of (`confidence`), or makes most likelier than its base does (`excess`), for bundles without a
+    discriminator, or all (`none`); `auto` is the discriminator where the bundle has one that tells real inputs from
+    invented ones, and confidence elsewhere."""
+    surplus: float = Field(default=1.5, ge=1)
+    """Confidence and excess: collect |D_syn| times this, and keep of each answer those with the greatest score."""
     seed_similarity: float = Field(default=0.9, gt=0, le=1)
     """An input as similar as this to a seed (edit similarity, 1 is equal) is dropped: it would leak the seed. So is one
     that holds a seed of five words or more. Where all inputs of a task have one form it takes more than that form."""

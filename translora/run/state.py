@@ -15,7 +15,7 @@ from translora.run.files import write_json
 from translora.run.redact import printable, redact
 
 Phase = Literal["verify", "synthesis", "distill", "gate", "done"]
-ScreenName = Literal["discriminator", "excess", "none"]
+ScreenName = Literal["discriminator", "confidence", "excess", "none"]
 SYNTHETIC, STUDENT, DISCRIMINATOR, BUNDLES = "synthetic.parquet", "student", "discriminator", "bundles"
 """An adapter's files and directories below RUN/adapters/NAME, and where what passed the gate lies in the run."""
 PHASES: tuple[Phase, ...] = ("verify", "synthesis", "distill", "gate", "done")
@@ -40,7 +40,7 @@ class SynthesisStats(BaseModel):
     shortfall: str = ""
     """Set when the budget ended before `needed` was reached."""
     screen: str = ""
-    """Which screen was used: discriminator, excess or none."""
+    """Which screen was used."""
     distinct: dict[str, float] = {}
     """distinct-1, distinct-2: share of different word n-grams among the kept inputs."""
     classes: dict[str, int] = {}

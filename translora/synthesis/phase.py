@@ -16,6 +16,7 @@ from translora.run.state import SYNTHETIC
 from translora.synthesis.pool import Pool, choose_screen
 from translora.synthesis.quality import answer_classes, by_answer, deal
 from translora.synthesis.rounds import synthesise
+from translora.synthesis.stages import ANSWER_SCORES
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +31,14 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
         asked = member.entry.screen or config.synthesis.screen
         screen = choose_screen(config.synthesis, member.bundle, member.entry.screen)
         found = member.bundle.manifest.discriminator_quality
-        if (asked, screen) == ("auto", "excess") and found is not None:
+        if asked == "auto" and screen != "discriminator" and found is not None:
             logger.warning(
-                "%s: its discriminator was not shown to tell real inputs from invented ones (%s): screened by excess",
+                "%s: its discriminator was not shown to tell real inputs from invented ones (%s): screened by %s",
                 member.name,
                 found,
+                screen,
             )
-        surplus = config.synthesis.excess_surplus if screen == "excess" else 1.0
+        surplus = config.synthesis.surplus if screen in ANSWER_SCORES else 1.0
         pools.append(Pool(member.name, member.bundle, needed, budget, screen, surplus))
         if member.state.attempt > 1:
             rows = pq.read_table(member.earlier_set).to_pylist()

@@ -101,10 +101,10 @@ def choose_screen(config: SynthesisConfig, bundle: Bundle, own: Screen | None = 
     if screen == "auto":
         found, migrated = bundle.manifest.discriminator_quality, "migrated_from" in bundle.manifest.provenance
         trusted = not migrated if found is None else found.tells_apart
-        return "discriminator" if bundle.discriminator_dir and trusted else "excess"
+        return "discriminator" if bundle.discriminator_dir and trusted else "confidence"
     if screen == "discriminator" and not bundle.discriminator_dir:
         setting = "its screen" if own else "synthesis.screen"
-        raise ValueError(f"{bundle.path}: has no discriminator; set {setting} to auto, excess or none")
+        raise ValueError(f"{bundle.path}: has no discriminator; set {setting} to auto, confidence, excess or none")
     return screen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from translora.config import SamplingConfig
@@ -145,6 +146,15 @@ def judge_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> li
     return [{**row, "score": score} for row, score in zip(rows, discriminator_scores(engine, rows), strict=True)]
 
 
+def confidence_scores(engine: Engine, rows: list[Row]) -> list[float]:
+    """How sure the adapter is of its answer: the geometric mean of its tokens' probabilities, 0 to 1.
+
+    What is unlike the inputs that a model was trained on gets less of it (maximum softmax probability, arXiv
+    1610.02136). Rows: slot (the teacher), input, answer, template.
+    """
+    return [math.exp(value) for value in answer_likelihood(engine, rows, [row["slot"] for row in rows])]
+
+
 def excess_scores(engine: Engine, rows: list[Row]) -> list[float]:
     """Contrastive excess: mean over the answer's tokens of log p(source base + adapter) - log p(source base).
 
@@ -155,10 +165,14 @@ def excess_scores(engine: Engine, rows: list[Row]) -> list[float]:
     return [sum(own) / len(own) - sum(bare) / len(bare) for own, bare in found]
 
 
+ANSWER_SCORES = {"confidence": confidence_scores, "excess": excess_scores}
+"""Screens that score what the teacher answered."""
+
+
 def screen_and_label_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
     """Score every row by its own screen and let the teacher answer; what a discriminator refuses is not answered.
 
-    Rows: screen (discriminator, excess or none), and what `discriminator_scores` and `answer_block` need, slot being
+    Rows: screen, and what `discriminator_scores` and `answer_block` need, slot being
     the teacher. Adds `score`, `answer`, `finished`; a refused row has answer None.
     """
     found = [{**row, "score": None, "answer": None, "finished": False} for row in rows]
@@ -170,8 +184,9 @@ def screen_and_label_block(engine: Engine, rows: list[Row], settings: dict[str, 
     if kept:
         for row, answered in zip(kept, answer_block(engine, kept, settings), strict=True):
             row |= {"answer": answered["answer"], "finished": answered["finished"]}
-    whole = [row for row in kept if row["screen"] == "excess" and row["answer"] and row["finished"]]
-    if whole:
-        for row, score in zip(whole, excess_scores(engine, whole), strict=True):
-            row["score"] = score
+    for screen, scores in ANSWER_SCORES.items():
+        whole = [row for row in kept if row["screen"] == screen and row["answer"] and row["finished"]]
+        if whole:
+            for row, score in zip(whole, scores(engine, whole), strict=True):
+                row["score"] = score
     return found
