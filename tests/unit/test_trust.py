@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import sys
@@ -40,7 +41,7 @@ def base(bundle: Bundle) -> BaseInfo:
 
 def test_the_setting_is_off_and_belongs_to_one_base() -> None:
     assert BaseModelConfig(model="x").trust_remote_code is False
-    assert inspect_base.__defaults__ == (False,)
+    assert inspect.signature(inspect_base).parameters["trust_remote_code"].default is False
 
 
 def test_a_bases_own_code_runs_only_where_it_is_trusted(
