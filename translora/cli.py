@@ -66,10 +66,12 @@ def cluster_faults() -> Iterator[None]:
 
 
 def worker_refusal(error: BaseException) -> ValueError | None:
-    """What a worker said of a base or a setting that it cannot use: a rerun would not change it. None for faults."""
+    """What a worker said of a base that it cannot use: a rerun would not change it. None for faults."""
     from ray.exceptions import RayError
 
-    if isinstance(error, ValueError) and not isinstance(error, RayError):
+    from translora.bundle.base import UnusableBaseError
+
+    if isinstance(error, UnusableBaseError) and not isinstance(error, RayError):
         return error
     # Of Ray's tasks, of its training's workers and controller, and of what a worker raised (ray 2.60).
     failures = getattr(error, "worker_failures", {})

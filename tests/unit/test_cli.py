@@ -159,11 +159,13 @@ def test_a_refusal_of_a_worker_is_unusable_input_and_its_death_is_not(capsys: py
     import ray.train
     from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
-    refusal = ValueError("model: this base cannot be packed; take another")
+    from translora.bundle.base import UnusableBaseError
+
+    refusal = UnusableBaseError("model: this base cannot be packed; take another")
     task = ray.exceptions.RayTaskError("run", "Traceback ...", refusal).as_instanceof_cause()
     training = ray.train.WorkerGroupError("...", {0: RuntimeError("NCCL"), 1: UserExceptionWithTraceback(refusal, "")})
     died = ray.train.WorkerGroupError("...", {0: RuntimeError("NCCL")})
-    killed = ray.exceptions.RayTaskError("run", "Traceback ...", MemoryError("x")).as_instanceof_cause()
+    killed = ray.exceptions.RayTaskError("run", "Traceback ...", ValueError("closed file")).as_instanceof_cause()
     for error, code in (
         (task, cli.UNUSABLE),
         (training, cli.UNUSABLE),

@@ -42,6 +42,10 @@ _TOKENIZER_FILES = (
 )
 
 
+class UnusableBaseError(ValueError):
+    """A base that cannot be computed with, as is found out where it is loaded: no rerun changes that."""
+
+
 @dataclasses.dataclass(frozen=True)
 class BaseInfo:
     """A base model on disk; the fingerprint covers every tensor's name, dtype, shape and first 4 KiB."""

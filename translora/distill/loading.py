@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, initialization
 
-from translora.bundle.base import info_of, stored_tensors
+from translora.bundle.base import UnusableBaseError, info_of, stored_tensors
 from translora.bundle.reading import TensorHeader
 from translora.config import BaseModelConfig
 from translora.engine.loading import attention_of, load_model, plain_class
@@ -123,6 +123,6 @@ def read_range(file: Path, header: TensorHeader, start: int, stop: int) -> torch
         while view:
             count = handle.readinto(view)
             if not count:
-                raise ValueError(f"{file}: ends before its tensors do; copy or download the base again")
+                raise UnusableBaseError(f"{file}: ends before its tensors do; copy or download the base again")
             view = view[count:]
     return weights

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from translora.bundle.base import BaseInfo, info_of
+from translora.bundle.base import BaseInfo, UnusableBaseError, info_of
 from translora.config import BaseModelConfig, TrainConfig
 from translora.distill.build_lock import free_build_locks
 from translora.distill.data import Sample, pack
@@ -146,7 +146,7 @@ def check_packing(base: ResidentBase, kind: str) -> None:
     packed_TD, *alone = hidden
     difference = (packed_TD - torch.cat(alone)).abs().mean() / packed_TD.abs().mean()
     if not difference < PACKING_TOLERANCE:
-        raise ValueError(
+        raise UnusableBaseError(
             f"{kind}: samples that are packed into one row see each other in this base "
             f"(hidden states differ by {float(difference):.0%}); it cannot be trained in packed batches"
         )
@@ -174,7 +174,9 @@ def check_loaded(model: nn.Module, info: BaseInfo, max_tensors: int = 8) -> None
                     wrong[0] = name
     dist.broadcast_object_list(wrong, src=0)
     if wrong[0]:
-        raise ValueError(f"{info.path}: {wrong[0]} differs from its file after loading under ZeRO-3; pin transformers")
+        raise UnusableBaseError(
+            f"{info.path}: {wrong[0]} differs from its file after loading under ZeRO-3; pin transformers"
+        )
 
 
 def _ends(rows: Any, num_rows: int, count: int = 4) -> torch.Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from translora.bundle.base import UnusableBaseError
 from translora.config import SamplingConfig
 from translora.engine.prefix import Route, begin
 from translora.lora.methods import VirtualTokens
@@ -75,7 +76,7 @@ def check_cache(model: PreTrainedModel) -> None:
         continued_V = model(**step, past_key_values=cache, use_cache=True).logits[0, -1].float()
     difference = (continued_V - whole_V).abs().mean() / (whole_V - whole_V.mean()).abs().mean()
     if not difference < CACHE_TOLERANCE:
-        raise ValueError(
+        raise UnusableBaseError(
             f"{model.config.model_type}: a text that is continued from its keys and values gets other logits (they "
             f"differ by {float(difference):.0%}); this base cannot generate in mixed batches"
         )

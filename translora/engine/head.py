@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from translora.bundle.base import UnusableBaseError
+
 LOGITS = re.compile(r"^(final_|output_)?logits?_(scal|mult|soft)|^(lm_head|output)_multiplier")
 """Names of config values that change the logits behind the head; each must be known by name."""
 CHUNK_ELEMENTS = 1 << 26
@@ -49,7 +51,9 @@ class Head:
             scale /= float(values.pop("logits_scaling", 1.0))
         if values:
             found = ", ".join(f"{key} {value}" for key, value in values.items())
-            raise ValueError(f"{config.model_type}: its logits are changed by {found}, which is not supported yet")
+            raise UnusableBaseError(
+                f"{config.model_type}: its logits are changed by {found}, which is not supported yet"
+            )
         return Head(module.weight, getattr(module, "bias", None), scale, softcap)
 
     @property
