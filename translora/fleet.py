@@ -44,7 +44,7 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
         open_run(config.run_dir, config, settings_may_change=True),
         Tracker(config.run_dir, config.tracking, config.model_dump(mode="json"), config.run_dir.name) as tracker,
     ):
-        config = keep_to_commits(config)
+        config = keep_to_commits(config, (source, target, generator))
         run = Run(
             config=config,
             source=source,

@@ -72,7 +72,7 @@ def prepare(config: PrepareConfig) -> list[Bundle]:
         if todo:
             check_section(config.train, base, "train")
             warn_of_shipped_rows(todo)
-            config = config.model_copy(update={"source": pinned(config.source)})
+            config = config.model_copy(update={"source": pinned(config.source, base)})
             negatives = invent_negatives(config, tasks, base)  # all tasks: a rerun finds the same batches again
             known, unseen = part_inputs(config, todo, negatives)
             train(config, todo, known, base, template, tracker)

@@ -168,14 +168,15 @@ def test_hub_cache_is_used_when_the_hub_is_away(base: Path, tmp_path: Path) -> N
     with patch.object(constants, "HF_HUB_OFFLINE", True), patch.object(constants, "HF_HUB_CACHE", str(tmp_path)):
         info = inspect_base("org/tiny")
         assert inspect_base("org/tiny", revision=commit).path == info.path
-        base_of_a_run = pinned(BaseModelConfig(model="org/tiny"))
+        base_of_a_run = pinned(BaseModelConfig(model="org/tiny"), info)
         (repository / "refs" / "main").write_text("f" * 40)
         assert info_of(base_of_a_run).path == info.path, "though the hub's main is another one by now"
         with pytest.raises(ValueError, match=r"org/tiny: not a directory here, not in the hub's cache"):
             inspect_base("org/tiny", revision="other")
     assert info.revision == base_of_a_run.revision == commit
     assert base_of_a_run.decides() == BaseModelConfig(model="org/tiny").decides(), "what it holds decides, not its name"
-    assert pinned(BaseModelConfig(model=str(base))) == BaseModelConfig(model=str(base))
+    local = BaseModelConfig(model=str(base))
+    assert pinned(local, info_of(local)) == local
     assert info.name == "org/tiny"
     assert info.path == repository / "snapshots" / commit
     assert info.fingerprint == inspect_base(str(base)).fingerprint

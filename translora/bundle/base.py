@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -10,6 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -46,7 +46,7 @@ class UnusableBaseError(ValueError):
     """A base that cannot be computed with, as is found out where it is loaded: no rerun changes that."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class BaseInfo:
     """A base model on disk; the fingerprint covers every tensor's name, dtype, shape and first 4 KiB."""
 
@@ -56,9 +56,9 @@ class BaseInfo:
     """Local directory that transformers loads."""
     fingerprint: str
     """Hex sha256, the same for every sharding of the same weights."""
-    shapes: dict[str, tuple[int, ...]] = dataclasses.field(repr=False)
+    shapes: dict[str, tuple[int, ...]] = field(repr=False)
     """Shape of every tensor of the safetensors files."""
-    config: dict[str, Any] = dataclasses.field(repr=False)
+    config: dict[str, Any] = field(repr=False)
     """config.json."""
     trust_remote_code: bool = False
     """Whether its own Python code may be run."""
@@ -127,16 +127,17 @@ def name_of_path(path: str) -> str:
     return parts[-1] if parts else path
 
 
-def _locate(model: str, with_code: bool, revision: str | None) -> tuple[str, Path]:
-    """Name and directory of a base; raises ValueError when there is none."""
+def _locate(model: str, with_code: bool, revision: str | None) -> tuple[str, Path, str | None]:
+    """Name, directory and commit (of the hub alone) of a base; raises ValueError when there is none."""
     path = os.path.expanduser(model)
     if os.path.isdir(path):
-        return name_of_path(os.path.abspath(path)), Path(path)
+        return name_of_path(os.path.abspath(path)), Path(path), None
     if os.path.exists(path):
         raise ValueError(f"{model}: a file; give a model directory (convert GGUF or other single files first)")
     if not _HUB_ID.fullmatch(model):
         raise ValueError(f"{model}: no such directory; give a model directory or a hub id (owner/name)")
-    return model, _find_on_hub(model, with_code, revision)
+    snapshot = _find_on_hub(model, with_code, revision)
+    return model, snapshot, snapshot.name
 
 
 def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
@@ -210,7 +211,7 @@ def _warn_of_code(name: str) -> None:
     logger.warning("%s: trust_remote_code is set: Python code that comes with this base is run", name)
 
 
-def _inspect(name: str, directory: Path, trust_remote_code: bool) -> BaseInfo:
+def _inspect(name: str, directory: Path, trust_remote_code: bool, commit: str | None) -> BaseInfo:
     config = _check_directory(directory)
     if trust_remote_code:
         _check_code(directory)
@@ -226,7 +227,7 @@ def _inspect(name: str, directory: Path, trust_remote_code: bool) -> BaseInfo:
     if not shapes:
         raise ValueError(f"{directory}: its safetensors files hold no tensors; {_COPY_AGAIN}")
     fingerprint = hashlib.sha256("\n".join(lines[tensor_name] for tensor_name in sorted(lines)).encode()).hexdigest()
-    return BaseInfo(name, directory, fingerprint, shapes, config, trust_remote_code)
+    return BaseInfo(name, directory, fingerprint, shapes, config, trust_remote_code, commit)
 
 
 def inspect_base(model: str, trust_remote_code: bool = False, revision: str | None = None) -> BaseInfo:
@@ -241,12 +242,11 @@ def inspect_base(model: str, trust_remote_code: bool = False, revision: str | No
         ValueError: not found, no config or tokenizer, only pickles, a missing or truncated shard; names the file
             and the remedy; code that lies elsewhere.
     """
-    name, directory = _locate(model, trust_remote_code, revision)
+    name, directory, commit = _locate(model, trust_remote_code, revision)
     try:
-        found = _inspect(name, directory, trust_remote_code)
+        return _inspect(name, directory, trust_remote_code, commit)
     except OSError as error:
         raise ValueError(f"{error.filename or directory}: cannot be read ({error.strerror}); {_COPY_AGAIN}") from error
-    return found if os.path.isdir(os.path.expanduser(model)) else dataclasses.replace(found, revision=directory.name)
 
 
 def info_of(base: BaseModelConfig) -> BaseInfo:
@@ -254,10 +254,9 @@ def info_of(base: BaseModelConfig) -> BaseInfo:
     return inspect_base(base.model, base.trust_remote_code, base.revision)
 
 
-def pinned(base: BaseModelConfig) -> BaseModelConfig:
-    """The setting with the commit that its hub id stands for at present: every worker is to load the same."""
-    revision = info_of(base).revision
-    return base if revision is None else base.model_copy(update={"revision": revision})
+def pinned(base: BaseModelConfig, found: BaseInfo) -> BaseModelConfig:
+    """The setting with the commit that its hub id was found to stand for: every worker is to load the same."""
+    return base if found.revision is None else base.model_copy(update={"revision": found.revision})
 
 
 def refuse_quantised(config: Mapping[str, Any], name: str, remedy: str = "give the base as it was before") -> None:

@@ -146,7 +146,7 @@ def train_on(
     micro_batch_size = largest(found.notes, "micro_batch_size", config.micro_batch_size)
     config = config.model_copy(update={"micro_batch_size": micro_batch_size})
     layout = layout or lay_out(found.sizes, dist.get_world_size())
-    gang_size = agree_on_gang_size(base, config, layout, found, saved_gang_size(directory))
+    gang_size = agree_on_gang_size(base, config, layout, found, directory)
     own, group = own_group(layout)
     queue, too_large = [jobs[index] for index in layout.queues[own]], given_up(found.notes)
     gang = Gang(
@@ -197,14 +197,14 @@ def look_at_files(base: zero3.ShardedBase, jobs: Sequence[TrainJob], config: Tra
 
 
 def agree_on_gang_size(
-    base: zero3.ShardedBase, config: TrainConfig, layout: Layout, found: Found, saved: int | None
+    base: zero3.ShardedBase, config: TrainConfig, layout: Layout, found: Found, directory: Path
 ) -> int:
-    """How many students train side by side on every rank: as configured, as before, or what fits everywhere.
+    """How many students train side by side on every rank: as configured, as in the checkpoints, or what fits all.
 
     Args:
-        saved: that of the checkpoints, whose students a smaller gang could not take up.
+        directory: of the checkpoints.
     """
-    gang_size = saved if config.gang_size == "auto" else None
+    gang_size = saved_gang_size(directory) if config.gang_size == "auto" else None
     if gang_size is None:
         free_bytes, gang_bytes = base.free_bytes(), functools.partial(base.gang_bytes, config)
         gang_size = choose_gang_size(

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from translora.bundle.adapter import read_adapter_config
+from translora.bundle.adapter import CONFIG, WEIGHTS, read_adapter_config
 from translora.lora.kinds import MAX_RANK
 
 PREFIX = "base_model.model."
@@ -146,7 +146,7 @@ def lora_config(directory: Path) -> dict[str, Any]:
     Raises:
         ValueError: missing, not JSON, not LoRA, or with options that the adapter bank does not cover.
     """
-    path, config = directory / "adapter_config.json", read_adapter_config(directory)
+    path, config = directory / CONFIG, read_adapter_config(directory)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be read here")
     refuse_options(config, path)
@@ -197,7 +197,7 @@ def read_lora(directory: str | Path) -> LoraWeights:
     """
     directory = Path(directory)
     config = lora_config(directory)
-    path = directory / "adapter_model.safetensors"
+    path = directory / WEIGHTS
     tensors = read_tensors(path)
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
@@ -279,5 +279,5 @@ def write_lora(
     for name, (lora_A, lora_B) in modules.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = lora_A.detach().cpu().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = lora_B.detach().cpu().contiguous()
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -67,11 +67,15 @@ def recipes(
     }
 
 
-def keep_to_commits(config: FleetConfig) -> FleetConfig:
-    """The fleet file with the commits that its bases' hub ids stand for at present, as every worker is to load them."""
-    update: dict[str, Any] = {"source": pinned(config.source), "target": pinned(config.target)}
+def keep_to_commits(config: FleetConfig, bases: tuple[BaseInfo, BaseInfo, BaseInfo]) -> FleetConfig:
+    """The fleet file with the commits that its bases' hub ids were found to stand for, as every worker is to load them.
+
+    Args:
+        bases: source, target and generator.
+    """
+    update: dict[str, Any] = {"source": pinned(config.source, bases[0]), "target": pinned(config.target, bases[1])}
     if config.synthesis.generator is not None:
-        generator = pinned(config.synthesis.generator)
+        generator = pinned(config.synthesis.generator, bases[2])
         update["synthesis"] = config.synthesis.model_copy(update={"generator": generator})
     return config.model_copy(update=update)
 

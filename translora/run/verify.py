@@ -218,12 +218,12 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
             check_rank(highest_rank(directory), config.source, str(directory))
         check_prompts(run, bundle)
         check_copy(run, bundle, entry)
-        check_steps(config, entry, entry.num_samples or bundle.manifest.num_samples)
+        num_samples = entry.num_samples or bundle.manifest.num_samples
+        check_steps(config, entry, num_samples)
         eval_rows = read_jsonl(entry.eval_data, required=("input", "target")) if entry.eval_data else []
     except (BundleError, ValueError) as error:
         run.quarantine(state, str(error))
         return state
-    num_samples = entry.num_samples or bundle.manifest.num_samples
     bases = (run.source, run.target, run.generator)
     fresh = AdapterState(
         name=name,
