@@ -238,8 +238,8 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     from translora.prepare import prepare
 
     with cluster_faults():
-        start_cluster(config.resources, config.train.num_workers, arguments.verbose)
-        bundles = prepare(config)
+        num_workers = config.train.num_workers
+        bundles = prepare(config, lambda: start_cluster(config.resources, num_workers, arguments.verbose))
     for bundle in bundles:
         sys.stdout.write(f"{bundle.path}\n")
     return MIGRATED

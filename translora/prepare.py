@@ -1,7 +1,7 @@
 """`translora prepare`: the owner's side, run once while the data is at hand (arXiv 2405.17258, section 3).
 
 seeds -> negatives (invented by the source base) -> adapter where there is none, discriminator -> what it can tell
-apart -> bundle.
+apart -> bundle. Where the data is gone: adapter and seeds -> bundle.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,11 @@ from translora.synthesis.prompts import generation_order, generation_row, normal
 from translora.synthesis.stages import generate_block
 
 logger = logging.getLogger(__name__)
-MADE_FROM = ("data_sha256", "adapter_sha256", "seeds_sha256", "recipe")
+MADE_FROM = ("data_sha256", "adapter_sha256", "seeds_sha256", "num_samples", "recipe")
 """Entries of a bundle's provenance that say what it was made from."""
 MIN_ROWS = 2
+NUM_SAMPLES = 250
+"""|D| where there is no data."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,21 @@ class Task:
 
     entry: PrepareEntry
     rows: list[dict[str, Any]]
+    """None of them where the data is gone."""
     seeds: list[str]
     output: Path
 
+    @property
+    def num_samples(self) -> int:
+        """|D|."""
+        return self.entry.num_samples or len(self.rows) or NUM_SAMPLES
 
-def prepare(config: PrepareConfig) -> list[Bundle]:
+
+def prepare(config: PrepareConfig, start_cluster: Callable[[], None] = lambda: None) -> list[Bundle]:
     """Make the bundles; those whose directory is already a sound bundle of the same data and settings are skipped.
+
+    Args:
+        start_cluster: called before the first training.
 
     Raises:
         ValueError: the config, the base or the data of a task cannot be used.
@@ -69,16 +81,19 @@ def prepare(config: PrepareConfig) -> list[Bundle]:
         Tracker(config.run_dir, config.tracking, config.model_dump(mode="json"), config.run_dir.name) as tracker,
     ):
         todo = [task for task in tasks if not is_made(config, task, base)]
-        if todo:
+        found: dict[str, DiscriminatorQuality] = {}
+        if learnt := [task for task in todo if task.rows]:
             check_section(config.train, base, "train")
-            warn_of_shipped_rows(todo)
+            warn_of_shipped_rows(learnt)
+            start_cluster()
             config = config.model_copy(update={"source": pinned(config.source, base)})
-            negatives = invent_negatives(config, tasks, base)  # all tasks: a rerun finds the same batches again
-            known, unseen = part_inputs(config, todo, negatives)
-            train(config, todo, known, base, template, tracker)
+            # Of all tasks with data: a rerun finds the same batches again.
+            negatives = invent_negatives(config, [task for task in tasks if task.rows], base)
+            known, unseen = part_inputs(config, learnt, negatives)
+            train(config, learnt, known, base, template, tracker)
             found = measure_discriminators(config, unseen, base, template)
-            for task in todo:
-                make_bundle(config, task, base, template, found.get(task.entry.name))
+        for task in todo:
+            make_bundle(config, task, base, template, found.get(task.entry.name))
     return [read_bundle(task.output) for task in tasks]
 
 
@@ -93,8 +108,8 @@ def read_task(config: PrepareConfig, entry: PrepareEntry) -> Task:
         raise ValueError(
             f"{output}: exists and is not a bundle, so it is not replaced; move it away, or change output_dir"
         )
-    rows = read_jsonl(entry.data, required=("input", "target"))
-    if len(rows) < MIN_ROWS:
+    rows = [] if entry.data is None else read_jsonl(entry.data, required=("input", "target"))
+    if entry.data is not None and len(rows) < MIN_ROWS:
         raise ValueError(f"{entry.data}: {len(rows)} row; give {MIN_ROWS} or more")
     if entry.seeds is not None:
         seeds = [row["input"] for row in read_jsonl(entry.seeds, required=("input",))]
@@ -161,13 +176,15 @@ def is_made(config: PrepareConfig, task: Task, base: BaseInfo) -> bool:
         if not changed:
             logger.info("%s: %s does not tell its settings: kept", task.entry.name, task.output)
     if changed:
-        what = "settings" if changed == {"recipe"} else "data"
+        what = "settings" if changed <= {"recipe", "num_samples"} else "data"
         logger.warning("%s: %s was made with other %s: made anew", task.entry.name, task.output, what)
     return not changed
 
 
-def recipe(config: PrepareConfig) -> str:
+def recipe(config: PrepareConfig, task: Task) -> str:
     """Hash of the settings that decide what a bundle is, given its base and its data; the same on every machine."""
+    if not task.rows:
+        return digest(config.prompt_template)
     ds_config = Path(config.train.ds_config).name
     return digest(
         config.train.model_dump(exclude=EXECUTION_ONLY) | {"ds_config": ds_config},
@@ -180,14 +197,18 @@ def recipe(config: PrepareConfig) -> str:
     )
 
 
-def provenance(config: PrepareConfig, task: Task) -> dict[str, str]:
-    """Hashes of what a bundle is made from."""
+def provenance(config: PrepareConfig, task: Task) -> dict[str, str | int]:
+    """What a bundle is made from, files by their hashes."""
     entry = task.entry
-    made_from = {"data_sha256": sha256_file(Path(entry.data)), "recipe": recipe(config)}
+    made_from: dict[str, str | int] = {"recipe": recipe(config, task)}
+    if entry.data is not None:
+        made_from["data_sha256"] = sha256_file(Path(entry.data))
     if entry.adapter is not None:
         made_from["adapter_sha256"] = sha256_path(Path(entry.adapter))
     if entry.seeds is not None:
         made_from["seeds_sha256"] = sha256_file(Path(entry.seeds))
+    if entry.num_samples is not None:
+        made_from["num_samples"] = entry.num_samples
     return made_from
 
 
@@ -336,11 +357,11 @@ def make_bundle(
     write_bundle(
         task.output,
         adapter_dir=task.entry.adapter or trained / "adapter",
-        discriminator_dir=trained / "discriminator",
+        discriminator_dir=trained / "discriminator" if task.rows else None,
         seeds=task.seeds,
         task_name=task.entry.name,
         base=base,
-        num_samples=len(task.rows),
+        num_samples=task.num_samples,
         prompt_template=template,
         provenance={**provenance(config, task), "seed": config.seed},
         discriminator_quality=found,

@@ -186,7 +186,11 @@ CASES = [
     Case("an unknown loss", fleet(FLEET + "distill: {loss: mse}\n"), "distill.loss: Input should be 'sft' or 'kl'"),
     Case("a task name twice", prepare(PREPARE + "  - {name: orders, data: b.jsonl}\n"), "task names appear twice"),
     Case("a task name with a slash", prepare(PREPARE.replace("name: orders", "name: a/b")), "tasks.0.name: String"),
-    Case("a task without data", prepare(PREPARE.replace(", data: orders.jsonl", "")), "tasks.0.data: Field required"),
+    Case(
+        "a task without data, adapter and seeds",
+        prepare(PREPARE.replace("data: orders.jsonl", "adapter: adapters/orders")),
+        "tasks.0: give `data`; or, where the data is gone, `adapter` and `seeds`",
+    ),
 ]
 
 PATH_CASES = [

@@ -163,6 +163,30 @@ def test_too_few_rows_are_refused_with_the_remedy(owner: Owner) -> None:
     assert owner.trainings == 0
 
 
+def test_without_data_an_adapter_and_its_seeds_become_a_bundle_and_nothing_is_trained(
+    owner: Owner, caplog: pytest.LogCaptureFixture
+) -> None:
+    gone = {
+        "data": None,
+        "adapter": str(owner.parts / "adapter"),
+        "seeds": owner.write_rows("five.jsonl", INPUTS[:5]),
+    }
+    started: list[bool] = []
+    (bundle,) = prepare(owner.config(task=gone), lambda: started.append(True))
+    assert not started and owner.trainings == 0
+    assert bundle.discriminator_dir is None and bundle.seeds == INPUTS[:5] and bundle.manifest.num_samples == 250
+    verify_bundle(bundle, inspect_base(str(owner.parts / "old-base")))
+    other_training = {"train": {"epochs": 1}, "num_seeds": 7}
+    assert prepare(owner.config("two", task=gone, **other_training)) == [bundle], "nothing of it was trained"
+    assert "made anew" not in caplog.text
+    assert prepare(owner.config("two", task={**gone, "num_samples": 40}))[0].manifest.num_samples == 40
+    assert "was made with other settings: made anew" in caplog.text
+    owner.write_rows("five.jsonl", INPUTS[:4])
+    assert prepare(owner.config(task=gone))[0].seeds == INPUTS[:4]
+    prepare(owner.config(), lambda: started.append(True))
+    assert started == [True] and owner.trainings == 1
+
+
 def test_what_is_no_bundle_is_not_replaced_and_found_at_once(owner: Owner) -> None:
     owner.bundle.mkdir(parents=True)
     read_task(owner.config(), owner.config().tasks[0])

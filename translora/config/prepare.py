@@ -16,16 +16,24 @@ from translora.config_file import NAME_PATTERN, ConfigFile, Strict
 
 
 class PrepareEntry(Strict):
-    """One bundle to make from task data."""
+    """One bundle to make, from task data or, where the data is gone, from `adapter` and `seeds`."""
 
     name: str = Field(pattern=NAME_PATTERN)
     """Task name: the <NAME> of the discriminator's question, and the bundle's directory."""
-    data: str
-    """JSONL with `input` and `target`."""
+    data: str | None = None
+    """JSONL with `input` and `target`; without it the bundle gets no discriminator, and nothing is trained."""
     adapter: str | None = None
     """Existing PEFT adapter of the source base; trained from `data` when unset."""
     seeds: str | None = None
     """JSONL with five (cleaned) `input` lines to ship as seeds; chosen from `data` when unset."""
+    num_samples: int | None = Field(default=None, ge=1)
+    """|D|, how many samples a migration synthesises; unset, the rows of `data`, or 250 (a task of BIG-Bench-Hard)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.data is None and None in (self.adapter, self.seeds):
+            raise ValueError("give `data`; or, where the data is gone, `adapter` and `seeds`")
+        return self
 
 
 class PrepareConfig(ConfigFile):
