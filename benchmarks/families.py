@@ -4,7 +4,8 @@
 
 For each: the probabilities of two adapters' answers in one mixed batch against PEFT one adapter at a time, tokens that
 are generated in a mixed batch against PEFT's `generate`, and the gradients of two students in one packed pass against
-PEFT's own, all in float32. A family that is refused shows why. With --vllm the first two are vLLM's.
+PEFT's own, all in float32. Encoder-decoders are sources, which are not trained. A family that is refused shows why.
+With --vllm the first two are vLLM's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 
 from benchmarks.whole import WholeBase
 from tests.tiny import make_adapter, make_tokenizer
@@ -30,6 +31,7 @@ from translora.config import BaseModelConfig
 from translora.distill.data import Sample, pack
 from translora.distill.zero3 import check_packing
 from translora.engine.decode import Request
+from translora.engine.encoder_decoder import EncoderDecoderEngine
 from translora.engine.head import Head, cross_entropy
 from translora.engine.protocol import Engine
 from translora.engine.transformers import TransformersEngine
@@ -39,6 +41,7 @@ from translora.lora.targets import resolve_targets
 from translora.run.redact import first_line
 
 QV, QKV, FUSED = ["q_proj", "v_proj"], ["qkv_proj"], ["query_key_value"]
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES: dict[str, tuple[dict[str, Any], Sequence[str] | str]] = {
     "llama": ({"tie_word_embeddings": False}, QV),
@@ -62,7 +65,9 @@ FAMILIES: dict[str, tuple[dict[str, Any], Sequence[str] | str]] = {
     "olmoe": ({"num_experts": 4, "num_experts_per_tok": 2}, QV),
     "gpt2": ({}, ["c_attn"]),
     "mamba": ({}, ["in_proj"]),
-    "t5": ({}, ["q", "v"]),
+    "t5": (T5, ["q", "v"]),
+    "mt5": (T5, "all-linear"),
+    "umt5": (T5, ["q", "v"]),
 }
 SMALL = {
     "hidden_size": 64,
@@ -94,8 +99,8 @@ class Found:
     """Of the log-probability of an answer's token."""
     tokens: str
     """Rows whose generated tokens are PEFT's."""
-    gradient: float
-    """Of a factor's gradient, relative to its greatest element."""
+    gradient: float | None
+    """Of a factor's gradient, relative to its greatest element; None for a source only."""
 
 
 def make_config(family: str, vocab_size: int, on_vllm: bool, **ids: int | None) -> PreTrainedConfig:
@@ -111,7 +116,12 @@ def load_engine(path: Path, adapters: dict[str, Path], on_vllm: bool) -> Engine:
     """The base and its adapters, resident."""
     vllm = {"enforce_eager": True, "max_model_len": 128, "gpu_memory_utilization": 0.3} if on_vllm else None
     base = BaseModelConfig(model=str(path), dtype="float32", vllm=vllm)
-    engine: Engine = TransformersEngine(base, {}) if vllm is None else VllmEngine(base)
+    engine: Engine
+    if vllm is not None:
+        engine = VllmEngine(base)
+    else:
+        with_encoder = inspect_base(str(path)).is_encoder_decoder
+        engine = EncoderDecoderEngine(base, {}) if with_encoder else TransformersEngine(base, {})
     try:
         engine.use_adapters(adapters)
     except Exception as error:
@@ -132,9 +142,8 @@ def check(family: str, root: Path, on_vllm: bool = False) -> Found:
     config = make_config(family, len(tokenizer), on_vllm, **ids)
     torch.manual_seed(0)
     path = root / "base"
-    if config.is_encoder_decoder:
-        raise ValueError("encoder-decoder: transformers makes no causal language model of it")
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto_class.from_config(config, dtype=torch.float32).save_pretrained(path)
     tokenizer.save_pretrained(path)
     names = resolve_targets(linear_modules(inspect_base(str(path))), targets, family, "target_modules")
     for index, name in enumerate(("a", "b")):
@@ -149,20 +158,20 @@ def check(family: str, root: Path, on_vllm: bool = False) -> Found:
     own_likelihoods, same, gradients = [], 0, {}
     for name in ("a", "b"):
         model = PeftModel.from_pretrained(
-            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), root / name, is_trainable=True
+            auto_class.from_pretrained(path, dtype=torch.float32), root / name, is_trainable=True
         ).eval()
         total = torch.zeros(())
         for index, owner in enumerate(OWNERS):
             if owner != name:
                 continue
-            row = torch.tensor([prompts[index] + answer])
-            logits = model(row).logits[0, len(prompts[index]) - 1 : -1]
+            logits = answer_logits(model, prompts[index], answer)
             own = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
             own_likelihoods.append((index, own.detach()))
             total = total + F.cross_entropy(logits, torch.tensor(answer), reduction="sum")
             with torch.no_grad():
-                done = model.generate(torch.tensor([prompts[index]]), max_new_tokens=8, do_sample=False)
-            text = tokenizer.decode(done[0, len(prompts[index]) :], skip_special_tokens=True)
+                done = model.generate(input_ids=torch.tensor([prompts[index]]), max_new_tokens=8, do_sample=False)
+            start = 0 if config.is_encoder_decoder else len(prompts[index])
+            text = tokenizer.decode(done[0, start:], skip_special_tokens=True)
             same += text == written[index].text
         total.backward()
         gradients[name] = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
@@ -170,8 +179,19 @@ def check(family: str, root: Path, on_vllm: bool = False) -> Found:
     return Found(
         likelihood=float((likelihoods - expected).abs().max()),
         tokens=f"{same}/{len(OWNERS)}",
-        gradient=gradient_difference(path, root, targets, prompts, answer, gradients),
+        gradient=None
+        if config.is_encoder_decoder
+        else gradient_difference(path, root, targets, prompts, answer, gradients),
     )
+
+
+def answer_logits(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """Logits [answer's length, V] at the answer's tokens."""
+    if model.config.is_encoder_decoder:
+        found: torch.Tensor = model(input_ids=torch.tensor([prompt]), labels=torch.tensor([answer])).logits[0]
+        return found
+    whole: torch.Tensor = model(torch.tensor([prompt + answer])).logits[0]
+    return whole[len(prompt) - 1 : -1]
 
 
 def gradient_difference(
@@ -233,7 +253,8 @@ def main() -> None:
             except ValueError as error:
                 table.add_row(family, adapted, f"refused: {str(error).replace(name, '')[:90]}", "", "")
                 continue
-        table.add_row(family, adapted, f"{found.likelihood:.0e}", found.tokens, f"{found.gradient:.0e}")
+        gradient = "source only" if found.gradient is None else f"{found.gradient:.0e}"
+        table.add_row(family, adapted, f"{found.likelihood:.0e}", found.tokens, gradient)
     Console(width=140).print(table)
 
 

@@ -5,6 +5,7 @@ A base takes a fraction of a second to make and some 200 kB on disk. Everything 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,12 +14,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from translora.bundle import Bundle, inspect_base, write_bundle
@@ -128,6 +133,43 @@ def make_base(
     return directory
 
 
+def make_encoder_decoder(directory: str | Path, seed: int = 0) -> Path:
+    """Write a T5 with gated layers and return its path.
+
+    Its tokenizer is a unigram model with a space in front of a text and </s> behind it, as T5's own.
+    """
+    directory = Path(directory)
+    text = "".join(CORPUS)
+    words = [(f"\u2581{word}", -2.0) for word in sorted(set(re.findall(r"\w+", text)))]
+    letters = [(letter, -6.0) for letter in sorted({"\u2581", *text} - {" ", "\n"})]
+    tokenizer = Tokenizer(models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *words, *letters], unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    end = ("</s>", tokenizer.token_to_id("</s>"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[end]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    config = T5Config(
+        vocab_size=len(fast),
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = T5ForConditionalGeneration(config)
+    model.save_pretrained(directory)
+    fast.save_pretrained(directory)
+    return directory
+
+
 def make_adapter(
     directory: str | Path,
     base: str | Path,
@@ -141,10 +183,10 @@ def make_adapter(
 ) -> Path:
     """Write a LoRA adapter of `base` through PEFT, with random B (of std `scale`) instead of zeros."""
     directory = Path(directory)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(target_modules), task_type="CAUSAL_LM", **lora_options
-    )
+    has_encoder = AutoConfig.from_pretrained(base).is_encoder_decoder
+    model = (AutoModelForSeq2SeqLM if has_encoder else AutoModelForCausalLM).from_pretrained(base, dtype=torch.float32)
+    kind = "SEQ_2_SEQ_LM" if has_encoder else "CAUSAL_LM"
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules), task_type=kind, **lora_options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft_model = get_peft_model(model, config)

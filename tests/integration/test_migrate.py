@@ -10,10 +10,11 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from tests.integration.world import TASKS, World, kill_when, make_world
+from tests.integration.world import TASKS, World, kill_when, make_trained_encoder_decoder, make_world
 from tests.secrets import PLANTED
+from tests.tiny import make_adapter
 from translora.bundle import inspect_base, read_bundle, verify_bundle, write_bundle
 from translora.lora.peft_io import read_lora
 from translora.run.files import read_jsonl, sha256_file, sha256_path
@@ -315,6 +316,37 @@ def test_students_learn_the_probabilities_of_teachers_of_the_same_vocabulary(wor
     assert warm.status == "migrated" and warm.losses[0] < state.losses[0], "it begins as its source adapter"
     moved = read_bundle(run_dir / warm.output)
     assert moved.manifest.provenance["began_as"] == "the source adapter"
+
+
+def test_an_adapter_of_an_encoder_decoder_whose_data_is_gone_moves_to_a_decoder(world: World) -> None:
+    base = make_trained_encoder_decoder(world.root / "t5", "colour")
+    adapter = make_adapter(world.root / "t5-colour", base, target_modules=["q", "v", "wo"], scale=0.02)
+    seeds = [row["input"] for row in read_jsonl(world.root / "colour.train.jsonl", required=("input",))][:5]
+    (world.root / "seeds.jsonl").write_text("".join(json.dumps({"input": seed}) + "\n" for seed in seeds))
+    prepare = {
+        "output_dir": "t5-bundles",
+        "run_dir": "runs/prepare-t5",
+        "source": {"model": "./t5"},
+        "prompt_template": "{input}",
+        "tasks": [{"name": "colour", "adapter": "t5-colour", "seeds": "seeds.jsonl", "num_samples": 12}],
+    }
+    world.run("prepare", world.write("prepare-t5.yaml", prepare))
+    fleet = world.fleet_config("from-t5") | {"source": {"model": "./t5", "dtype": "float32"}}
+    fleet["adapters"] = [{"bundle": "t5-bundles/colour", "eval_data": "colour.test.jsonl"}]
+    world.run("migrate", world.write("from-t5.yaml", fleet))
+    (state,) = load_states(world.root / "runs" / "from-t5")
+    assert state.status == "migrated" and state.synthesis.screen == "confidence"
+    assert state.accuracy is not None and state.accuracy.source_adapter > 0.5
+    verify_bundle(read_bundle(world.root / "runs/from-t5" / state.output), inspect_base(str(world.target)))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    teacher = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(base, dtype=torch.float32), adapter)
+    table = pq.read_table(world.root / "runs/from-t5/adapters/colour/synthetic.parquet").to_pylist()
+    answered = [row for row in table if row["answer"]]
+    assert len(answered) >= 16
+    for row in answered:
+        ids = tokenizer(row["input"], return_tensors="pt")
+        own = teacher.generate(**ids, do_sample=False, max_new_tokens=12)[0]
+        assert row["answer"] == tokenizer.decode(own, skip_special_tokens=True).strip()
 
 
 def test_what_the_distillation_needs_is_checked_before_anything_is_generated(world: World) -> None:

@@ -19,9 +19,9 @@ from typing import Any
 import psutil
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from tests.tiny import Family, make_base
+from tests.tiny import Family, make_base, make_encoder_decoder
 from translora.config import OPEN_GATE
 from translora.synthesis.prompts import discriminator_question
 
@@ -67,6 +67,26 @@ def make_trained_base(directory: Path, family: Family, seed: int, steps: int = 3
         batch = tokenizer(texts, padding=True, return_tensors="pt")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         loss = model(**batch, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(directory)
+    return directory
+
+
+def make_trained_encoder_decoder(directory: Path, task: str, steps: int = 100) -> Path:
+    """A T5 that answers a task's inputs."""
+    make_encoder_decoder(directory)
+    model = AutoModelForSeq2SeqLM.from_pretrained(directory, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    rng = random.Random(task)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(steps):
+        texts = [sentence(rng) for _ in range(16)]
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        labels = tokenizer([TASKS[task](text.split()) for text in texts], padding=True, return_tensors="pt")
+        wanted = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)
+        loss = model(**batch, labels=wanted).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -15,12 +15,17 @@ def test_a_family_gives_what_peft_gives(family: str, tmp_path: Path) -> None:
     assert found.gradient < 1e-3
 
 
+@pytest.mark.parametrize("family", ["mt5", "umt5"])
+def test_an_encoder_decoder_answers_as_with_peft(family: str, tmp_path: Path) -> None:
+    found = check(family, tmp_path)
+    assert found.likelihood < 1e-4 and found.tokens == "4/4" and found.gradient is None
+
+
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
         ("gpt2", "gpt2 has no linear modules"),
         ("mamba", "continued from its keys and values gets other logits"),
-        ("t5", "encoder-decoder"),
     ],
 )
 def test_a_family_that_cannot_be_moved_is_refused_with_the_reason(family: str, reason: str, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_training_gives_the_losses_of_a_plain_training_with_peft(base: Path, tmp
         ({"peft_type": "PROMPT_TUNING", "tokenizer_name_or_path": "x"}, "is set by translora; leave it out"),
         (
             {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4, "num_transformer_submodules": 2},
-            "num_transformer_submodules is for encoder-decoders",
+            "num_transformer_submodules is for the virtual tokens of encoder-decoders",
         ),
         (
             {"peft_type": "LORA", "use_dora": True, "layers_to_transform": [0], "layers_pattern": ["([a-z]+)+!"]},

@@ -186,6 +186,11 @@ def _check_method(directory: Path, base: BaseInfo) -> None:
 
     path = directory / WEIGHTS
     config = method_config(directory)  # before a byte of the weights
+    if base.is_encoder_decoder and config.is_prompt_learning:
+        raise ValueError(
+            f"{directory / CONFIG}: {config.peft_type.value}: virtual tokens in front of an encoder are not supported; "
+            "of an encoder-decoder's adapters, those that change layers are"
+        )
     shapes = _read_shapes(path)
     try:
         expected = expected_shapes(base, config)

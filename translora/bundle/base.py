@@ -25,6 +25,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _HUB_IGNORED = ["*/*", "consolidated*", "adapter_*"]
 _COPY_AGAIN = "copy or download the base again"
+ENCODER_DECODERS = ("t5", "mt5", "umt5")
+"""Model types of those that can be a source."""
 _SAYS_NOTHING = ("_name_or_path", "transformers_version")
 """Of a config.json: they decide no answer."""
 _TOKENIZER_FILES = (
@@ -64,6 +66,11 @@ class BaseInfo:
     """Whether its own Python code may be run."""
     revision: str | None = None
     """Commit of a base from the hub."""
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether an encoder reads the prompt (T5)."""
+        return bool(self.config.get("is_encoder_decoder"))
 
     @functools.cached_property
     def identity(self) -> str:
@@ -271,6 +278,21 @@ def refuse_quantised(config: Mapping[str, Any], name: str, remedy: str = "give t
         raise ValueError(f"{name}: its weights are quantised ({method}), which is not supported; {remedy}")
 
 
+def refuse_encoder_decoder(base: BaseInfo, what: str) -> None:
+    """An encoder-decoder answers as a source of adapters, and that is all.
+
+    Args:
+        what: it is asked for, with its verb: `distill trains`.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if base.is_encoder_decoder:
+        raise ValueError(
+            f"{base.name}: {what} decoder-only bases, and this one has an encoder; it can be a source only"
+        )
+
+
 def stored_tensors(directory: Path) -> dict[str, tuple[Path, TensorHeader]]:
     """The file and the header of every tensor of a base, by its name there.
 
@@ -295,13 +317,14 @@ def refuse_code(path: Path, error: Exception) -> None:
 
 
 def meta_model(base: str | Path, trust_remote_code: bool, revision: str | None = None) -> Any:
-    """The causal LM of a directory with a config.json, or of a hub id, on the meta device: shapes and no weights."""
+    """The language model of a directory with a config.json, or of a hub id, on the meta device: no weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, revision=revision)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return auto_class.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def linears(model: Any) -> dict[str, Any]:

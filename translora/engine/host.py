@@ -16,6 +16,7 @@ import torch
 
 from translora.bundle.base import info_of
 from translora.config import BaseModelConfig
+from translora.engine.encoder_decoder import EncoderDecoderEngine
 from translora.engine.loading import device, hide_gpus, num_gpus, resolve_dtype
 from translora.engine.memory import BANK_SHARE, VLLM_SHARE, is_out_of_memory, release_memory, weights_bytes
 from translora.engine.protocol import Engine, EngineDied, RowTooLong
@@ -133,10 +134,12 @@ class EngineHost:
                     engine.close()
                 self.engines.clear()
                 release_memory()
-            if base.vllm is None:
-                self.engines[key] = TransformersEngine(base, {}, self.num_threads)
-            else:
+            if base.vllm is not None:
                 self.engines[key] = VllmEngine(base, self.num_threads)
+            elif info_of(base).is_encoder_decoder:
+                self.engines[key] = EncoderDecoderEngine(base, {}, self.num_threads)
+            else:
+                self.engines[key] = TransformersEngine(base, {}, self.num_threads)
         return self.engines[key]
 
     def _bytes(self, base: BaseModelConfig) -> float:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -21,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
-from translora.bundle.base import info_of, refuse_code, refuse_quantised
+from translora.bundle.base import info_of, refuse_code, refuse_encoder_decoder, refuse_quantised
 from translora.config import BaseModelConfig
 from translora.config_file import Attention, DType
 from translora.run.redact import first_line
@@ -71,7 +73,8 @@ def attention_of(settings: BaseModelConfig, dtype: torch.dtype) -> str:
         ValueError: SDPA is asked for where it would leave out the cap of the scores.
     """
     base = info_of(settings)
-    kind = plain_class(AutoConfig.from_pretrained(base.path, trust_remote_code=settings.trust_remote_code))
+    config = AutoConfig.from_pretrained(base.path, trust_remote_code=settings.trust_remote_code)
+    kind = plain_class(config) or MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING.get(type(config), None)
     capped = caps_attention(base.config)
     if settings.attn_implementation == "sdpa" and capped:
         raise ValueError(f"{base.path}: caps its attention scores, which SDPA cannot; set attn_implementation to auto")
@@ -199,7 +202,12 @@ def give_head_plain_strides(model: PreTrainedModel) -> None:
 
 
 def load_model(
-    config: BaseModelConfig, dtype: torch.dtype, place: torch.device | None, *, spread: bool = False
+    config: BaseModelConfig,
+    dtype: torch.dtype,
+    place: torch.device | None,
+    *,
+    spread: bool = False,
+    encoder_decoder: bool = False,
 ) -> PreTrainedModel:
     """The frozen base in eval mode.
 
@@ -209,17 +217,22 @@ def load_model(
         place: device to move it to; None leaves it where transformers put it (ZeRO-3 partitions it while loading).
         spread: put its layers on all GPUs of this process, which compute one after the other, for a base that one GPU
             cannot hold. Accelerate moves what goes from one to the next.
+        encoder_decoder: the base is one; the caller has to know, for it is asked in another way.
 
     Raises:
-        ValueError: the attention that is asked for would not be the base's, or its weights are quantised.
+        ValueError: the attention that is asked for would not be the base's, its weights are quantised, or it is an
+            encoder-decoder unasked.
     """
     base = info_of(config)
     refuse_quantised(base.config, config.model)
+    if not encoder_decoder:
+        refuse_encoder_decoder(base, "this wants")
     attention = attention_of(config, dtype)
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True}
     if spread:
         kwargs["device_map"] = "balanced"
-    model = AutoModelForCausalLM.from_pretrained(base.path, trust_remote_code=config.trust_remote_code, **kwargs)
+    auto_class = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+    model = auto_class.from_pretrained(base.path, trust_remote_code=config.trust_remote_code, **kwargs)
     model.requires_grad_(False)
     model.eval()
     give_head_plain_strides(model)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from transformers import PreTrainedModel
 
 from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request, Row, check_cache, decode
@@ -41,14 +42,18 @@ class TransformersEngine:
             torch.set_num_threads(num_threads)
         self.device = device()
         self.tokenizer = load_tokenizer(base)
-        self.model = load_model(base, resolve_dtype(base.dtype), self.device, spread=num_gpus() > 1)
-        check_cache(self.model)
+        self.model = self._load(base)
         self.bank, self._adapters = load_bank(self.model, {}), dict[str, str]()
         self._alone: dict[str, Method] = {}
         """Of the adapters, those that PEFT puts on the base when their rows come."""
         self._virtual: VirtualTokens | None = None
         self.use_adapters(adapters)
         self._answer_ids: dict[str, torch.Tensor] = {}
+
+    def _load(self, base: BaseModelConfig) -> PreTrainedModel:
+        model = load_model(base, resolve_dtype(base.dtype), self.device, spread=num_gpus() > 1)
+        check_cache(model)
+        return model
 
     def use_adapters(self, adapters: Mapping[str, str | Path]) -> None:
         """Have exactly these adapters: PEFT directory by slot name; nothing to do where they are there."""
@@ -143,15 +148,7 @@ class TransformersEngine:
         end_ids = set(self.end_ids())
 
         def complete(own: list[int]) -> list[Row]:
-            return decode(
-                self.model,
-                self.tokenizer,
-                [requests[index] for index in own],
-                self._route,
-                end_ids,
-                sampling or SamplingConfig(),
-                self._virtual,
-            )
+            return self._decode([requests[index] for index in own], end_ids, sampling or SamplingConfig())
 
         lengths = [0] * len(requests)
         if self._alone:
@@ -160,6 +157,9 @@ class TransformersEngine:
         num_new = max(request.max_new_tokens for request in requests)
         rows = self._together([request.adapter for request in requests], lengths, complete, num_new=num_new)
         return [completion(row, self.tokenizer, end_ids) for row in rows]
+
+    def _decode(self, requests: Sequence[Request], end_ids: set[int], sampling: SamplingConfig) -> list[Row]:
+        return decode(self.model, self.tokenizer, requests, self._route, end_ids, sampling, self._virtual)
 
     def end_ids(self) -> list[int]:
         """Tokens that end a completion: end of text, and of a chat turn."""
@@ -182,17 +182,14 @@ class TransformersEngine:
         return self._together(adapters, list(map(len, ids)), odds)
 
     def _log_odds(self, prompts: Sequence[Sequence[int]], adapters: Sequence[str | None]) -> list[float]:
-        inputs = self._begin(prompts, adapters)
-        head = self.model.get_output_embeddings()
-        seen: list[torch.Tensor] = []
-        hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -1].float()))
-        try:
-            self.model(**inputs, logits_to_keep=1)
-        finally:
-            hook.remove()
-        head_of_model = Head.of(self.model)
-        yes, no = (head_of_model.logits(seen[0], self._answer_ids[word]).logsumexp(-1) for word in ("yes", "no"))
+        states_BD, head = self._last_states(prompts, adapters).float(), Head.of(self.model)
+        yes, no = (head.logits(states_BD, self._answer_ids[word]).logsumexp(-1) for word in ("yes", "no"))
         return [float(value) for value in yes - no]
+
+    def _last_states(self, prompts: Sequence[Sequence[int]], adapters: Sequence[str | None]) -> torch.Tensor:
+        """Last hidden states [B, D] of the places that predict the answers' first tokens."""
+        hidden_BTD: torch.Tensor = self.model.base_model(**self._begin(prompts, adapters)).last_hidden_state
+        return hidden_BTD[:, -1]
 
     @torch.inference_mode()
     def log_likelihood(self, samples: Samples, adapters: Sequence[str | None]) -> list[list[float]]:

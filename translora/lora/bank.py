@@ -145,6 +145,11 @@ class BankedLinear(nn.Module):
         """Each slot's own factors; where there are stacks, views of them."""
         self.lora_A = self.lora_B = self.scaling = torch.empty(0)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's own, which some blocks ask for its dtype (T5's)."""
+        return self.base.weight
+
     def stack(self, num_slots: int, rank: int) -> None:
         """Allocate zero stacks for routing by rows: lora_A [N, r, in], lora_B [N, out, r], scaling [N]."""
         kwargs: Any = {"dtype": self.base.weight.dtype, "device": self.base.weight.device}

@@ -131,7 +131,10 @@ def check_settings(settings: Mapping[str, Any], where: str | Path) -> str:
     if kind in VIRTUAL_TOKENS and (not isinstance(count, int) or count < 1):
         raise ValueError(f"{where}: num_virtual_tokens is {count!r}, expected a positive number")
     if settings.get("num_transformer_submodules") not in (None, 1):
-        raise ValueError(f"{where}: num_transformer_submodules is for encoder-decoders; leave it out")
+        raise ValueError(
+            f"{where}: num_transformer_submodules is for the virtual tokens of encoder-decoders, which are not "
+            "supported; leave it out, or take an adapter that changes layers"
+        )
     num_patterns = 0
     for name, value in settings.items():
         if name in OF_THE_PLACE:

@@ -16,7 +16,7 @@ import torch
 
 from translora.bundle import common_template, inspect_base, read_bundle, verify_bundle
 from translora.bundle.adapter import check_adapter, check_recorded_base, recorded_base
-from translora.bundle.base import BaseInfo, linear_modules
+from translora.bundle.base import BaseInfo, linear_modules, refuse_encoder_decoder
 from translora.bundle.manifest import MANIFEST
 from translora.config import BaseModelConfig
 from translora.engine.loading import device, load_model, load_tokenizer, resolve_dtype
@@ -180,6 +180,7 @@ def run_method(config: MergeConfig, tasks: Sequence[Task], base: BaseInfo) -> tu
         return aggregate.stack(*aggregate.fedex(loras, weights)), {}
     if config.method == "component_mean":
         return aggregate.component_mean(loras, weights), {}
+    refuse_encoder_decoder(base, f"merge {config.method} runs")
     settings = BaseModelConfig(
         model=str(base.path),
         dtype=config.dtype,

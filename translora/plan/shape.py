@@ -102,6 +102,8 @@ def read_shape(base: BaseModelConfig, dtype: torch.dtype) -> Shape:
         ) from error
     config, text = model.config, model.config.get_text_config()
     refuse_quantised(config.to_dict(), base.model)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{base.model}: has an encoder; plans are made for decoder-only bases alone")
     if getattr(text, "num_attention_heads", None) is None:
         raise ValueError(
             f"{base.model}: no attention heads in its config.json; a run refuses such a base, take another"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from translora.bundle import BaseInfo, Bundle, BundleError, read_bundle, verify_bundle
 from translora.bundle.adapter import highest_rank, is_in_bank
-from translora.bundle.base import linear_modules, refuse_quantised
+from translora.bundle.base import ENCODER_DECODERS, info_of, linear_modules, refuse_encoder_decoder, refuse_quantised
 from translora.bundle.remote import fetch_all, is_remote
 from translora.config import AdapterEntry, BaseModelConfig, FleetConfig, TrainConfig
 from translora.distill.data import check_links, num_steps
@@ -42,6 +42,7 @@ def check_training(config: FleetConfig, source: BaseInfo, target: BaseInfo) -> N
             cannot have the attention or the engine that is asked for, the loss wants one vocabulary and the bases
             have two, or a warm start wants one shape and they have two.
     """
+    check_encoder_decoders(config, source)
     for settings in base_settings(config):
         attention_of(settings, resolve_dtype(settings.dtype))
         check_engine(settings)
@@ -60,6 +61,23 @@ def check_training(config: FleetConfig, source: BaseInfo, target: BaseInfo) -> N
         check_warm_start(source, target, config.distill.lora.target_modules)
         if load_tokenizer(config.source).get_vocab() != load_tokenizer(config.target).get_vocab():
             logger.warning("distill.warm_start: the bases have different vocabularies: a copied adapter may say little")
+
+
+def check_encoder_decoders(config: FleetConfig, source: BaseInfo) -> None:
+    """An encoder-decoder may be the source, of a kind that is known here; the rest of a run is decoders.
+
+    Raises:
+        ValueError: another base is one, the source is an unknown one, or vLLM is to compute with it.
+    """
+    if config.synthesis.generator is not None:
+        refuse_encoder_decoder(info_of(config.synthesis.generator), "inputs are invented by")
+    if not source.is_encoder_decoder:
+        return
+    if source.config.get("model_type") not in ENCODER_DECODERS:
+        known = ", ".join(ENCODER_DECODERS)
+        raise ValueError(f"{source.name}: a source with an encoder has to be one of {known}; this one is not supported")
+    if config.source.vllm is not None:
+        raise ValueError(f"{config.source.model}: vLLM has no {source.config['model_type']}; leave source.vllm out")
 
 
 def check_target_context(config: FleetConfig, target: BaseInfo) -> None:
@@ -87,6 +105,7 @@ def check_section(settings: TrainConfig, base: BaseInfo, section: str) -> None:
             quantised.
     """
     refuse_quantised(base.config, f"{section}: {base.name}")
+    refuse_encoder_decoder(base, f"{section} is for")
     ds_config = read_ds_config(settings.ds_config, resolve_dtype(settings.dtype))
     check_partitions(ds_config, settings.num_workers, f"{section}.ds_config {settings.ds_config}")
     resolve_targets(linear_modules(base), settings.lora.target_modules, base.name, f"{section}.lora.target_modules")
