@@ -184,6 +184,24 @@ CASES = [
         "train.token_share: is by the source adapter, and training on real data has none; set it to 1",
     ),
     Case("an unknown loss", fleet(FLEET + "distill: {loss: mse}\n"), "distill.loss: Input should be 'sft' or 'kl'"),
+    Case(
+        "a share of the GPUs' memory for vLLM that is none",
+        fleet(
+            FLEET.replace(
+                "source: {model: ./old-base}", "source: {model: ./old-base, vllm: {gpu_memory_utilization: 45}}"
+            )
+        ),
+        "source.vllm: gpu_memory_utilization: 45 is no share of a GPU's memory, above 0 and at most 1",
+    ),
+    Case(
+        "GPUs for vLLM as text",
+        fleet(
+            FLEET.replace(
+                "source: {model: ./old-base}", 'source: {model: ./old-base, vllm: {tensor_parallel_size: "8"}}'
+            )
+        ),
+        "source.vllm: tensor_parallel_size: '8' is no positive number",
+    ),
     Case("a task name twice", prepare(PREPARE + "  - {name: orders, data: b.jsonl}\n"), "task names appear twice"),
     Case("a task name with a slash", prepare(PREPARE.replace("name: orders", "name: a/b")), "tasks.0.name: String"),
     Case(

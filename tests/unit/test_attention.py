@@ -20,9 +20,16 @@ from transformers import (
 )
 
 from tests.tiny import make_base
+from translora.bundle.base import UnusableBaseError
 from translora.config import BaseModelConfig
 from translora.engine.attention import PACKED, packed_inputs, packed_sdpa
-from translora.engine.loading import attention_of, caps_attention, flash_attentions, resolve_attention
+from translora.engine.loading import (
+    attention_of,
+    caps_attention,
+    check_attention,
+    flash_attentions,
+    resolve_attention,
+)
 
 CONFIG = Gemma2Config(
     hidden_size=16,
@@ -110,6 +117,22 @@ def test_flash_attention_is_chosen_for_models_that_have_it(monkeypatch: pytest.M
     assert chosen[GptOssForCausalLM] in (*GptOssForCausalLM._compatible_flash_implementations, "sdpa", "eager")
     assert resolve_attention("auto", torch.float32, LlamaForCausalLM) == "sdpa"
     assert resolve_attention("flash_attention_2", torch.bfloat16, BloomForCausalLM) == "flash_attention_2", "as asked"
+
+
+def test_a_flash_attention_that_is_not_there_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = BaseModelConfig(model="base", attn_implementation="flash_attention_2")
+    if not torch.cuda.is_available():
+        with pytest.raises(
+            UnusableBaseError, match=r"base: attn_implementation: flash_attention_2 is not .* has none; in"
+        ):
+            check_attention(asked, torch.bfloat16)
+    monkeypatch.setattr("translora.engine.loading.flash_attentions", lambda: ["flash_attention_2"])
+    check_attention(asked, torch.bfloat16)
+    with pytest.raises(UnusableBaseError, match="base: flash_attention_2 has no float32; set dtype to bfloat16"):
+        check_attention(asked, torch.float32)
+    with pytest.raises(UnusableBaseError, match=r"flash_attention_3 is not installed.* has flash_attention_2; in"):
+        check_attention(asked.model_copy(update={"attn_implementation": "flash_attention_3"}), torch.bfloat16)
+    check_attention(BaseModelConfig(model="base"), torch.float32)
 
 
 def test_sdpa_is_never_chosen_for_a_base_that_caps_its_scores(tmp_path: Path) -> None:

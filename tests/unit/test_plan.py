@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests.tiny import make_base, make_bundle
 from translora.cli import FAILED, MIGRATED, UNUSABLE, main
 from translora.config import BaseModelConfig, FleetConfig, load_config
+from translora.distill.memory import lora_weights
 from translora.engine.loading import load_model
 from translora.engine.vllm_settings import check_engine
-from translora.plan.fleet import FleetPlan, load_seconds, plan_fleet
+from translora.plan.actors import load_seconds
+from translora.plan.fleet import FleetPlan, PhasePlan, plan_fleet
 from translora.plan.hardware import GPUS, LINK_SHARE, Hardware
 from translora.plan.shape import read_shape, read_shapes
 from translora.plan.work import bundled_work, given_work
@@ -90,10 +93,73 @@ def test_on_vllm_the_gpus_of_an_actor_work_together(example: FleetConfig, on_eig
         for what in ("prompts", "decoding"):
             if what in phase.parts:
                 assert phase.parts[what] == pytest.approx(other.parts[what] / faster)
-    assert "gpu_memory_utilization" in found.note and not on_eight.note
+    assert "vllm: an actor's GPUs work together" in found.note and not on_eight.note
     copies = set(found.disk) - set(on_eight.disk)
     students = found.disk["students and discriminators"]
     assert [found.disk[name] for name in copies] == [students / 2 * 2], "of the students alone; by each of two actors"
+
+
+def on_vllm(config: FleetConfig, **options: object) -> FleetConfig:
+    """Both bases with these engine arguments."""
+    bases = {name: getattr(config, name).model_copy(update={"vllm": options}) for name in ("source", "target")}
+    return config.model_copy(update=bases)
+
+
+def test_what_vllm_holds_is_what_it_is_told_to(example: FleetConfig) -> None:
+    """Not all of a batch, and not all adapters: 512 rows of 300 adapters go through shares of less than a half."""
+    wide = example.model_copy(update={"synthesis": example.synthesis.model_copy(update={"batch_size": 512})})
+    found = plan(on_vllm(wide, gpu_memory_utilization=0.45, max_model_len=8192))
+    assert not found.problems and found.settings["resources"]["gpus_per_actor"] == 8
+    shape = read_shape(example.source, torch.bfloat16)
+    label = found.phases[1]
+    assert label.room == pytest.approx(0.45 * 80e9)
+    assert label.memory["keys and values of one row"] == pytest.approx(8192 * shape.cache_bytes / 8)
+    weights = lora_weights(shape.adapted(example.distill.lora.target_modules), example.distill.lora.rank)
+    assert label.memory["adapters"] == pytest.approx(16 * weights * 2 * (1 + 1 / 8) / 2), "max_loras of 600"
+    rows = int(label.step.split()[0])
+    free = label.room - sum(label.memory.values()) + label.memory["keys and values of one row"]
+    assert 64 < rows <= 256 and rows * 200 * shape.cache_bytes / 8 < free, "no more than there is room for"
+    more = plan(on_vllm(wide, gpu_memory_utilization=0.45, max_model_len=8192, max_loras=64))
+    assert more.phases[1].memory["adapters"] == pytest.approx(4 * label.memory["adapters"])
+    short = plan(on_vllm(wide, gpu_memory_utilization=0.25, max_model_len=131072))
+    assert any("GB a GPU, of which h100-80gb has 20 for it" in problem for problem in short.problems)
+    assert any("or lower vllm.max_model_len or max_num_batched_tokens" in problem for problem in short.problems)
+
+
+def test_a_screen_costs_what_it_asks(example: FleetConfig) -> None:
+    """Without a discriminator every invented input is answered, and more are collected to choose from."""
+
+    def label(screen: str) -> PhasePlan:
+        synthesis = example.synthesis.model_copy(update={"screen": screen})
+        return plan(example.model_copy(update={"synthesis": synthesis})).phases[1]
+
+    judged, sure, excess, none = map(label, ("discriminator", "confidence", "excess", "none"))
+    assert none.parts["decoding"] == pytest.approx(judged.parts["decoding"] / 0.4, rel=1e-3)
+    assert sure.parts["decoding"] == pytest.approx(1.5 * none.parts["decoding"], rel=1e-3)
+    assert excess.parts["decoding"] == sure.parts["decoding"] and excess.parts["prompts"] > sure.parts["prompts"]
+    assert none.memory["adapters"] == judged.memory["adapters"] / 2, "no discriminators beside the adapters"
+
+
+def test_no_machine_is_asked_for_more_actors_than_it_has_gpus_for(example: FleetConfig) -> None:
+    seven = Hardware(GPUS["h100-80gb"], 14, gpus_per_node=7)
+    work = given_work(example, 300, 250, 0.4)
+    found = plan_fleet(on_vllm(example), read_shapes(example), seven, work)
+    assert found.settings["resources"] == {"num_actors": 2, "gpus_per_actor": 4}
+    assert Hardware(GPUS["h100-80gb"], 12).num_nodes == 2 and Hardware(GPUS["h100-80gb"], 12).num_groups(3) == 3
+    alone = plan(example, num_gpus=7)
+    assert alone.settings["resources"] == {"num_actors": 2, "gpus_per_actor": 3}, "transformers gains no speed by more"
+
+
+def test_a_round_takes_as_long_as_a_batch_however_many_actors_there_are(example: FleetConfig) -> None:
+    few, many = (plan(example, num_gpus=count, num_adapters=1).phases[0].parts["decoding"] for count in (64, 512))
+    assert few == many > 3 * 96 * read_shape(example.target, torch.bfloat16).num_bytes / 3.35e12
+
+
+def test_latent_attention_keeps_what_keys_and_values_are_made_from(tmp_path: Path) -> None:
+    config = {"model_type": "deepseek_v3", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config |= {"kv_lora_rank": 32, "qk_rope_head_dim": 8, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_shape(BaseModelConfig(model=str(tmp_path)), torch.bfloat16).cache_bytes == 2 * (32 + 8) * 2
 
 
 def test_between_machines_the_base_comes_over_the_network() -> None:
@@ -162,7 +228,9 @@ def test_vllm_deals_out_a_bases_heads(example: FleetConfig) -> None:
     assert six.settings["resources"]["gpus_per_actor"] == 4
     assert plan(example, num_gpus=3).settings["resources"] == {"num_actors": 1, "gpus_per_actor": 3}
     for settings, message in (
-        ({"tensor_parallel_size": 16}, "vllm: its GPUs do not divide"),
+        ({"tensor_parallel_size": 16}, "vllm: no actor of 1 to 8 GPUs can be: tensor_parallel_size has to divide"),
+        ({"tensor_parallel_size": 3}, "vllm: no actor of 1 to 8 GPUs can be"),
+        ({"pipeline_parallel_size": 16}, "vllm: no actor of 1 to 8 GPUs can be"),
         ({"tensor_parallel_size": 4, "gpu_memory_utilization": 0.3}, ""),
     ):
         own = example.model_copy(update={"source": source.model_copy(update={"vllm": settings})})
@@ -209,6 +277,9 @@ def test_bundles_at_hand_give_their_sizes(tmp_path: Path) -> None:
     work = bundled_work(load_config(tmp_path / "fleet.yaml", FleetConfig), 0.5)
     assert [one.num_samples for one in work.adapters] == [10, 7]
     assert {one.num_seeds for one in work.adapters} == {5}
+    assert {one.screen for one in work.adapters} == {"discriminator"}
+    weights = load_file(tmp_path / "bundles/orders-0/adapter_model.safetensors").values()
+    assert work.adapters[0].adapter_weights == sum(tensor.numel() for tensor in weights)
     assert 5 <= work.adapters[0].input_tokens <= 10, "seeds of some 30 characters"
     (tmp_path / "bundles/orders-0/translora/manifest.json").unlink()
     with pytest.raises(ValueError, match="no bundle here to plan with"):

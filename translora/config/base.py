@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from translora.config_file import Attention, DType, Strict
 
@@ -30,6 +30,16 @@ VLLM_EXECUTION_ONLY = frozenset(
     }
 )
 """Engine arguments of vLLM that change no result, but for rounding."""
+VLLM_COUNTS = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_loras",
+    "max_cpu_loras",
+)
+"""Engine arguments that are counted and planned with here."""
 
 
 class BaseModelConfig(Strict):
@@ -51,6 +61,18 @@ class BaseModelConfig(Strict):
     vllm: dict[str, Any] | None = None
     """Generate and score with vLLM, by engine arguments in vLLM's own words, {} for none (gpu_memory_utilization,
     max_model_len, ...); transformers when unset."""
+
+    @field_validator("vllm")
+    @classmethod
+    def _check_numbers(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name in VLLM_COUNTS:
+            count = (value or {}).get(name, 1)
+            if type(count) is not int or (count < 1 and (name, count) != ("max_model_len", -1)):
+                raise ValueError(f"{name}: {count!r} is no positive number")
+        share = (value or {}).get("gpu_memory_utilization", 1.0)
+        if type(share) not in (int, float) or not 0 < share <= 1:
+            raise ValueError(f"gpu_memory_utilization: {share!r} is no share of a GPU's memory, above 0 and at most 1")
+        return value
 
     def decides(self) -> dict[str, Any]:
         """What of it decides results, but for rounding."""

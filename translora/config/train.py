@@ -38,7 +38,7 @@ class LoraSettings(Strict):
     """Scale the update by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
     target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = ["q_proj", "v_proj"]
     """Names of the linear modules that are adapted, as the target base has them (paper: query and value projections),
-    or `all-linear`: all but the head."""
+    or `all-linear`: all but the head, and of a mixture the experts, which are no linear modules."""
     init: Literal["kaiming", "eva"] = "kaiming"
     """What A begins as: random, or the principal components of the module's inputs (EVA, with the same rank
     everywhere), which the first step is spent on: its whole batch, prompts and answers. B begins as zero."""

@@ -20,7 +20,7 @@ from transformers import AutoConfig, PreTrainedModel, initialization
 from translora.bundle.base import UnusableBaseError, info_of, stored_tensors
 from translora.bundle.reading import TensorHeader
 from translora.config import BaseModelConfig
-from translora.engine.loading import attention_of, load_model, plain_class
+from translora.engine.loading import attention_of, check_attention, load_model, plain_class
 
 try:
     from transformers.integrations.deepspeed import prevent_arange_dtype_change
@@ -48,9 +48,10 @@ def load_partitioned(base: BaseModelConfig, dtype: torch.dtype, ds_config: dict[
     on_disk = zero.get("offload_param", {}).get("device") == "nvme"
     if kind is None or twice or on_disk:
         return load_model(base, dtype, place=None)
+    check_attention(base, dtype)
     model = empty_model(kind, config, dtype, attention_of(base, dtype), ds_config)
-    if not is_stored(model, stored):
-        logger.info("%s: its tensors are stored under other names: rank 0 reads them all", path.name)
+    if not is_stored(model, stored) or not ties_hold(model, stored):
+        logger.info("%s: its tensors are stored in another way than it has them: rank 0 reads them all", path.name)
         del model
         return load_model(base, dtype, place=None)
     for name, parameter in model.named_parameters():
@@ -103,15 +104,42 @@ def is_stored(model: PreTrainedModel, stored: Stored) -> bool:
     )
 
 
+def ties_hold(model: PreTrainedModel, stored: Stored) -> bool:
+    """Whether tensors that the config ties are equal where the files have them twice: transformers unties others.
+
+    Collective: each rank compares its own part.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    equal = torch.ones((), dtype=torch.int32, device=next(model.parameters()).ds_tensor.device)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        own = names.get(id(tensor), name)
+        if own == name or name not in stored:
+            continue
+        if stored[name][1].shape != stored[own][1].shape or stored[name][1].dtype not in STORED:
+            return False
+        equal &= all(
+            torch.equal(read_range(*stored[own], *piece), read_range(*stored[name], *piece))
+            for piece in own_pieces(tensor, stored[own][1])
+        )
+    dist.all_reduce(equal, op=dist.ReduceOp.MIN)
+    return bool(equal)
+
+
+def own_pieces(parameter: nn.Parameter, header: TensorHeader) -> list[tuple[int, int]]:
+    """This rank's range of a partitioned parameter's flat weights, in pieces that are read at a time."""
+    part: Any = parameter.ds_tensor  # type: ignore[attr-defined]
+    start = part.ds_numel * dist.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
+    stop = min(start + part.ds_numel, parameter.ds_numel)  # type: ignore[attr-defined]
+    piece = PIECE_BYTES // STORED[header.dtype].itemsize
+    return [(first, min(first + piece, stop)) for first in range(start, stop, piece)]
+
+
 def read_own_part(parameter: nn.Parameter, file: Path, header: TensorHeader) -> None:
     """Fill this rank's part of a partitioned parameter, a range of its flat weights."""
     part: Any = parameter.ds_tensor  # type: ignore[attr-defined]
-    start = part.ds_numel * dist.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
-    count = max(0, min(part.ds_numel, parameter.ds_numel - start))  # type: ignore[attr-defined]
-    piece = PIECE_BYTES // STORED[header.dtype].itemsize
-    for first in range(0, count, piece):
-        last = min(first + piece, count)
-        part.data[first:last].copy_(read_range(file, header, start + first, start + last))
+    begin = part.ds_numel * dist.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
+    for start, stop in own_pieces(parameter, header):
+        part.data[start - begin : stop - begin].copy_(read_range(file, header, start, stop))
 
 
 def read_range(file: Path, header: TensorHeader, start: int, stop: int) -> torch.Tensor:

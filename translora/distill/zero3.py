@@ -64,6 +64,8 @@ class ShardedBase:
         capped = caps_attention(self.model.config.to_dict())
         if self.attention in ("sdpa", *(["eager"] if capped else [])):
             self.model.set_attn_implementation(PACKED)
+        attention = self.model.config._attn_implementation
+        logger.info("%s: %s partitioned over %d, attention %s", info.name, self.dtype, dist.get_world_size(), attention)
         self.bank = new_bank(self.model, config.lora.target_modules)
         self.head = Head.of(self.model)
         if config.gradient_checkpointing:

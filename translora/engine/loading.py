@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
-from translora.bundle.base import info_of, refuse_code, refuse_encoder_decoder, refuse_quantised
+from translora.bundle.base import UnusableBaseError, info_of, refuse_code, refuse_encoder_decoder, refuse_quantised
 from translora.config import BaseModelConfig
 from translora.config_file import Attention, DType
 from translora.run.redact import first_line
@@ -95,6 +95,24 @@ def resolve_attention(
     if dtype != torch.float32 and (flash := next((one for one in flash_attentions() if has(kind, one)), None)):
         return flash
     return "eager" if capped or not getattr(kind, "_supports_sdpa", True) else "sdpa"
+
+
+def check_attention(settings: BaseModelConfig, dtype: torch.dtype) -> None:
+    """Whether this device has the flash-attention that is asked for by name.
+
+    Raises:
+        UnusableBaseError: it has not, or not in this dtype.
+    """
+    asked, here = settings.attn_implementation, flash_attentions()
+    if not asked.startswith("flash"):
+        return
+    if asked not in here:
+        raise UnusableBaseError(
+            f"{settings.model}: attn_implementation: {asked} is not installed, or not made for this device, which has "
+            f"{', '.join(here) or 'none'}; install it, or set attn_implementation to auto"
+        )
+    if dtype == torch.float32:
+        raise UnusableBaseError(f"{settings.model}: {asked} has no float32; set dtype to bfloat16, or leave it to auto")
 
 
 def has(kind: type[PreTrainedModel] | None, flash: str) -> bool:
@@ -227,6 +245,7 @@ def load_model(
     refuse_quantised(base.config, config.model)
     if not encoder_decoder:
         refuse_encoder_decoder(base, "this wants")
+    check_attention(config, dtype)
     attention = attention_of(config, dtype)
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True}
     if spread:

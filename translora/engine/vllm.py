@@ -67,9 +67,9 @@ class VllmEngine:
         """Why vLLM does not compute an adapter, by its path."""
         self._copies = tempfile.TemporaryDirectory(prefix="translora-")
         self._numbers = itertools.count(1)
-        path = info_of(base).path
-        has_own = (path / GENERATION_CONFIG_NAME).exists()
-        own = GenerationConfig.from_pretrained(path).eos_token_id if has_own else None
+        info = info_of(base)
+        has_own = (info.path / GENERATION_CONFIG_NAME).exists()
+        own = GenerationConfig.from_pretrained(info.path).eos_token_id if has_own else info.config.get("eos_token_id")
         self._end_ids = set(end_tokens(self.tokenizer, own))
         self._answer_ids = {word: spellings(self.tokenizer, [word]) for word in ("yes", "no")}
 

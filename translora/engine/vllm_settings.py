@@ -53,9 +53,6 @@ def check_engine(base: BaseModelConfig) -> None:
 
     if taken := sorted(base.vllm.keys() & set(OWN)):
         raise ValueError(f"{base.model}: vllm.{taken[0]}: is set by translora; leave it out")
-    length = base.vllm.get("max_model_len", -1)
-    if not isinstance(length, int) or length == 0:
-        raise ValueError(f"{base.model}: vllm.max_model_len: {length!r} is no number of tokens; give one")
     known = [field.name for field in dataclasses.fields(EngineArgs)]
     for name in base.vllm.keys() - set(known):
         close = difflib.get_close_matches(name, known, n=1)
@@ -74,7 +71,7 @@ def engine_arguments(base: BaseModelConfig, max_rank: int, modules: Collection[s
         "model": str(info_of(base).path),
         "trust_remote_code": base.trust_remote_code,
         "dtype": str(dtype).removeprefix("torch."),
-        "tensor_parallel_size": max(1, num_gpus()),
+        "tensor_parallel_size": max(1, num_gpus() // (base.vllm or {}).get("pipeline_parallel_size", 1)),
         "distributed_executor_backend": "mp",  # the GPUs' memory is free again when the workers have ended
         "max_logprobs": 1024,
         "disable_log_stats": True,

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from translora.config import BaseModelConfig, FleetConfig
+from translora.config import FleetConfig
 from translora.distill.ds_config import read_ds_config
 from translora.distill.memory import lora_weights
-from translora.engine.memory import VLLM_SHARE
 from translora.engine.vllm_settings import check_rank
+from translora.plan.actors import TENSOR_PARALLEL, Slot, Stage, gpus_per_actor, load_seconds
 from translora.plan.hardware import Hardware
-from translora.plan.inference import (
-    ROUNDS,
-    TENSOR_PARALLEL,
-    Calls,
-    gate_calls,
-    generate_calls,
-    label_calls,
-    num_resident,
-    prompt_pass_bytes,
-    seconds,
-)
+from translora.plan.inference import gate_calls, generate_calls, label_calls
 from translora.plan.shape import Shape, Shapes
 from translora.plan.training import TrainingPlan, is_offloaded, plan_training
 from translora.plan.work import Work, training_sizes
@@ -40,6 +29,8 @@ class PhasePlan:
     """The batch, or the gang."""
     memory: dict[str, float]
     """Bytes of a GPU by what they are for."""
+    room: float
+    """Bytes of a GPU that the phase may take."""
     parts: dict[str, float]
     """Seconds by what takes them."""
     gathered_bytes: float = 0.0
@@ -101,89 +92,66 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
             "distill.peft: the plan knows students that are LoRAs; leave it out to plan for `distill.lora`"
         )
     check_rank(config.distill.lora.total_rank, config.target, "distill.lora")
-    source, target, generator = shapes.source, shapes.target, shapes.generator
+    target, num_adapters = shapes.target, len(work.adapters)
     ds_config = read_ds_config(config.distill.ds_config, shapes.trained.dtype)
     training = plan_training(shapes.trained, config.distill, ds_config, training_sizes(config, work), hardware)
-    adapted = target.adapted(config.distill.lora.target_modules)
-    num_weights = lora_weights(adapted, config.distill.lora.total_rank)
-    num_adapters = len(work.adapters)
-    bases = {"generate": config.generator, "screen and label": config.source, "gate": config.target}
-    stages = (  # and how many adapters are on the base
-        ("generate", generator, generate_calls(config, work), 0),
-        ("screen and label", source, label_calls(config, work), 2 * num_adapters),
-        ("gate", target, gate_calls(config, work), num_adapters),
+    num_weights = lora_weights(target.adapted(config.distill.lora.target_modules), config.distill.lora.total_rank)
+    slot = Slot(
+        weights=max((one.adapter_weights or num_weights for one in work.adapters), default=num_weights),
+        file_bytes=max((one.adapter_bytes or 4 * num_weights for one in work.adapters), default=0),
     )
+    judges = sum(one.screen == "discriminator" for one in work.adapters)
     batch = config.synthesis.batch_size
-    passes = {name: prompt_pass(shape, calls, batch) for name, shape, calls, _ in stages}
-    files = max((one.adapter_bytes or 4 * num_weights for one in work.adapters), default=0)
-
-    def resident(num_adapters: int, count: int) -> int:
-        return num_resident(files, num_adapters, batch, count * hardware.gpu.memory_bytes)
-
-    def on_gpus(count: int) -> list[dict[str, float]]:
-        """Memory of each stage on actors of so many GPUs."""
-        found = []
-        for name, shape, calls, on_base in stages:
-            bank = resident(on_base, count) * max(files // 2, shape.dtype.itemsize * num_weights)
-            cache = batch * calls.context_tokens * shape.cache_bytes
-            spread = {"the base": shape.num_bytes, "adapters": bank, "keys and values": cache}
-            found.append(
-                {what: size / count for what, size in spread.items()} | {"pass over the prompts": passes[name]}
-            )
-        return found
-
-    rooms = {name: room_of(base, hardware) for name, base in bases.items()}
-    counts = [
-        count
-        for count in range(1, hardware.gpus_at_hand + 1)
-        if all(works_on(bases[name], shape, count) for name, shape, *_ in stages)
+    stages = [
+        Stage("generate", config.generator, shapes.generator, generate_calls(config, work), 0, slot, batch),
+        Stage(
+            "screen and label",
+            config.source,
+            shapes.source,
+            label_calls(config, work),
+            num_adapters + judges,
+            slot,
+            batch,
+        ),
+        Stage("gate", config.target, target, gate_calls(config, work), num_adapters, slot, batch),
     ]
-    if not counts:
-        raise ValueError("vllm: its GPUs do not divide a base's attention heads, or are more than a machine has")
-    fitting = [
-        count
-        for count in counts
-        if all(sum(own.values()) <= rooms[name] for (name, *_), own in zip(stages, on_gpus(count), strict=True))
-    ]
-    # A count that leaves no GPU of a machine without work comes first.
-    per_actor = min(fitting, key=lambda count: (hardware.gpus_at_hand % count > 0, count)) if fitting else counts[-1]
-    num_actors = hardware.num_gpus // per_actor
+    per_actor = gpus_per_actor(stages, config, shapes, hardware)
+    num_actors = hardware.num_groups(per_actor)
     loads = load_seconds(config, shapes, hardware, per_actor)
-    together = per_actor * TENSOR_PARALLEL if per_actor > 1 else 1.0
     phases = [
         PhasePlan(
-            name,
-            shape.name,
-            f"{num_actors} actors of {per_actor} GPU" + ("s" if per_actor > 1 else ""),
-            f"{batch} rows",
-            memory,
-            {
-                **seconds(calls, shape, hardware, batch, num_actors, together if bases[name].vllm is not None else 1.0),
-                "loading": loads[name],
-            },
+            stage.name,
+            stage.shape.name,
+            f"{num_actors} actor{plural(num_actors)} of {per_actor} GPU{plural(per_actor)}",
+            f"{stage.rows_at_once(per_actor, hardware)} rows",
+            stage.memory(per_actor, hardware),
+            stage.room(hardware),
+            {**stage.parts(per_actor, hardware), "loading": loads[stage.name]},
         )
-        for (name, shape, calls, _), memory in zip(stages, on_gpus(per_actor), strict=True)
+        for stage in stages
     ]
     phases.insert(2, distill_phase(target, training, hardware, loads["distill"]))
     for phase in phases:
-        phase.problem = too_large(phase, config, hardware, rooms.get(phase.name, hardware.room), training.gang_size)
+        phase.problem = too_large(phase, config, hardware, training.gang_size)
     settings: dict[str, dict[str, Any]] = {
         "resources": {"num_actors": num_actors, "gpus_per_actor": per_actor},
         "distill": {"num_workers": hardware.num_gpus, "tokens_per_pass": training.tokens_wanted},
     }
-    rows = sum(one.num_samples / work.acceptance * (one.input_tokens + one.answer_tokens) for one in work.adapters)
+    rows = sum(
+        one.num_wanted(config) / work.acceptance * (one.input_tokens + one.answer_tokens) for one in work.adapters
+    )
     disk = {
         "students and discriminators": 2 * num_adapters * 4.0 * num_weights,
-        "checkpoints of the gangs": training.gang_size * hardware.num_gpus * 12.0 * num_weights,
+        "checkpoints of the gangs": training.checkpointed * 12.0 * num_weights,
         "synthetic sets and blocks": 3 * 4 * rows,
     }
     notes = []
-    if any(base.vllm is not None for base in bases.values()):
-        copied = sum(resident(on_base, per_actor) for name, *_, on_base in stages if bases[name].vllm is not None)
-        disk["vLLM's copies of adapters, on each machine"] = copied * files * max(1, hardware.gpus_at_hand // per_actor)
+    if in_vllm := [stage for stage in stages if stage.base.vllm is not None]:
+        copied = max(stage.num_resident(per_actor, hardware) for stage in in_vllm) * slot.file_bytes
+        disk["vLLM's copies of adapters, on each machine"] = copied * max(1, hardware.gpus_at_hand // per_actor)
         notes.append(
             f"vllm: an actor's GPUs work together, at {TENSOR_PARALLEL:.0%} of their speeds (assumed); the memory is "
-            "the least that vllm.gpu_memory_utilization has to give it"
+            "the least that it starts with, the rest of its share holds more rows"
         )
     if is_offloaded(ds_config):
         share = target.num_bytes * hardware.gpus_at_hand / hardware.num_gpus
@@ -191,55 +159,9 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
     return FleetPlan(hardware, work, phases, training, settings, disk, "\n".join(notes))
 
 
-def works_on(base: BaseModelConfig, shape: Shape, num_gpus: int) -> bool:
-    """Whether a base can be computed by an actor of so many GPUs: vLLM deals its heads out to all of them."""
-    if base.vllm is None:
-        return True
-    tensor, pipeline = (base.vllm.get(f"{kind}_parallel_size") for kind in ("tensor", "pipeline"))
-    if tensor is not None and tensor * (pipeline or 1) != num_gpus:
-        return False
-    return shape.config.get_text_config().num_attention_heads % (tensor or num_gpus) == 0
-
-
-def room_of(base: BaseModelConfig, hardware: Hardware) -> float:
-    """Bytes of a GPU for a base and its batches; of vLLM's the share that the fleet file gives it."""
-    share = (base.vllm or {}).get("gpu_memory_utilization")
-    return hardware.room if share is None else min(hardware.room, float(share) * hardware.gpu.memory_bytes)
-
-
-def prompt_pass(shape: Shape, calls: Calls, batch_size: int) -> int:
-    """Bytes of a pass over the prompts of a batch that differ."""
-    num_rows = math.ceil(batch_size * calls.distinct)
-    num_tokens = max(1, int(calls.context_tokens - calls.new_tokens))
-    return prompt_pass_bytes(shape, num_rows, num_tokens)
-
-
-def load_seconds(config: FleetConfig, shapes: Shapes, hardware: Hardware, per_actor: int) -> dict[str, float]:
-    """Seconds of reading the bases: once each, or in every round where an actor cannot hold both."""
-    source, target, generator = shapes.source, shapes.target, shapes.generator
-    num_actors = hardware.num_gpus // per_actor
-    per_node = max(1, hardware.gpus_at_hand // per_actor)
-    # As translora.engine.host decides when the second base comes: the first one stays where there is room beside it.
-    memory = per_actor * hardware.gpu.memory_bytes
-
-    def held(base: BaseModelConfig, num_bytes: float) -> float:
-        share = (base.vllm or {}).get("gpu_memory_utilization", VLLM_SHARE)
-        return num_bytes if base.vllm is None else float(share) * memory
-
-    both = held(config.generator, generator.num_bytes) + held(config.source, 2 * source.num_bytes)
-    times = 1 if both <= per_actor * hardware.room else ROUNDS
-    readers = min(num_actors, per_node)
-
-    def read(shape: Shape, times: int) -> float:
-        return times * readers * shape.num_bytes / hardware.load_rate
-
-    num_nodes = max(1, hardware.num_gpus // hardware.gpus_per_node)
-    return {
-        "generate": read(generator, times),
-        "screen and label": read(source, times),
-        "gate": read(target, 1),
-        "distill": target.num_bytes / num_nodes / hardware.load_rate,
-    }
+def plural(count: int) -> str:
+    """Its ending."""
+    return "" if count == 1 else "s"
 
 
 def distill_phase(shape: Shape, training: TrainingPlan, hardware: Hardware, loading: float) -> PhasePlan:
@@ -251,14 +173,15 @@ def distill_phase(shape: Shape, training: TrainingPlan, hardware: Hardware, load
         layout=f"{hardware.num_gpus} workers, ZeRO-3",
         step=f"K = {training.gang_size}, {training.tokens_per_pass:,.0f} tokens",
         memory=training.memory,
+        room=hardware.room,
         parts={longer: training.seconds, "loading": loading},
         gathered_bytes=training.gathered_bytes,
     )
 
 
-def too_large(phase: PhasePlan, config: FleetConfig, hardware: Hardware, room: float, gang_size: int) -> str:
+def too_large(phase: PhasePlan, config: FleetConfig, hardware: Hardware, gang_size: int) -> str:
     """Why a phase does not fit and what to change; empty where it does."""
-    needed = sum(phase.memory.values())
+    needed, room = sum(phase.memory.values()), phase.room
     if needed <= room:
         return ""
     largest = max(phase.memory, key=lambda part: phase.memory[part])
@@ -267,8 +190,8 @@ def too_large(phase: PhasePlan, config: FleetConfig, hardware: Hardware, room: f
         f"{largest} ({phase.memory[largest] / 1e9:.0f} GB)"
     )
     if phase.name != "distill":
-        if room < hardware.room:
-            return f"{why}; raise vllm.gpu_memory_utilization, or lower synthesis.batch_size"
+        if "keys and values of one row" in phase.memory:
+            return f"{why}; raise vllm.gpu_memory_utilization, or lower vllm.max_model_len or max_num_batched_tokens"
         if phase.memory["the base"] > room:
             return f"{why}; take larger GPUs, or more of them in a machine"
         return f"{why}; lower synthesis.batch_size, or take more or larger GPUs"

@@ -5,6 +5,7 @@ Importing this module loads neither torch nor ray.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 TRAINING_SHARE = 0.4
@@ -66,6 +67,16 @@ class Hardware:
     def gpus_at_hand(self) -> int:
         """GPUs of one machine that the run has."""
         return min(self.gpus_per_node, self.num_gpus)
+
+    @property
+    def num_nodes(self) -> int:
+        """Machines; the last one may have fewer GPUs."""
+        return math.ceil(self.num_gpus / self.gpus_per_node)
+
+    def num_groups(self, size: int) -> int:
+        """How often so many GPUs of one machine are there."""
+        whole, rest = divmod(self.num_gpus, self.gpus_per_node)
+        return whole * (self.gpus_per_node // size) + rest // size
 
     @property
     def gather_rate(self) -> float:

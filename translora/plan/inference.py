@@ -12,16 +12,13 @@ from transformers import DynamicCache
 
 from translora.config import FleetConfig
 from translora.engine.fake import FEW_LAYERS, LiveBytes, fake_base, inner_size, num_layers, with_layers
-from translora.engine.memory import BANK_SHARE
 from translora.plan.hardware import Hardware
 from translora.plan.shape import Shape
-from translora.plan.work import QUESTION_TOKENS, Work
+from translora.plan.work import QUESTION_TOKENS, SCORING_PASSES, Work
 from translora.run.member import heldout_size
 from translora.run.redact import first_line
 
 logger = logging.getLogger(__name__)
-TENSOR_PARALLEL = 0.75
-"""Of the sum of its GPUs' speeds, what an actor of several has with vLLM; an assumption."""
 ROUNDS = 3
 """Of generate and screen, mostly."""
 
@@ -38,6 +35,8 @@ class Calls:
     """Longest completion of a row: a batch is as long as its longest."""
     context_tokens: float
     """Of a row, prompt and completion."""
+    num_rounds: int = ROUNDS
+    """That come one after the other."""
     distinct: float = 1.0
     """Share of a batch's prompts that are computed; rows with the same one share it."""
 
@@ -46,7 +45,7 @@ def generate_calls(config: FleetConfig, work: Work) -> Calls:
     """Inputs that the generator invents: rows of an adapter share the prompts of the seeds' few orders."""
     rows = prompts = longest = 0.0
     for one in work.adapters:
-        own = (one.num_samples + heldout_size(config.gate, one.num_samples)) / work.acceptance
+        own = one.num_wanted(config) / work.acceptance
         seeds = 8 + one.num_seeds * (one.input_tokens + 4)
         rows += own
         prompts += seeds * max(ROUNDS * min(config.synthesis.num_orderings, own), own / config.synthesis.batch_size)
@@ -58,13 +57,18 @@ def generate_calls(config: FleetConfig, work: Work) -> Calls:
 
 
 def label_calls(config: FleetConfig, work: Work) -> Calls:
-    """Every invented input is judged; what is accepted is answered."""
+    """Every invented input is judged and what is accepted answered; without a discriminator the other way round."""
     rows = prompts = longest = 0.0
     for one in work.adapters:
-        kept = one.num_samples + heldout_size(config.gate, one.num_samples)
-        own = one.input_tokens + QUESTION_TOKENS
-        rows += kept
-        prompts += own * kept / work.acceptance + own * kept
+        kept = one.num_wanted(config)
+        own, all_of_them = one.input_tokens + QUESTION_TOKENS, kept / work.acceptance
+        if one.screen == "discriminator":
+            rows += kept
+            prompts += own * (all_of_them + kept)
+        else:
+            rows += all_of_them
+            scoring = SCORING_PASSES.get(one.screen, 0)
+            prompts += (own + scoring * (own + one.answer_tokens)) * all_of_them
         longest = max(longest, own)
     new = config.synthesis.max_answer_tokens
     return Calls(rows, prompts, new, longest + new)
@@ -80,7 +84,7 @@ def gate_calls(config: FleetConfig, work: Work) -> Calls:
         prompts += 2 * kept * (2 * own + one.answer_tokens)
         longest = max(longest, own)
     new = config.synthesis.max_answer_tokens
-    return Calls(rows, prompts, new, longest + new)
+    return Calls(rows, prompts, new, longest + new, num_rounds=1)
 
 
 def seconds(
@@ -89,31 +93,20 @@ def seconds(
     """GPU-bound seconds of a phase by what bounds them: `prompts` (arithmetic) and `decoding` (reading memory).
 
     Args:
-        speed: of an actor, in GPUs. A base that transformers splits over them is computed part after part, so that the
-            actor is as fast as one; with vLLM they work together, see TENSOR_PARALLEL.
+        batch_size: rows that decode together.
+        speed: of an actor, in GPUs.
     """
-    at_once = num_actors * speed
     prompts = 2 * shape.num_active * calls.prompt_tokens / hardware.train_flops
-    batches = math.ceil(calls.num_rows / batch_size)
+    # However many actors there are, a round takes as long as one batch.
+    batches = max(math.ceil(calls.num_rows / batch_size) / num_actors, calls.num_rounds)
     step_bytes = shape.num_bytes + batch_size * calls.context_tokens * shape.cache_bytes
     step = max(step_bytes / hardware.read_rate, 2 * shape.num_active * batch_size / hardware.train_flops)
-    return {"prompts": prompts / at_once, "decoding": batches * calls.new_tokens * step / at_once}
-
-
-def num_resident(file_bytes: int, num_adapters: int, batch_size: int, memory_bytes: float) -> int:
-    """Adapters that an actor holds at a time: all, or those that a block names, as translora.engine.host decides.
-
-    Args:
-        file_bytes: of one on disk.
-        num_adapters: on this base.
-        memory_bytes: of all GPUs of the actor.
-    """
-    return num_adapters if num_adapters * file_bytes <= BANK_SHARE * memory_bytes else min(num_adapters, 2 * batch_size)
+    return {"prompts": prompts / (num_actors * speed), "decoding": batches * calls.new_tokens * step / speed}
 
 
 @functools.cache
 def prompt_pass_bytes(shape: Shape, num_rows: int, num_tokens: int) -> int:
-    """The most that a pass over prompts has in memory beside weights and cache, from the pass on fake tensors.
+    """The most that a pass over prompts has in memory beside weights, cache and logits, from the pass on fake tensors.
 
     A layer's states are gone when the next one's are made, so that a few layers have as much of them as all.
     """
@@ -131,5 +124,4 @@ def prompt_pass_bytes(shape: Shape, num_rows: int, num_tokens: int) -> int:
     except Exception as error:  # not every model can be run on fake tensors
         logger.info("%s: the memory of a pass over prompts is estimated (%s)", shape.name, first_line(error))
         peak = num_rows * num_tokens * (6 * text.hidden_size + 3 * inner_size(text)) * shape.dtype.itemsize
-    # The logits of the last tokens, in the base's dtype and in float32.
-    return int(max(0, peak)) + num_rows * text.vocab_size * (shape.dtype.itemsize + 4)
+    return int(max(0, peak))

@@ -55,7 +55,7 @@ def render(plan: FleetPlan) -> RenderableType:
     for phase in plan.phases:
         needed = sum(phase.memory.values())
         gathered = f"{gigabytes(phase.gathered_bytes)} GB" if phase.gathered_bytes else ""
-        fits = f"{gigabytes(needed)} of {gigabytes(hardware.room)}"
+        fits = f"{gigabytes(needed)} of {gigabytes(phase.room)}"
         table.add_row(
             phase.name, phase.base, phase.layout, phase.step, fits, gathered, f"{phase.hours:.2f}", phase.bound
         )

@@ -44,8 +44,16 @@ class Shape:
     @property
     def cache_bytes(self) -> int:
         """Keys and values of one token, in all layers; what sliding windows save is not counted."""
-        _, groups, head_dim = attention_shape(self.config.get_text_config())
+        text = self.config.get_text_config()
+        if self.is_latent:
+            return num_layers(self.config) * (text.kv_lora_rank + text.qk_rope_head_dim) * self.dtype.itemsize
+        _, groups, head_dim = attention_shape(text)
         return 2 * num_layers(self.config) * groups * head_dim * self.dtype.itemsize
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether a token's keys and values are kept as what they are made from (DeepSeek, arXiv 2405.04434)."""
+        return bool(getattr(self.config.get_text_config(), "kv_lora_rank", None))
 
     def adapted(self, target_modules: Sequence[str] | str) -> dict[str, tuple[int, int]]:
         """(out, in) of the linear modules that the targets name.
@@ -101,7 +109,7 @@ def read_shape(base: BaseModelConfig, dtype: torch.dtype) -> Shape:
             "architecture that this version of transformers has, or a hub id that this machine can reach"
         ) from error
     config, text = model.config, model.config.get_text_config()
-    refuse_quantised(config.to_dict(), base.model)
+    refuse_quantised(config.to_dict(), base.model, "plan with the base as it was before")
     if config.is_encoder_decoder:
         raise ValueError(f"{base.model}: has an encoder; plans are made for decoder-only bases alone")
     if getattr(text, "num_attention_heads", None) is None:

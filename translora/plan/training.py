@@ -33,6 +33,8 @@ class TrainingPlan:
     """Of the worker that has most to do."""
     tokens_per_pass: float
     samples_per_student: int
+    checkpointed: int
+    """Students in the checkpoints of all workers."""
     memory: dict[str, float]
     """Bytes of a GPU by what they are for."""
     activations: dict[str, float]
@@ -164,7 +166,9 @@ def plan_training(
     )
     own = student_bytes(adapted, train.lora, shape.dtype)
     memory["students"] = gang * own
-    memory["their passes"] = need.of(gang) - gang * own
+    passing = need.of(gang) - gang * own
+    memory["activations"] = min(passing, gang * need.activations)
+    memory["logits and gradients"] = passing - memory["activations"]
     micro = math.ceil(math.ceil(train.batch_size / layout.ranks_per_group) / samples)
     passes = max(queue_passes([sizes[index].num_steps for index in queue], gang) for queue in layout.queues) * micro
     tokens = min(gang, max(map(len, layout.queues))) * samples * mean_tokens
@@ -174,6 +178,7 @@ def plan_training(
         passes=passes,
         tokens_per_pass=tokens,
         samples_per_student=samples,
+        checkpointed=sum(min(gang, len(queue)) for queue in layout.queues),
         memory=memory,
         activations=activations,
         gathered_bytes=gathered.num_bytes,

@@ -7,20 +7,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from translora.bundle.manifest import MANIFEST, SEEDS, read_manifest
+from translora.bundle import Bundle, read_bundle
+from translora.bundle.adapter import WEIGHTS
+from translora.bundle.manifest import MANIFEST
+from translora.bundle.reading import read_header
 from translora.bundle.remote import is_remote
 from translora.config import FleetConfig
 from translora.distill.data import num_steps
 from translora.distill.plan import JobSize
-from translora.engine.memory import weights_bytes
-from translora.run.files import read_jsonl
 from translora.run.member import expand_entries, heldout_size
+from translora.run.state import ScreenName
+from translora.synthesis.pool import choose_screen
 
 CHARACTERS_PER_TOKEN = 4
 """Of English text; the planner needs no tokenizer."""
 QUESTION_TOKENS = 30
 """What the discriminator's question and a chat template put around an input."""
 SEEDS_SHOWN = 5
+SCORING_PASSES = {"confidence": 1, "excess": 2}
+"""Over prompt and answer, of the screens that score what the teacher answered."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,14 @@ class AdapterWork:
     """The adapter's own; the fleet's when unset."""
     adapter_bytes: int | None = None
     """Of the bundle's adapter on disk; taken to be as large as the new one where it is not known."""
+    adapter_weights: int | None = None
+    """Numbers in it."""
+    screen: ScreenName = "discriminator"
+
+    def num_wanted(self, config: FleetConfig) -> float:
+        """Samples to collect: |D_syn|, the gate's held-out prompts, and what a screen chooses from."""
+        surplus = config.synthesis.surplus if self.screen in SCORING_PASSES else 1.0
+        return surplus * (self.num_samples + heldout_size(config.gate, self.num_samples))
 
 
 @dataclass(frozen=True)
@@ -53,12 +66,14 @@ class Work:
 def given_work(config: FleetConfig, num_adapters: int, num_samples: int, acceptance: float) -> Work:
     """So many adapters of one size; their inputs and answers are as long as the settings let them be."""
     synthesis = config.synthesis
-    one = AdapterWork(num_samples, synthesis.sampling.max_new_tokens, synthesis.max_answer_tokens)
-    return Work([one] * num_adapters, acceptance, "as given, inputs and answers as long as the settings allow")
+    screen: ScreenName = "discriminator" if synthesis.screen == "auto" else synthesis.screen
+    one = AdapterWork(num_samples, synthesis.sampling.max_new_tokens, synthesis.max_answer_tokens, screen=screen)
+    lengths = f"screened by {screen}, inputs and answers as long as the settings allow"
+    return Work([one] * num_adapters, acceptance, f"as given, {lengths}")
 
 
 def bundled_work(config: FleetConfig, acceptance: float) -> Work:
-    """The fleet file's bundles, which must be at hand; only their manifests and seeds are read.
+    """The fleet file's bundles, which must be at hand; of their weights only the headers are read.
 
     Raises:
         ValueError: a bundle is elsewhere, or cannot be read.
@@ -73,15 +88,27 @@ def bundled_work(config: FleetConfig, acceptance: float) -> Work:
             raise ValueError(
                 f"{path}: no bundle here to plan with; correct it, or give --adapters and --samples instead"
             )
-        manifest, seeds = read_manifest(path / MANIFEST), read_jsonl(path / SEEDS, ("input",))
-        characters = sum(len(row["input"]) for row in seeds) / max(1, len(seeds))
-        input_tokens = max(1, math.ceil(characters / CHARACTERS_PER_TOKEN))
-        samples = entry.num_samples or manifest.num_samples
-        num_bytes = weights_bytes(str(path))
+        bundle = read_bundle(path)
+        characters = sum(map(len, bundle.seeds)) / max(1, len(bundle.seeds))
         found.append(
-            AdapterWork(samples, input_tokens, config.synthesis.max_answer_tokens, len(seeds), entry.epochs, num_bytes)
+            AdapterWork(
+                entry.num_samples or bundle.manifest.num_samples,
+                input_tokens=max(1, math.ceil(characters / CHARACTERS_PER_TOKEN)),
+                answer_tokens=config.synthesis.max_answer_tokens,
+                num_seeds=len(bundle.seeds),
+                epochs=entry.epochs,
+                adapter_bytes=(path / WEIGHTS).stat().st_size,
+                adapter_weights=num_weights(bundle),
+                screen=choose_screen(config.synthesis, bundle, entry.screen),
+            )
         )
     return Work(found, acceptance, f"{len(found)} bundles, {CHARACTERS_PER_TOKEN} characters a token")
+
+
+def num_weights(bundle: Bundle) -> int:
+    """Numbers in a bundle's adapter."""
+    header = read_header(bundle.path / WEIGHTS, "restore the bundle from its source")
+    return sum(math.prod(tensor.shape) for tensor in header.values())
 
 
 def training_sizes(config: FleetConfig, work: Work) -> list[JobSize]:

@@ -14,12 +14,12 @@ from translora.distill.data import check_links, num_steps
 from translora.distill.ds_config import check_partitions, read_ds_config
 from translora.distill.phase import student_start
 from translora.distill.teacher import check_vocabularies
-from translora.engine.loading import attention_of, load_tokenizer, resolve_dtype
+from translora.engine.loading import attention_of, check_attention, load_tokenizer, num_gpus, resolve_dtype
 from translora.engine.prompts import prompt_format
 from translora.engine.vllm_settings import check_engine, check_rank
 from translora.lora.kinds import SOURCES_ONLY
 from translora.lora.peft_io import is_banked
-from translora.lora.targets import resolve_targets
+from translora.lora.targets import ALL_LINEAR, resolve_targets
 from translora.lora.warm_start import check_warm_start
 from translora.run.files import read_jsonl
 from translora.run.member import MAX_NAME, Member, Run, attempt_size, cohort_names, heldout_size, is_name
@@ -45,6 +45,8 @@ def check_training(config: FleetConfig, source: BaseInfo, target: BaseInfo) -> N
     check_encoder_decoders(config, source)
     for settings in base_settings(config):
         attention_of(settings, resolve_dtype(settings.dtype))
+        if config.resources.gpus_per_actor == 0 or num_gpus():  # else the machines of the workers have to know
+            check_attention(settings, resolve_dtype(settings.dtype))
         check_engine(settings)
     if config.target.vllm is not None and config.distill.peft is not None:
         raise ValueError("target.vllm: vLLM computes LoRAs alone; leave it out, or distill.peft")
@@ -108,7 +110,11 @@ def check_section(settings: TrainConfig, base: BaseInfo, section: str) -> None:
     refuse_encoder_decoder(base, f"{section} is for")
     ds_config = read_ds_config(settings.ds_config, resolve_dtype(settings.dtype))
     check_partitions(ds_config, settings.num_workers, f"{section}.ds_config {settings.ds_config}")
-    resolve_targets(linear_modules(base), settings.lora.target_modules, base.name, f"{section}.lora.target_modules")
+    linears = linear_modules(base)
+    resolve_targets(linears, settings.lora.target_modules, base.name, f"{section}.lora.target_modules")
+    has_experts, are_linear = (any(".experts." in name for name in names) for names in (base.shapes, linears))
+    if settings.lora.target_modules == ALL_LINEAR and has_experts and not are_linear:
+        logger.warning("%s: its experts are no linear modules: %s adapts what is beside them", base.name, ALL_LINEAR)
     if settings.peft is not None:
         if is_banked(settings.peft):
             logger.warning(

@@ -8,15 +8,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from translora.bundle.bundle import Bundle
 from translora.config import Screen, SynthesisConfig
 from translora.run.files import digest, write_bytes
 from translora.run.state import ScreenName, SynthesisStats
-from translora.synthesis.calls import Row
 from translora.synthesis.prompts import normalise
 from translora.synthesis.quality import KnownInputs, answer_classes, by_answer, deal, deal_evenly, distinct_ngrams
+
+if TYPE_CHECKING:
+    from translora.synthesis.calls import Row
 
 logger = logging.getLogger(__name__)
 
