@@ -8,10 +8,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.tiny import make_adapter, make_base
+from tests.tiny import make_adapter, make_base, make_tokenizer
+from translora.bundle.base import UnusableBaseError
 from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request, Row, choose_tokens
 from translora.engine.prompts import prompt_format
+from translora.engine.protocol import spellings
 from translora.engine.transformers import TransformersEngine
 from translora.synthesis.stages import ANSWER_SCORES, screen_and_label_block
 
@@ -125,6 +127,11 @@ def test_log_odds_sum_the_variants_of_yes_and_no(engine: TransformersEngine) -> 
     yes, no = (sum(float(probabilities[token]) for token in variants[word]) for word in ("yes", "no"))
     assert scores[1] == pytest.approx(math.log(yes) - math.log(no), abs=1e-4)
     assert len(set(scores)) == 4
+
+
+def test_a_tokenizer_that_spells_yes_in_pieces_asks_for_another_screen() -> None:
+    with pytest.raises(UnusableBaseError, match=r"no single token for yes, with which .*; set synthesis.screen to c"):
+        spellings(make_tokenizer(vocab_size=262), ["yes"])
 
 
 def test_the_bank_changes_its_adapters_on_a_resident_base(base: Path, adapters: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from translora.bundle.base import UnusableBaseError
 from translora.config import SamplingConfig
 from translora.engine.decode import Request, Row
 from translora.engine.prompts import prompt_format
@@ -94,7 +95,11 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | None) 
 
 
 def spellings(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> list[int]:
-    """Ids of the single tokens that spell one of the words, with or without a space, in any usual case."""
+    """Ids of the single tokens that spell one of the words, with or without a space, in any usual case.
+
+    Raises:
+        UnusableBaseError: there is none.
+    """
     ids = set()
     for word in words:
         for variant in (word, word.capitalize(), word.upper()):
@@ -102,5 +107,9 @@ def spellings(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> list[
                 tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
                 if len(tokens) == 1:
                     ids.add(tokens[0])
-    assert ids, f"the tokenizer has no single token for {list(words)}"
+    if not ids:
+        raise UnusableBaseError(
+            f"{tokenizer.name_or_path}: its tokenizer has no single token for {', '.join(words)}, with which "
+            "discriminators answer; set synthesis.screen to confidence"
+        )
     return sorted(ids)

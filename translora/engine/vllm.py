@@ -71,7 +71,6 @@ class VllmEngine:
         has_own = (info.path / GENERATION_CONFIG_NAME).exists()
         own = GenerationConfig.from_pretrained(info.path).eos_token_id if has_own else info.config.get("eos_token_id")
         self._end_ids = set(end_tokens(self.tokenizer, own))
-        self._answer_ids = {word: spellings(self.tokenizer, [word]) for word in ("yes", "no")}
 
     def check_adapter(self, path: str | Path) -> None:
         """Read an adapter.
@@ -280,7 +279,8 @@ class VllmEngine:
         """log p("yes") - log p("no") as the next token of each prompt, summed over the answers' token variants."""
         from vllm import SamplingParams
 
-        wanted = sorted({token for tokens in self._answer_ids.values() for token in tokens})
+        answer_ids = {word: spellings(self.tokenizer, [word]) for word in ("yes", "no")}
+        wanted = sorted({token for tokens in answer_ids.values() for token in tokens})
         parameters = SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=wanted, detokenize=False)
         ids = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
         self._check_lengths(ids)
@@ -289,7 +289,7 @@ class VllmEngine:
         def take(index: int, output: Any) -> bool:
             (log_p,) = output.outputs[0].logprobs
             yes, no = (
-                torch.logsumexp(torch.tensor([log_p[token].logprob for token in self._answer_ids[word]]), 0)
+                torch.logsumexp(torch.tensor([log_p[token].logprob for token in answer_ids[word]]), 0)
                 for word in ("yes", "no")
             )
             found[index] = float(yes - no)
