@@ -49,9 +49,14 @@ def load_partitioned(base: BaseModelConfig, dtype: torch.dtype, ds_config: dict[
     if kind is None or twice or on_disk:
         return load_model(base, dtype, place=None)
     check_attention(base, dtype)
-    model = empty_model(kind, config, dtype, attention_of(base, dtype), ds_config)
-    if not is_stored(model, stored) or not ties_hold(model, stored):
-        logger.info("%s: its tensors are stored in another way than it has them: rank 0 reads them all", path.name)
+    attention = attention_of(base, dtype)
+    model = empty_model(kind, config, dtype, attention, ds_config)
+    if not ties_hold(model, stored):
+        logger.warning("%s: its config.json ties tensors that are stored as different ones: they stay so", path.name)
+        config.tie_word_embeddings = False
+        model = empty_model(kind, config, dtype, attention, ds_config)
+    if not is_stored(model, stored):
+        logger.info("%s: its tensors are stored under other names: rank 0 reads them all", path.name)
         del model
         return load_model(base, dtype, place=None)
     for name, parameter in model.named_parameters():
@@ -105,17 +110,18 @@ def is_stored(model: PreTrainedModel, stored: Stored) -> bool:
 
 
 def ties_hold(model: PreTrainedModel, stored: Stored) -> bool:
-    """Whether tensors that the config ties are equal where the files have them twice: transformers unties others.
+    """Whether tensors that the config ties are equal where the files have them twice.
 
-    Collective: each rank compares its own part.
+    transformers (5.23) unties others, but not under ZeRO-3. Collective: each rank compares its own part.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     equal = torch.ones((), dtype=torch.int32, device=next(model.parameters()).ds_tensor.device)
     for name, tensor in model.state_dict(keep_vars=True).items():
         own = names.get(id(tensor), name)
-        if own == name or name not in stored:
+        headers = [stored[one][1] for one in (own, name) if one in stored]
+        if own == name or len(headers) < 2 or any(header.dtype not in STORED for header in headers):
             continue
-        if stored[name][1].shape != stored[own][1].shape or stored[name][1].dtype not in STORED:
+        if headers[0].shape != headers[1].shape:
             return False
         equal &= all(
             torch.equal(read_range(*stored[own], *piece), read_range(*stored[name], *piece))
