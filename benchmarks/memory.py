@@ -138,6 +138,9 @@ def main() -> None:
     for column in ("shape", "planned", "measured", "planned / measured"):
         table.add_column(column, justify="left" if column == "shape" else "right")
     for name in SHAPES:
+        if DTYPE == "float32" and "experts" in name:  # torch (2.13) multiplies fake experts in bfloat16 alone
+            table.add_row(name, "", "", "not in float32")
+            continue
         plan, real = compare(name)
         table.add_row(name, f"{plan / 1e6:.0f}", f"{real / 1e6:.0f}", f"{plan / real:.2f}")
     Console(width=100).print(table)
