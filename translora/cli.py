@@ -95,7 +95,9 @@ def build_parser() -> argparse.ArgumentParser:
     migrate = commands.add_parser("migrate", help="migrate a fleet of bundles; a rerun continues where it stopped")
     migrate.add_argument("config", type=Path, help="fleet.yaml")
     migrate.set_defaults(work=run_migrate)
-    prepare = commands.add_parser("prepare", help="the owner's side: make bundles from task data")
+    prepare = commands.add_parser(
+        "prepare", help="the owner's side: make bundles from task data, or an adapter and seeds"
+    )
     prepare.add_argument("config", type=Path, help="prepare.yaml")
     prepare.set_defaults(work=run_prepare)
     evaluate = commands.add_parser("evaluate", help="measure on real task data what migrations keep, and report it")

@@ -16,7 +16,7 @@ from typing import Any
 
 from translora.bundle import Bundle, BundleError, read_bundle, verify_bundle, write_bundle
 from translora.bundle.adapter import check_adapter, check_recorded_base
-from translora.bundle.base import BaseInfo, info_of, pinned
+from translora.bundle.base import BaseInfo, info_of, pinned, refuse_encoder_decoder
 from translora.bundle.bundle import MIN_SEEDS, is_foreign
 from translora.bundle.manifest import MANIFEST, SEEDS, DiscriminatorQuality
 from translora.config import DiscriminatorConfig, PrepareConfig, PrepareEntry, TrainConfig
@@ -24,11 +24,12 @@ from translora.distill.job import TrainJob, make_job, refuse_failures
 from translora.distill.launch import train_adapters
 from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
+from translora.engine.protocol import check_answers
 from translora.engine.vllm_settings import check_engine
 from translora.run.files import derive_seed, digest, read_jsonl, sha256_file, sha256_path
 from translora.run.rundir import EXECUTION_ONLY, open_run
 from translora.run.tracker import Tracker
-from translora.run.verify import check_section
+from translora.run.verify import check_section, check_source
 from translora.synthesis.actors import Hosts, run_rows
 from translora.synthesis.calls import Row
 from translora.synthesis.discriminator import UNSEEN_SHARE, Inputs, Judge, discriminator_rows, hold_out, measure
@@ -70,7 +71,10 @@ def prepare(config: PrepareConfig, start_cluster: Callable[[], None] = lambda: N
     """
     tasks = [read_task(config, entry) for entry in config.tasks]
     base = info_of(config.source)
-    template = prompt_format(load_tokenizer(config.source), config.prompt_template).template
+    check_source(config.source, base)
+    # An encoder reads the input as it is, by its owners' habit.
+    wanted = "{input}" if base.is_encoder_decoder and config.prompt_template == "auto" else config.prompt_template
+    template = prompt_format(load_tokenizer(config.source), wanted).template
     check_engine(config.source)
     for task in tasks:
         if task.entry.adapter is not None:
@@ -81,9 +85,13 @@ def prepare(config: PrepareConfig, start_cluster: Callable[[], None] = lambda: N
         Tracker(config.run_dir, config.tracking, config.model_dump(mode="json"), config.run_dir.name) as tracker,
     ):
         todo = [task for task in tasks if not is_made(config, task, base)]
-        found: dict[str, DiscriminatorQuality] = {}
+        for task in todo:
+            if not task.rows:
+                make_bundle(config, task, base, template, None)
         if learnt := [task for task in todo if task.rows]:
+            refuse_encoder_decoder(base, "train is for", "give no `data`, but `adapter` and `seeds`")
             check_section(config.train, base, "train")
+            check_answers(config.source)
             warn_of_shipped_rows(learnt)
             start_cluster()
             config = config.model_copy(update={"source": pinned(config.source, base)})
@@ -92,8 +100,8 @@ def prepare(config: PrepareConfig, start_cluster: Callable[[], None] = lambda: N
             known, unseen = part_inputs(config, learnt, negatives)
             train(config, learnt, known, base, template, tracker)
             found = measure_discriminators(config, unseen, base, template)
-        for task in todo:
-            make_bundle(config, task, base, template, found.get(task.entry.name))
+            for task in learnt:
+                make_bundle(config, task, base, template, found.get(task.entry.name))
     return [read_bundle(task.output) for task in tasks]
 
 
@@ -108,6 +116,8 @@ def read_task(config: PrepareConfig, entry: PrepareEntry) -> Task:
         raise ValueError(
             f"{output}: exists and is not a bundle, so it is not replaced; move it away, or change output_dir"
         )
+    if entry.data is None and (Path(str(entry.adapter)) / MANIFEST).exists():
+        raise ValueError(f"{entry.adapter}: is a bundle already; name it in the fleet file as it is")
     rows = [] if entry.data is None else read_jsonl(entry.data, required=("input", "target"))
     if entry.data is not None and len(rows) < MIN_ROWS:
         raise ValueError(f"{entry.data}: {len(rows)} row; give {MIN_ROWS} or more")
@@ -169,6 +179,14 @@ def is_made(config: PrepareConfig, task: Task, base: BaseInfo) -> bool:
     except BundleError as error:
         logger.warning("%s: made anew: %s", task.entry.name, error)
         return False
+    if not task.rows and bundle.discriminator_dir is not None:
+        logger.warning(
+            "%s: %s has a discriminator, which cannot be trained again without data: kept; to have a bundle without "
+            "one, move it away",
+            task.entry.name,
+            task.output,
+        )
+        return True
     now, then = provenance(config, task), bundle.manifest.provenance
     changed = {key for key in MADE_FROM if then.get(key) != now.get(key)}
     if "recipe" not in then:

@@ -200,7 +200,7 @@ CASES = [
                 "source: {model: ./old-base}", 'source: {model: ./old-base, vllm: {tensor_parallel_size: "8"}}'
             )
         ),
-        "source.vllm: tensor_parallel_size: '8' is no positive number",
+        "source.vllm: tensor_parallel_size: '8' is no positive number; give one, or leave it out",
     ),
     Case("a task name twice", prepare(PREPARE + "  - {name: orders, data: b.jsonl}\n"), "task names appear twice"),
     Case("a task name with a slash", prepare(PREPARE.replace("name: orders", "name: a/b")), "tasks.0.name: String"),

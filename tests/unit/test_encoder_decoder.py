@@ -14,23 +14,29 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 from tests.tiny import make_adapter, make_base, make_bundle, make_encoder_decoder
 from translora.bundle import inspect_base, verify_bundle
 from translora.bundle.adapter import check_adapter
-from translora.config import BaseModelConfig, FleetConfig
+from translora.config import BaseModelConfig, FleetConfig, PrepareConfig
 from translora.engine.decode import Request
 from translora.engine.encoder_decoder import EncoderDecoderEngine
 from translora.engine.host import EngineHost
 from translora.engine.protocol import spellings
 from translora.merge.config import MergeConfig
 from translora.merge.run import merge
+from translora.prepare import prepare
 from translora.run.verify import check_training
 from translora.synthesis.stages import answer_block
 
 PROMPTS = ["Route the message:", "The parcel is late. I was charged twice", "When does the shop open", "yes"]
+PLAIN = {"num_beams": 1, "no_repeat_ngram_size": 0, "num_return_sequences": 1, "forced_bos_token_id": None}
 NAMES = ["attention", "everywhere", "scaled", None]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_encoder_decoder(tmp_path_factory.mktemp("encoder-decoder") / "t5")
+    base = make_encoder_decoder(tmp_path_factory.mktemp("encoder-decoder") / "t5")
+    own = json.loads((base / "generation_config.json").read_text())
+    beams = {"num_beams": 4, "no_repeat_ngram_size": 1, "num_return_sequences": 2, "forced_bos_token_id": 9}
+    (base / "generation_config.json").write_text(json.dumps(own | beams))  # what no engine follows
+    return base
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +84,8 @@ def test_answers_in_mixed_batches_are_those_of_peft(
     for request, completion in zip(requests, found, strict=True):
         model = reference(base, request.adapter and adapters[request.adapter])
         ids = tokenizer(request.prompt, return_tensors="pt")  # with </s>, as an owner trains
-        own = model.generate(**ids, do_sample=False, max_new_tokens=request.max_new_tokens)[0]
+        length = request.max_new_tokens
+        own = model.generate(**ids, do_sample=False, max_new_tokens=length, **PLAIN)[0]
         assert completion.text == tokenizer.decode(own, skip_special_tokens=True)
         assert completion.finished == (tokenizer.eos_token_id in own.tolist())
     assert len({completion.text for completion in found}) > 1
@@ -143,15 +150,6 @@ def test_it_teaches_and_nothing_else(base: Path, tmp_path: Path) -> None:
             info,
             inspect_base(str(target)),
         )
-    config = json.loads((base / "config.json").read_text())
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in base.iterdir():
-        (other / file.name).symlink_to(file)
-    (other / "config.json").unlink()
-    (other / "config.json").write_text(json.dumps({**config, "model_type": "longt5"}))
-    with pytest.raises(ValueError, match="other: a source with an encoder has to be one of t5, mt5, umt5"):
-        check_training(fleet(other, target, tmp_path), inspect_base(str(other)), inspect_base(str(target)))
 
 
 def test_its_bundles_are_checked_like_others_and_virtual_tokens_are_refused(base: Path, tmp_path: Path) -> None:
@@ -164,6 +162,29 @@ def test_its_bundles_are_checked_like_others_and_virtual_tokens_are_refused(base
     get_peft_model(model, tuned).save_pretrained(tmp_path / "tuned")
     with pytest.raises(ValueError, match="PROMPT_TUNING: virtual tokens in front of an encoder are not supported"):
         check_adapter(tmp_path / "tuned", inspect_base(str(base)))
+
+
+def test_its_bundles_are_prepared_without_data(base: Path, adapters: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "seeds.jsonl").write_text('{"input": "The parcel is late."}\n{"input": "Can I return the shoes?"}\n')
+    (tmp_path / "rows.jsonl").write_text('{"input": "late", "target": "a"}\n{"input": "shoes", "target": "b"}\n')
+    task = {"name": "orders", "adapter": adapters["everywhere"], "seeds": str(tmp_path / "seeds.jsonl")}
+    files = {"output_dir": tmp_path / "bundles", "run_dir": tmp_path / "run", "source": {"model": str(base)}}
+    with_data = {**task, "name": "boxes", "data": str(tmp_path / "rows.jsonl")}
+    with pytest.raises(
+        ValueError, match=r"t5: train is for decoder-only .*; give no `data`, but `adapter` and `seeds`"
+    ):
+        prepare(PrepareConfig.model_validate({**files, "tasks": [with_data, task]}))
+    (bundle,) = prepare(PrepareConfig.model_validate({**files, "tasks": [task]}))
+    assert bundle.manifest.prompt_template == "{input}", "an encoder reads an input as it is"
+    config = json.loads((base / "config.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in base.iterdir():
+        (other / file.name).symlink_to(file)
+    (other / "config.json").unlink()
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "longt5"}))
+    with pytest.raises(ValueError, match="other: a source with an encoder has to be one of t5, mt5, umt5; longt5 is"):
+        prepare(PrepareConfig.model_validate({**files, "source": {"model": str(other)}, "tasks": [task]}))
 
 
 def test_its_adapters_are_merged_without_data_only(base: Path, adapters: dict[str, str], tmp_path: Path) -> None:

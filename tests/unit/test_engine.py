@@ -130,7 +130,7 @@ def test_log_odds_sum_the_variants_of_yes_and_no(engine: TransformersEngine) -> 
 
 
 def test_a_tokenizer_that_spells_yes_in_pieces_asks_for_another_screen() -> None:
-    with pytest.raises(UnusableBaseError, match=r"no single token for yes, with which .*; set synthesis.screen to c"):
+    with pytest.raises(UnusableBaseError, match=r"no single token for yes, with which .*, set synthesis.screen to c"):
         spellings(make_tokenizer(vocab_size=262), ["yes"])
 
 

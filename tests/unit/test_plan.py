@@ -279,6 +279,11 @@ def test_bundles_at_hand_give_their_sizes(tmp_path: Path) -> None:
     assert {one.num_seeds for one in work.adapters} == {5}
     assert {one.screen for one in work.adapters} == {"discriminator"}
     weights = load_file(tmp_path / "bundles/orders-0/adapter_model.safetensors").values()
+    config = load_config(tmp_path / "fleet.yaml", FleetConfig)
+    large = with_config(config, num_workers=1, lora=config.distill.lora.model_copy(update={"rank": 64}))
+    gate = plan_fleet(large, read_shapes(large), Hardware(GPUS["h100-80gb"], 1), work).phases[3]
+    students = 2 * lora_weights(read_shape(large.target, torch.bfloat16).adapted(["q_proj", "v_proj"]), 64)
+    assert gate.memory["adapters"] == 2 * students, "two students in bfloat16, larger than their teachers"
     assert work.adapters[0].adapter_weights == sum(tensor.numel() for tensor in weights)
     assert 5 <= work.adapters[0].input_tokens <= 10, "seeds of some 30 characters"
     (tmp_path / "bundles/orders-0/translora/manifest.json").unlink()

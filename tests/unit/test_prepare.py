@@ -183,8 +183,14 @@ def test_without_data_an_adapter_and_its_seeds_become_a_bundle_and_nothing_is_tr
     assert "was made with other settings: made anew" in caplog.text
     owner.write_rows("five.jsonl", INPUTS[:4])
     assert prepare(owner.config(task=gone))[0].seeds == INPUTS[:4]
-    prepare(owner.config(), lambda: started.append(True))
-    assert started == [True] and owner.trainings == 1
+    (trained,) = prepare(owner.config(), lambda: started.append(True))
+    assert started == [True] and owner.trainings == 1 and trained.discriminator_dir is not None
+    assert prepare(owner.config(task=gone)) == [trained], "what cannot be trained again is not lost"
+    assert "has a discriminator, which cannot be trained again without data: kept; to have a bundle" in caplog.text
+    with pytest.raises(ValueError, match="boxes: is a bundle already; name it in the fleet file as it is"):
+        prepare(owner.config(task={**gone, "adapter": str(owner.bundle)}))
+    with pytest.raises(ValueError, match=r"shelf\.jsonl: cannot be read"):
+        prepare(owner.config(task={**gone, "seeds": str(owner.root / "shelf.jsonl")}))
 
 
 def test_what_is_no_bundle_is_not_replaced_and_found_at_once(owner: Owner) -> None:

@@ -278,7 +278,7 @@ def refuse_quantised(config: Mapping[str, Any], name: str, remedy: str = "give t
         raise ValueError(f"{name}: its weights are quantised ({method}), which is not supported; {remedy}")
 
 
-def refuse_encoder_decoder(base: BaseInfo, what: str) -> None:
+def refuse_encoder_decoder(base: BaseInfo, what: str, remedy: str = "it can be a source only") -> None:
     """An encoder-decoder answers as a source of adapters, and that is all.
 
     Args:
@@ -288,9 +288,7 @@ def refuse_encoder_decoder(base: BaseInfo, what: str) -> None:
         ValueError: it is one.
     """
     if base.is_encoder_decoder:
-        raise ValueError(
-            f"{base.name}: {what} decoder-only bases, and this one has an encoder; it can be a source only"
-        )
+        raise ValueError(f"{base.name}: {what} decoder-only bases, and this one has an encoder; {remedy}")
 
 
 def stored_tensors(directory: Path) -> dict[str, tuple[Path, TensorHeader]]:

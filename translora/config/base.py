@@ -65,11 +65,14 @@ class BaseModelConfig(Strict):
     @field_validator("vllm")
     @classmethod
     def _check_numbers(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        value = {name: own for name, own in value.items() if own is not None}  # vLLM's own word for its default
         for name in VLLM_COUNTS:
-            count = (value or {}).get(name, 1)
+            count = value.get(name, 1)
             if type(count) is not int or (count < 1 and (name, count) != ("max_model_len", -1)):
-                raise ValueError(f"{name}: {count!r} is no positive number")
-        share = (value or {}).get("gpu_memory_utilization", 1.0)
+                raise ValueError(f"{name}: {count!r} is no positive number; give one, or leave it out")
+        share = value.get("gpu_memory_utilization", 1.0)
         if type(share) not in (int, float) or not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization: {share!r} is no share of a GPU's memory, above 0 and at most 1")
         return value

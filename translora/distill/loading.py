@@ -20,7 +20,7 @@ from transformers import AutoConfig, PreTrainedModel, initialization
 from translora.bundle.base import UnusableBaseError, info_of, stored_tensors
 from translora.bundle.reading import TensorHeader
 from translora.config import BaseModelConfig
-from translora.engine.loading import attention_of, check_attention, load_model, plain_class
+from translora.engine.loading import attention_of, check_attention, device, load_model, plain_class
 
 try:
     from transformers.integrations.deepspeed import prevent_arange_dtype_change
@@ -51,11 +51,17 @@ def load_partitioned(base: BaseModelConfig, dtype: torch.dtype, ds_config: dict[
     check_attention(base, dtype)
     attention = attention_of(base, dtype)
     model = empty_model(kind, config, dtype, attention, ds_config)
-    if not ties_hold(model, stored):
-        logger.warning("%s: its config.json ties tensors that are stored as different ones: they stay so", path.name)
+    tied = ties_hold(model, stored)
+    if not tied:
+        del model
         config.tie_word_embeddings = False
         model = empty_model(kind, config, dtype, attention, ds_config)
     if not is_stored(model, stored):
+        if not tied:
+            raise UnusableBaseError(
+                f"{path}: its config.json ties tensors that its files hold as different ones; set tie_word_embeddings "
+                "to false there"
+            )
         logger.info("%s: its tensors are stored under other names: rank 0 reads them all", path.name)
         del model
         return load_model(base, dtype, place=None)
@@ -115,20 +121,24 @@ def ties_hold(model: PreTrainedModel, stored: Stored) -> bool:
     transformers (5.23) unties others, but not under ZeRO-3. Collective: each rank compares its own part.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    equal = torch.ones((), dtype=torch.int32, device=next(model.parameters()).ds_tensor.device)
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        own = names.get(id(tensor), name)
-        headers = [stored[one][1] for one in (own, name) if one in stored]
-        if own == name or len(headers) < 2 or any(header.dtype not in STORED for header in headers):
-            continue
-        if headers[0].shape != headers[1].shape:
-            return False
-        equal &= all(
-            torch.equal(read_range(*stored[own], *piece), read_range(*stored[name], *piece))
-            for piece in own_pieces(tensor, stored[own][1])
-        )
-    dist.all_reduce(equal, op=dist.ReduceOp.MIN)
-    return bool(equal)
+    pairs = [
+        (tensor, stored[own], stored[name])
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if (own := names.get(id(tensor), name)) != name and own in stored and name in stored
+    ]
+    if any((one.dtype, one.shape) != (other.dtype, other.shape) for _, (_, one), (_, other) in pairs):
+        return False
+    pairs = [pair for pair in pairs if pair[1][1].dtype in STORED]
+    if not pairs:
+        return True
+    equal = all(
+        torch.equal(read_range(*one, *piece), read_range(*other, *piece))
+        for tensor, one, other in pairs
+        for piece in own_pieces(tensor, one[1])
+    )
+    of_all = torch.tensor(int(equal), device=device())
+    dist.all_reduce(of_all, op=dist.ReduceOp.MIN)
+    return bool(of_all)
 
 
 def own_pieces(parameter: nn.Parameter, header: TensorHeader) -> list[tuple[int, int]]:

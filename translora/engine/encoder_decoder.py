@@ -24,14 +24,14 @@ class EncoderDecoderEngine(TransformersEngine):
 
     def _load(self, base: BaseModelConfig) -> PreTrainedModel:
         model = load_model(base, resolve_dtype(base.dtype), self.device, spread=num_gpus() > 1, encoder_decoder=True)
-        if model.generation_config.decoder_start_token_id is None and model.config.decoder_start_token_id is None:
+        own, named = model.generation_config, getattr(model.config, "decoder_start_token_id", None)
+        start = named if own.decoder_start_token_id is None else own.decoder_start_token_id
+        if start is None:
             raise UnusableBaseError(f"{base.model}: its config.json has no decoder_start_token_id; add it")
+        self._start_id = int(start)
+        # Of a base's own settings no other holds: beams, forced tokens, penalties.
+        model.generation_config = GenerationConfig(decoder_start_token_id=start, eos_token_id=own.eos_token_id)
         return model
-
-    @property
-    def _start_id(self) -> int:
-        own = self.model.generation_config.decoder_start_token_id
-        return int(self.model.config.decoder_start_token_id if own is None else own)
 
     def _encoded(self, prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         """What the encoder reads; the ids of the prompts come without an end."""
@@ -51,7 +51,7 @@ class EncoderDecoderEngine(TransformersEngine):
         assert all(request.seed is None for request in requests), "an encoder-decoder is no generator"
         self._route([request.adapter for request in requests])
         ids = self.tokenizer([request.prompt for request in requests], add_special_tokens=False)["input_ids"]
-        plain = GenerationConfig(  # a base's own may ask for beams, and for a least length
+        plain = GenerationConfig(
             max_new_tokens=max(request.max_new_tokens for request in requests),
             do_sample=False,
             decoder_start_token_id=self._start_id,

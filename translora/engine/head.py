@@ -18,6 +18,8 @@ from translora.bundle.base import UnusableBaseError
 
 LOGITS = re.compile(r"^(final_|output_)?logits?_(scal|mult|soft)|^(lm_head|output)_multiplier")
 """Names of config values that change the logits behind the head; each must be known by name."""
+HEAD_TOLERANCE = 0.05
+"""Relative to the logits' mean deviation; bfloat16 alone makes some thousandths."""
 CHUNK_ELEMENTS = 1 << 26
 """Most logits at a time: 256 MiB in float32."""
 SMALLEST_REST = 1e-6
@@ -73,6 +75,24 @@ class Head:
         if self.scale != 1.0:
             logits_LV = logits_LV * self.scale
         return logits_LV if self.softcap is None else self.softcap * torch.tanh(logits_LV / self.softcap)
+
+
+@torch.inference_mode()
+def check_head(model: Any) -> None:
+    """Logits that are made of the trunk's last hidden states must be the model's own.
+
+    Raises:
+        UnusableBaseError: something stands between trunk and head (MiniCPM3, BERT).
+    """
+    ids_1T = torch.tensor([[3, 4, 5, 6, 7]], device=model.device)
+    whole_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float()
+    made_TV = Head.of(model).logits(model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0])
+    difference = (made_TV.to(whole_TV.device) - whole_TV).abs().mean() / (whole_TV - whole_TV.mean()).abs().mean()
+    if not difference < HEAD_TOLERANCE:
+        raise UnusableBaseError(
+            f"{model.config.model_type}: its logits are not its head's of the last hidden states (they differ by "
+            f"{float(difference):.0%}): something between the two is not supported yet"
+        )
 
 
 Loss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from translora.bundle.base import UnusableBaseError
-from translora.config import SamplingConfig
+from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request, Row
+from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
 
 Samples = Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -110,6 +111,16 @@ def spellings(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> list[
     if not ids:
         raise UnusableBaseError(
             f"{tokenizer.name_or_path}: its tokenizer has no single token for {', '.join(words)}, with which "
-            "discriminators answer; set synthesis.screen to confidence"
+            "discriminators answer; take another base, or, for a source, set synthesis.screen to confidence"
         )
     return sorted(ids)
+
+
+def check_answers(base: BaseModelConfig) -> None:
+    """Whether a discriminator can answer on a base.
+
+    Raises:
+        UnusableBaseError: it cannot.
+    """
+    for word in ("yes", "no"):
+        spellings(load_tokenizer(base), [word])

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request, Row, check_cache, decode
-from translora.engine.head import Head, log_probabilities, top_log_probabilities
+from translora.engine.head import Head, check_head, log_probabilities, top_log_probabilities
 from translora.engine.loading import device, load_model, load_tokenizer, num_gpus, resolve_dtype
 from translora.engine.prefix import begin, window
 from translora.engine.protocol import Completion, Samples, completion, end_tokens, spellings
@@ -53,6 +53,7 @@ class TransformersEngine:
     def _load(self, base: BaseModelConfig) -> PreTrainedModel:
         model = load_model(base, resolve_dtype(base.dtype), self.device, spread=num_gpus() > 1)
         check_cache(model)
+        check_head(model)
         return model
 
     def use_adapters(self, adapters: Mapping[str, str | Path]) -> None:

@@ -25,7 +25,7 @@ SEQUENCES = 256
 
 @dataclass(frozen=True)
 class Slot:
-    """The largest adapter of the fleet: all slots of a bank are as large."""
+    """The largest adapter of a phase: all slots of a bank are as large."""
 
     weights: int
     """Numbers."""
@@ -118,7 +118,7 @@ class Stage:
     @property
     def longest_row(self) -> int:
         """Tokens that vLLM wants to have room for, whatever its rows are."""
-        context = self.shape.config.get_text_config().max_position_embeddings or 0
+        context = getattr(self.shape.config.get_text_config(), "max_position_embeddings", None) or 0
         asked = self.options.get("max_model_len", context)
         return int(asked if asked > 0 else self.calls.context_tokens)
 

@@ -96,24 +96,18 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
     ds_config = read_ds_config(config.distill.ds_config, shapes.trained.dtype)
     training = plan_training(shapes.trained, config.distill, ds_config, training_sizes(config, work), hardware)
     num_weights = lora_weights(target.adapted(config.distill.lora.target_modules), config.distill.lora.total_rank)
-    slot = Slot(
-        weights=max((one.adapter_weights or num_weights for one in work.adapters), default=num_weights),
-        file_bytes=max((one.adapter_bytes or 4 * num_weights for one in work.adapters), default=0),
+    student = Slot(num_weights, 4 * num_weights)
+    teacher = Slot(
+        weights=max(one.adapter_weights or num_weights for one in work.adapters),
+        file_bytes=max(one.adapter_bytes or 4 * num_weights for one in work.adapters),
     )
     judges = sum(one.screen == "discriminator" for one in work.adapters)
     batch = config.synthesis.batch_size
+    on_source = num_adapters + judges
     stages = [
-        Stage("generate", config.generator, shapes.generator, generate_calls(config, work), 0, slot, batch),
-        Stage(
-            "screen and label",
-            config.source,
-            shapes.source,
-            label_calls(config, work),
-            num_adapters + judges,
-            slot,
-            batch,
-        ),
-        Stage("gate", config.target, target, gate_calls(config, work), num_adapters, slot, batch),
+        Stage("generate", config.generator, shapes.generator, generate_calls(config, work), 0, student, batch),
+        Stage("screen and label", config.source, shapes.source, label_calls(config, work), on_source, teacher, batch),
+        Stage("gate", config.target, target, gate_calls(config, work), num_adapters, student, batch),
     ]
     per_actor = gpus_per_actor(stages, config, shapes, hardware)
     num_actors = hardware.num_groups(per_actor)
@@ -122,8 +116,8 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
         PhasePlan(
             stage.name,
             stage.shape.name,
-            f"{num_actors} actor{plural(num_actors)} of {per_actor} GPU{plural(per_actor)}",
-            f"{stage.rows_at_once(per_actor, hardware)} rows",
+            f"{counted(num_actors, 'actor')} of {counted(per_actor, 'GPU')}",
+            counted(stage.rows_at_once(per_actor, hardware), "row"),
             stage.memory(per_actor, hardware),
             stage.room(hardware),
             {**stage.parts(per_actor, hardware), "loading": loads[stage.name]},
@@ -147,7 +141,7 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
     }
     notes = []
     if in_vllm := [stage for stage in stages if stage.base.vllm is not None]:
-        copied = max(stage.num_resident(per_actor, hardware) for stage in in_vllm) * slot.file_bytes
+        copied = max(stage.num_resident(per_actor, hardware) * stage.slot.file_bytes for stage in in_vllm)
         disk["vLLM's copies of adapters, on each machine"] = copied * max(1, hardware.gpus_at_hand // per_actor)
         notes.append(
             f"vllm: an actor's GPUs work together, at {TENSOR_PARALLEL:.0%} of their speeds (assumed); the memory is "
@@ -159,9 +153,9 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
     return FleetPlan(hardware, work, phases, training, settings, disk, "\n".join(notes))
 
 
-def plural(count: int) -> str:
-    """Its ending."""
-    return "" if count == 1 else "s"
+def counted(count: int, noun: str) -> str:
+    """So many of them."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def distill_phase(shape: Shape, training: TrainingPlan, hardware: Hardware, loading: float) -> PhasePlan:
@@ -170,7 +164,7 @@ def distill_phase(shape: Shape, training: TrainingPlan, hardware: Hardware, load
     return PhasePlan(
         name="distill",
         base=shape.name,
-        layout=f"{hardware.num_gpus} workers, ZeRO-3",
+        layout=f"{counted(hardware.num_gpus, 'worker')}, ZeRO-3",
         step=f"K = {training.gang_size}, {training.tokens_per_pass:,.0f} tokens",
         memory=training.memory,
         room=hardware.room,
@@ -190,10 +184,10 @@ def too_large(phase: PhasePlan, config: FleetConfig, hardware: Hardware, gang_si
         f"{largest} ({phase.memory[largest] / 1e9:.0f} GB)"
     )
     if phase.name != "distill":
+        if phase.memory["the base"] > hardware.room:
+            return f"{why}; take larger GPUs, or more of them in a machine"
         if "keys and values of one row" in phase.memory:
             return f"{why}; raise vllm.gpu_memory_utilization, or lower vllm.max_model_len or max_num_batched_tokens"
-        if phase.memory["the base"] > room:
-            return f"{why}; take larger GPUs, or more of them in a machine"
         return f"{why}; lower synthesis.batch_size, or take more or larger GPUs"
     if phase.memory["its part of the base"] + phase.memory["gathered layers and head"] > room:
         return f"{why}; take more GPUs, or set distill.ds_config to zero3-offload.json"

@@ -16,6 +16,7 @@ from translora.distill.phase import student_start
 from translora.distill.teacher import check_vocabularies
 from translora.engine.loading import attention_of, check_attention, load_tokenizer, num_gpus, resolve_dtype
 from translora.engine.prompts import prompt_format
+from translora.engine.protocol import check_answers
 from translora.engine.vllm_settings import check_engine, check_rank
 from translora.lora.kinds import SOURCES_ONLY
 from translora.lora.peft_io import is_banked
@@ -42,7 +43,9 @@ def check_training(config: FleetConfig, source: BaseInfo, target: BaseInfo) -> N
             cannot have the attention or the engine that is asked for, the loss wants one vocabulary and the bases
             have two, or a warm start wants one shape and they have two.
     """
-    check_encoder_decoders(config, source)
+    if config.synthesis.generator is not None:
+        refuse_encoder_decoder(info_of(config.synthesis.generator), "inputs are invented by")
+    check_source(config.source, source)
     for settings in base_settings(config):
         attention_of(settings, resolve_dtype(settings.dtype))
         if config.resources.gpus_per_actor == 0 or num_gpus():  # else the machines of the workers have to know
@@ -53,6 +56,7 @@ def check_training(config: FleetConfig, source: BaseInfo, target: BaseInfo) -> N
     if config.distill.peft is None:
         check_rank(config.distill.lora.total_rank, config.target, "distill.lora")
     check_section(config.distill, target, "distill")
+    check_answers(config.target)
     check_target_context(config, target)
     if config.distill.loss == "kl":
         check_vocabularies(load_tokenizer(config.source), load_tokenizer(config.target))
@@ -65,21 +69,20 @@ def check_training(config: FleetConfig, source: BaseInfo, target: BaseInfo) -> N
             logger.warning("distill.warm_start: the bases have different vocabularies: a copied adapter may say little")
 
 
-def check_encoder_decoders(config: FleetConfig, source: BaseInfo) -> None:
-    """An encoder-decoder may be the source, of a kind that is known here; the rest of a run is decoders.
+def check_source(settings: BaseModelConfig, source: BaseInfo) -> None:
+    """An encoder-decoder may be a source, of a kind that is known here.
 
     Raises:
-        ValueError: another base is one, the source is an unknown one, or vLLM is to compute with it.
+        ValueError: it is of an unknown kind, or vLLM is to compute with it.
     """
-    if config.synthesis.generator is not None:
-        refuse_encoder_decoder(info_of(config.synthesis.generator), "inputs are invented by")
     if not source.is_encoder_decoder:
         return
-    if source.config.get("model_type") not in ENCODER_DECODERS:
+    kind = source.config.get("model_type")
+    if kind not in ENCODER_DECODERS:
         known = ", ".join(ENCODER_DECODERS)
-        raise ValueError(f"{source.name}: a source with an encoder has to be one of {known}; this one is not supported")
-    if config.source.vllm is not None:
-        raise ValueError(f"{config.source.model}: vLLM has no {source.config['model_type']}; leave source.vllm out")
+        raise ValueError(f"{source.name}: a source with an encoder has to be one of {known}; {kind} is not supported")
+    if settings.vllm is not None:
+        raise ValueError(f"{settings.model}: vLLM has no {kind}; leave source.vllm out")
 
 
 def check_target_context(config: FleetConfig, target: BaseInfo) -> None:
@@ -236,7 +239,8 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
         bundle = read_bundle(entry.bundle)
         check_name_and_size(config, entry, bundle)
         verify_bundle(bundle, run.source)
-        choose_screen(config.synthesis, bundle, entry.screen)
+        if choose_screen(config.synthesis, bundle, entry.screen) == "discriminator":
+            check_answers(config.source)
         if config.source.vllm is not None and not is_in_bank(bundle.path):
             raise ValueError(f"{bundle.path}: is no plain LoRA, and vLLM computes no others; leave source.vllm out")
         for directory in filter(None, (bundle.path, bundle.discriminator_dir)):
