@@ -149,6 +149,7 @@ def test_example_configs_are_valid_and_name_every_task() -> None:
 
 
 def test_the_example_evaluation_is_of_the_same_bases_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BBH", raising=False)
     with pytest.raises(ValueError, match="the environment variable BBH is not set"):
         load_config(ROOT / "examples" / "evaluate.yaml", EvaluateConfig)
     monkeypatch.setenv("BBH", "/data/bbh")

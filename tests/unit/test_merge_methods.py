@@ -308,6 +308,8 @@ def test_assignments_reach_their_sections(world: Path) -> None:
         merge_config(settings, ["iteris.max_itr=5"])
     with pytest.raises(ValueError, match="not of the form"):
         merge_config(settings, ["density"])
+    with pytest.raises(ValueError, match="--set method=cat: method is given already; give it once"):
+        merge_config(settings, ["method=cat"])
 
 
 def test_what_is_no_merged_adapter_is_not_replaced(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -315,6 +317,51 @@ def test_what_is_no_merged_adapter_is_not_replaced(world: Path, capsys: pytest.C
     assert main([*arguments, "--out", str(world / "c")]) == 2
     assert "is no merged adapter" in capsys.readouterr().err
     assert (world / "c/adapter_config.json").exists()
+
+
+def test_nothing_that_a_merge_is_made_of_is_replaced_or_written_into(world: Path) -> None:
+    make_adapter(world / "nest/a", world / "base", 1, 2)
+    (world / "nest/merge.json").write_text("{}")  # as an earlier result has it
+    settings = {"method": "static_cat", "adapters": [world / "nest/a", world / "b"]}
+    for changes, fault in (
+        ({"out": world / "nest"}, "out: .*nest would replace .*nest/a; give another directory"),
+        ({"out": world / "b"}, "out: .*b is one of the adapters"),
+        ({"out": world / "b/merged"}, "out: .*merged would lie in .*b; give another directory"),
+        ({"out": world, "base": str(world / "base")}, "would replace"),
+        (
+            {
+                "method": "cat",
+                "adapters": [world / "b", world / "c"],
+                "data": [world / "nest/x"],
+                "out": world / "nest",
+            },
+            "out: .*nest would replace .*nest/x",
+        ),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            merge_config(settings | changes)
+    assert (world / "nest/a/adapter_model.safetensors").is_file()
+
+
+def test_the_base_is_found_in_any_order(world: Path) -> None:
+    """A bundle and a merged adapter tell its name, an adapter of PEFT its directory."""
+    run(world, "static_cat", ["a", "b"], "named")
+    found = []
+    for number, names in enumerate((["named", "c"], ["c", "named"])):
+        out = world / f"unnamed-{number}"
+        assert main(["merge", "svd", "--out", str(out), "--adapters", *(str(world / name) for name in names)]) == 0
+        found.append((out / "adapter_model.safetensors").read_bytes())
+    assert found[0] == found[1]
+
+
+def test_regmean_is_iteris_with_its_settings(world: Path) -> None:
+    own = ["--set", "iteris.max_iter=1", "iteris.a1=0", "iteris.a2=0", "iteris.norm=equal"]
+    files = [world / f"same-{method}/adapter_model.safetensors" for method in ("regmean", "iteris")]
+    for file, method in zip(files, ("regmean", "iteris"), strict=True):
+        data = [str(world / f"{name}.jsonl") for name in "ab"]
+        flags = ["--base", str(world / "base"), "--adapters", str(world / "a"), str(world / "b"), "--data", *data]
+        assert main(["merge", method, "--out", str(file.parent), *flags, *(own if method == "iteris" else [])]) == 0
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_every_combination_of_peft_is_offered() -> None:

@@ -49,7 +49,7 @@ def stack(first: Merged, second: Merged) -> Merged:
 
 
 def component_mean(loras: Sequence[LoraWeights], weights: Sequence[float]) -> Merged:
-    """Average rank-1 components, each over those adapters alone that have it (HAFL's rule), rank max r_i.
+    """Average rank-1 components, each over those adapters alone that have it (HAFL, arXiv 2411.06581), rank max r_i.
 
     A[k] = sum_{i: r_i > k} w_i A_i[k] / sum_{i: r_i > k} w_i, and B[:, k] alike.
     """

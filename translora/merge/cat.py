@@ -89,12 +89,9 @@ def cat_modules(model: nn.Module, adapters: Sequence[LoraWeights], softmax: bool
 
 
 def answer_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Mean cross-entropy of the answers' tokens; `labels` [B, T] of a causal LM, or [B, U] of an encoder-decoder."""
+    """Mean cross-entropy of the answers' tokens; `labels` [B, T] are -100 elsewhere."""
     logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
-    labels = batch["labels"]
-    if "decoder_input_ids" not in batch:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), ignore_index=-100)
 
 
 def with_answers(data: Sequence[Sample]) -> list[Sample]:

@@ -5,6 +5,7 @@ Importing this module loads neither torch nor ray.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -184,8 +185,15 @@ class MergeConfig(MergeSettings):
             raise ValueError("adapters: one is named twice; give it a larger weight instead")
         if self.out.resolve() in {path.resolve() for path in self.adapters}:
             raise ValueError(f"out: {self.out} is one of the adapters; give another directory")
+        out, base = self.out.resolve(), [Path(self.base)] if self.base and Path(self.base).exists() else []
+        for path in [*self.adapters, *self.data, *base]:
+            own = path.resolve()
+            if own.is_relative_to(out):
+                raise ValueError(f"out: {self.out} would replace {path}; give another directory")
+            if out.is_relative_to(own):
+                raise ValueError(f"out: {self.out} would lie in {path}; give another directory")
         self.check(len(self.adapters), len(self.data))
-        self.out = self.out.resolve()  # so that what a link points to is replaced, and not the link
+        self.out = out  # so that what a link points to is replaced, and not the link
         return self
 
 
@@ -209,7 +217,7 @@ class MergeEntry(MergeSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if len(set(self.adapters)) < len(self.adapters):
+        if len(set(map(os.path.normpath, self.adapters))) < len(self.adapters):
             raise ValueError("adapters: one is named twice; give it a larger weight instead")
         synthetic = len(self.adapters) if self.when == "after" and self.needs_data else 0
         self.check(len(self.adapters), len(self.data) or synthetic)
@@ -230,6 +238,8 @@ def merge_config(settings: dict[str, Any], assignments: Sequence[str] = ()) -> M
         *sections, last = key.strip().split(".")
         if not equals or not last:
             raise ValueError(f"--set {assignment}: not of the form iteris.max_iter=5")
+        if key.strip() in raw:
+            raise ValueError(f"--set {assignment}: {key.strip()} is given already; give it once")
         inner = raw
         for section in sections:
             inner = inner.setdefault(section, {})

@@ -15,7 +15,7 @@ from pathlib import Path
 from translora.bundle import BaseInfo, Bundle, BundleError, common_template, read_bundle, verify_bundle, write_bundle
 from translora.bundle.remote import fetch_all, is_remote, name_of_url
 from translora.config import AdapterEntry, BaseModelConfig, FleetConfig
-from translora.merge.config import MergeConfig, MergeEntry, MergeSettings
+from translora.merge.config import MergeConfig, MergeEntry, MergeSettings, merge_config
 from translora.run.files import digest, remove_directory, sha256_file
 from translora.run.redact import first_line, printable, redact
 from translora.run.state import BUNDLES, SYNTHETIC, AdapterState, save_state
@@ -155,17 +155,19 @@ def merge_bundles(
         verify_bundle(part, base)
     template = common_template(parts, f"{entry.name}: its parts")
     assert template is not None, "a merge has two parts or more"
-    command = MergeConfig(
-        **entry.model_dump(include=set(MergeSettings.model_fields), exclude_unset=True),
-        adapters=[part.path for part in parts],
-        data=list(data),
-        out=config.run_dir / MERGING / entry.name,
-        base=str(base.path),
-        dtype=settings.dtype,
-        attn_implementation=settings.attn_implementation,
-        trust_remote_code=settings.trust_remote_code,
-        prompt_template=template,
-        seed=config.seed,
+    command = merge_config(
+        entry.model_dump(include=set(MergeSettings.model_fields), exclude_unset=True)
+        | {
+            "adapters": [part.path for part in parts],
+            "data": list(data),
+            "out": config.run_dir / MERGING / entry.name,
+            "base": str(base.path),
+            "dtype": settings.dtype,
+            "attn_implementation": settings.attn_implementation,
+            "trust_remote_code": settings.trust_remote_code,
+            "prompt_template": template,
+            "seed": config.seed,
+        }
     )
     run_merge(command, config, start_cluster)
     in_turn = itertools.zip_longest(*(part.seeds for part in parts))

@@ -131,20 +131,25 @@ def whole_rank(method: str, tasks: Sequence[Task]) -> int:
 
 
 def find_base(config: MergeConfig) -> BaseInfo:
-    """The base that is named, or that the first adapter's config names.
+    """The base that is named, or the one that the adapters' configs name where it can be found.
+
+    Bundles and merged adapters tell its name, others often its directory.
 
     Raises:
         ValueError: there is none.
     """
-    named = config.base or recorded_base(config.adapters[0])
-    if named is None:
+    if config.base is not None:
+        return inspect_base(config.base, config.trust_remote_code)
+    named = sorted({name for path in config.adapters if (name := recorded_base(path))}, key=lambda n: (-len(n), n))
+    if not named:
         raise ValueError(f"{config.adapters[0]}: its config names no base; give --base")
-    try:
-        return inspect_base(named, config.trust_remote_code)
-    except ValueError as error:
-        if config.base is not None:
-            raise
-        raise ValueError(f"{error}; or give --base (the adapter's config names {named!r})") from error
+    faults: list[ValueError] = []
+    for name in named:
+        try:
+            return inspect_base(name, config.trust_remote_code)
+        except ValueError as error:
+            faults.append(error)
+    raise ValueError(f"{faults[0]}; or give --base (the adapters' configs name {named[0]!r})") from faults[0]
 
 
 def read_tasks(config: MergeConfig) -> list[Task]:
@@ -158,7 +163,12 @@ def read_tasks(config: MergeConfig) -> list[Task]:
     ]
     return sorted(
         tasks,
-        key=lambda task: (fingerprint(task.lora), task.weight, sha256_file(task.data) if task.data else ""),
+        key=lambda task: (
+            fingerprint(task.lora),
+            task.weight,
+            sha256_file(task.data) if task.data else "",
+            task.path.resolve().name,
+        ),
     )
 
 

@@ -12,7 +12,8 @@ SOURCES = {
     "iteris": "IterIS ([arXiv 2411.15231](https://arxiv.org/abs/2411.15231))",
     "regmean": "RegMean ([arXiv 2212.09849](https://arxiv.org/abs/2212.09849)) on the adapters' updates",
     "fedex": "FedEx-LoRA ([arXiv 2410.09432](https://arxiv.org/abs/2410.09432)): mean and exact residual",
-    "component_mean": "the mean of rank-1 components over the adapters that have them",
+    "component_mean": "the mean of rank-1 components over the adapters that have them "
+    "(HAFL, [arXiv 2411.06581](https://arxiv.org/abs/2411.06581))",
 }
 """Others are PEFT's `add_weighted_adapter`."""
 
