@@ -54,6 +54,12 @@ def answered(rng: random.Random, family: Family) -> str:
     return f"{text}\nAnswer: {word}<eos>"
 
 
+def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
 def make_trained_base(directory: Path, family: Family, seed: int, steps: int = 300, hidden_size: int = 64) -> Path:
     make_base(directory, family, seed, hidden_size=hidden_size, vocab_size=400, std=0.05)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -66,10 +72,7 @@ def make_trained_base(directory: Path, family: Family, seed: int, steps: int = 3
         texts = [numbered_list(rng, family) for _ in range(6)] + [answered(rng, family) for _ in range(10)]
         batch = tokenizer(texts, padding=True, return_tensors="pt")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        loss = model(**batch, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, model(**batch, labels=labels).loss)
     model.save_pretrained(directory)
     return directory
 
@@ -86,10 +89,7 @@ def make_trained_encoder_decoder(directory: Path, task: str, steps: int = 100) -
         batch = tokenizer(texts, padding=True, return_tensors="pt")
         labels = tokenizer([TASKS[task](text.split()) for text in texts], padding=True, return_tensors="pt")
         wanted = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)
-        loss = model(**batch, labels=wanted).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, model(**batch, labels=wanted).loss)
     model.save_pretrained(directory)
     return directory
 

@@ -153,8 +153,9 @@ def own_pieces(parameter: nn.Parameter, header: TensorHeader) -> list[tuple[int,
 def read_own_part(parameter: nn.Parameter, file: Path, header: TensorHeader) -> None:
     """Fill this rank's part of a partitioned parameter, a range of its flat weights."""
     part: Any = parameter.ds_tensor  # type: ignore[attr-defined]
-    begin = part.ds_numel * dist.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
-    for start, stop in own_pieces(parameter, header):
+    pieces = own_pieces(parameter, header)
+    for start, stop in pieces:
+        begin = pieces[0][0]
         part.data[start - begin : stop - begin].copy_(read_range(file, header, start, stop))
 
 

@@ -15,6 +15,7 @@ from translora.bundle.remote import is_remote
 from translora.config import FleetConfig
 from translora.distill.data import num_steps
 from translora.distill.plan import JobSize
+from translora.engine.memory import weights_bytes
 from translora.run.member import expand_entries, heldout_size
 from translora.run.state import ScreenName
 from translora.synthesis.pool import choose_screen
@@ -97,7 +98,7 @@ def bundled_work(config: FleetConfig, acceptance: float) -> Work:
                 answer_tokens=config.synthesis.max_answer_tokens,
                 num_seeds=len(bundle.seeds),
                 epochs=entry.epochs,
-                adapter_bytes=(path / WEIGHTS).stat().st_size,
+                adapter_bytes=weights_bytes(str(path)),
                 adapter_weights=num_weights(bundle),
                 screen=choose_screen(config.synthesis, bundle, entry.screen),
             )
