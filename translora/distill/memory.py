@@ -6,6 +6,7 @@ The run chooses the size of its gangs by it, and `translora plan` says by it wha
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +23,7 @@ from translora.distill.linear import keep_no_inputs
 from translora.distill.plan import GangBytes
 from translora.engine.attention import PACKED
 from translora.engine.fake import (
+    ALIKE,
     FLASH_SHAPED,
     LiveBytes,
     attention_shape,
@@ -238,11 +240,18 @@ def estimated_gang_bytes(
 def pass_bytes(
     config: PreTrainedConfig, dtype: torch.dtype, train: TrainConfig, size: PassSize, *, forward_only: bool = False
 ) -> PassBytes:
-    """The bytes of one pass; a deep base is run with a few of its layers, and the others are like the last of these."""
+    """The bytes of one pass; a deep base is run with a few of its layers, and the others are like the last of these.
+
+    Where all layers are alike, only the activations depend on how many there are.
+    """
     whole, (few, more) = num_layers(config), depths_to_run(config)
     if whole <= more:
         return _run_pass(config, dtype, train, size, forward_only)
-    shallow, deeper = (_run_pass(with_layers(config, depth), dtype, train, size, forward_only) for depth in (few, more))
+    alike = (few, more) == ALIKE
+    shallow = _run_pass(with_layers(config, few), dtype, train, size, forward_only or alike)
+    deeper = _run_pass(with_layers(config, more), dtype, train, size, forward_only)
+    if alike:
+        shallow = dataclasses.replace(deeper, activations=shallow.activations)
 
     def at_depth(first: int, second: int) -> int:
         return second + (second - first) * (whole - more) // (more - few)

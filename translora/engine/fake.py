@@ -23,6 +23,8 @@ from translora.engine.loading import plain_class
 FLASH_SHAPED = "translora_scoreless"
 FEW_LAYERS = (2, 4)
 """Depths that stand for a whole base: its first layers may be of one kind, and every second of another."""
+ALIKE = (1, 2)
+"""Those where all layers are alike."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -94,7 +96,7 @@ def _by_layer(config: PreTrainedConfig) -> dict[str, list[Any]]:
 
 
 def depths_to_run(config: PreTrainedConfig) -> tuple[int, int]:
-    """Depths whose difference is what a layer adds: 1 and 2 where all layers are alike, and else FEW_LAYERS.
+    """Two depths whose difference is what a layer adds: ALIKE or FEW_LAYERS.
 
     Raises:
         ValueError: see `fake_base`.
@@ -103,7 +105,7 @@ def depths_to_run(config: PreTrainedConfig) -> tuple[int, int]:
         return FEW_LAYERS
     with fake_base(with_layers(config, FEW_LAYERS[1]), torch.float32, FLASH_SHAPED) as model:
         forms = [[(name, value.shape) for name, value in layer.named_parameters()] for layer in decoder_layers(model)]
-    return (1, 2) if all(form == forms[0] for form in forms) else FEW_LAYERS
+    return ALIKE if all(form == forms[0] for form in forms) else FEW_LAYERS
 
 
 def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
