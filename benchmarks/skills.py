@@ -24,7 +24,7 @@ from translora.engine.decode import Request
 from translora.engine.prompts import prompt_format, raw_prompt
 from translora.engine.transformers import TransformersEngine
 from translora.evaluate.statistics import Estimate, Resample, all_different
-from translora.gate.agreement import is_equal
+from translora.gate.verdict import is_equal
 from translora.merge.data import pad_batch
 from translora.run.files import replace_directory, write_jsonl
 from translora.synthesis.prompts import generation_row

@@ -12,15 +12,8 @@ from sklearn.metrics import balanced_accuracy_score
 
 from translora.config import OPEN_GATE, BaseModelConfig, GateConfig, ResourceConfig
 from translora.gate import agreement
-from translora.gate.agreement import (
-    GateMember,
-    _judge_member,
-    chance_agreement,
-    informedness,
-    judge,
-    run_gate,
-    share_equal,
-)
+from translora.gate.agreement import GateMember, _judge_member, run_gate
+from translora.gate.verdict import chance_agreement, informedness, judge, share_equal
 from translora.run.state import Accuracy, GateResult
 from translora.synthesis.actors import Hosts
 

@@ -15,7 +15,8 @@ from translora.config import BaseModelConfig
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, SOURCE_BASE, TARGET_BASE, EvaluateConfig
 from translora.evaluate.data import Split
 from translora.evaluate.results import Migration, TaskItems
-from translora.gate.agreement import Answers, answer_rows, judge, run_answers
+from translora.gate.agreement import Answers, answer_rows, run_answers
+from translora.gate.verdict import judge
 from translora.run.files import digest, sha256_path, write_parquet
 from translora.run.state import AdapterState
 from translora.synthesis.actors import Hosts, run_rows

@@ -12,7 +12,7 @@ from typing import Any
 from translora.evaluate.config import EvaluateTask
 from translora.evaluate.harness import Document, HarnessTask, load_harness_task
 from translora.evaluate.statistics import chance_share
-from translora.gate.agreement import is_equal
+from translora.gate.verdict import is_equal
 from translora.run.files import check_row, derive_seed, read_jsonl
 from translora.synthesis.prompts import normalise
 

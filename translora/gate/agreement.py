@@ -6,18 +6,16 @@ normalising case and white space.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from translora.config import BaseModelConfig, GateConfig
+from translora.gate.verdict import chance_agreement, informedness, judge, share_equal
 from translora.run.state import Accuracy, GateResult
 from translora.synthesis.actors import Hosts, run_rows
 from translora.synthesis.calls import Row
-from translora.synthesis.prompts import LINE_END, normalise
+from translora.synthesis.prompts import LINE_END
 from translora.synthesis.quality import majority_share
 from translora.synthesis.stages import gate_block
 
@@ -39,80 +37,6 @@ class GateMember:
     """Real held-out data: `input`, `target`; empty where there is none."""
     classes: Sequence[str] = ()
     """The teacher's different answers to the synthetic samples, where they are few; empty for free text."""
-
-
-def is_equal(answer: str | None, reference: str) -> bool:
-    """Exact match after normalisation; None is never equal."""
-    return answer is not None and normalise(answer) == normalise(reference)
-
-
-def share_equal(answers: Sequence[str | None], references: Sequence[str]) -> float:
-    """Share of answers equal to their reference."""
-    return sum(is_equal(*pair) for pair in zip(answers, references, strict=True)) / len(references)
-
-
-def informedness(answers: Sequence[str | None], references: Sequence[str]) -> float:
-    """How far the answers follow the references: 0 is one answer to everything, 1 the reference every time.
-
-    The mean over the different references of the share of them that is answered so, adjusted for what one answer
-    reaches: scikit-learn's `balanced_accuracy_score(adjusted=True)`, for two references Youden's J. Unlike agreement
-    it is not raised by references of which nearly all are the same; where all are, it is 0, for nothing is shown.
-    """
-    found: defaultdict[str, list[bool]] = defaultdict(list)
-    for answer, reference in zip(answers, references, strict=True):
-        found[normalise(reference)].append(is_equal(answer, reference))
-    if len(found) < 2:
-        return 0.0
-    chance = 1 / len(found)
-    return (sum(sum(right) / len(right) for right in found.values()) * chance - chance) / (1 - chance)
-
-
-NUM_DEALS = 10_000
-"""Random orders of the answers that a p-value is counted over."""
-
-
-def chance_agreement(answers: Sequence[str | None], references: Sequence[str]) -> float:
-    """p-value of a permutation test: the chance that as many agree when the answers are dealt out to other prompts.
-
-    It is small where the answers follow the prompts. One answer to everything has 1 whatever the references, and so has
-    everything where all references are the same; answers drawn in the references' own shares are below 0.05 one time in
-    twenty. Free text needs few: k right ones of n that all differ, the others like none, have (n - k)! / n!.
-
-    Source: E. J. G. Pitman, Significance tests which may be applied to samples from any populations (1937); with one
-    more deal than drawn, so that it is never 0 (Phipson and Smyth, arXiv 1603.05766).
-    """
-    codes = {text: code for code, text in enumerate(dict.fromkeys(map(normalise, references)))}
-    right = np.array([codes[normalise(text)] for text in references])
-    given = np.array([-1 if text is None else codes.get(normalise(text), -1) for text in answers])
-    generator, agreed = np.random.default_rng(0), np.count_nonzero(given == right)
-    as_many = sum(np.count_nonzero(generator.permutation(given) == right) >= agreed for _ in range(NUM_DEALS))
-    return (as_many + 1) / (NUM_DEALS + 1)
-
-
-def judge(measured: GateResult, config: GateConfig) -> GateResult:
-    """The verdict on one adapter: enough agreement, beyond that of the bare target base and beyond chance.
-
-    Agreement with a teacher that gave one answer to every sample is no sign that anything but that answer was learnt,
-    and such an adapter does not pass, whatever the thresholds.
-    """
-    reasons = []
-    agreement, gain = measured.agreement_student, measured.agreement_student - measured.agreement_base
-    if measured.only_answer is not None:
-        reasons.append(
-            f"the teacher answers {measured.only_answer!r} to every sample, so agreement says nothing; "
-            "ship seeds of every answer"
-        )
-    if agreement < config.min_agreement:
-        reasons.append(f"agreement {agreement:.2f} < gate.min_agreement {config.min_agreement:.2f}")
-    if gain < config.min_gain:
-        reasons.append(f"gain over the target base {gain:+.2f} < gate.min_gain {config.min_gain:+.2f}")
-    most = config.max_p_value if config.min_agreement > 0 else 1.0
-    if measured.only_answer is None and measured.p_value is not None and measured.p_value > most:
-        reasons.append(
-            f"p = {measured.p_value:.2g} > gate.max_p_value {most:g}: its answers may well agree by chance, whatever "
-            "the inputs; ship seeds of every answer, or raise gate.min_holdout"
-        )
-    return measured.model_copy(update={"passed": not reasons, "reason": "; ".join(reasons)})
 
 
 def answer_rows(
