@@ -15,7 +15,7 @@ from translora.engine.decode import Request, Row, choose_tokens
 from translora.engine.prompts import prompt_format
 from translora.engine.protocol import spellings
 from translora.engine.transformers import TransformersEngine
-from translora.synthesis.stages import ANSWER_SCORES, screen_and_label_block
+from translora.synthesis.stages import ANSWER_SCORES, screen_and_label_block, token_block
 
 PROMPTS = ["Route the message:", "The parcel is late. I was charged twice", "When does the shop open", "a"]
 
@@ -53,6 +53,26 @@ def test_mixed_greedy_generation_equals_peft_generate(
         )
         expected = engine.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert completion.text == expected, request
+
+
+def test_a_teachers_tokens_are_agreed_with_where_they_are_the_likeliest_of_peft(
+    engine: TransformersEngine, base: Path, adapters: dict[str, str]
+) -> None:
+    """Answers that an adapter likes in part: its own first half, and half a text of somebody else."""
+    form, names = prompt_format(engine.tokenizer, "{input}"), ["a0", "a1", None]
+    own = engine.generate([Request(form.render(PROMPTS[1]), "a0", 12)])[0].text
+    rows = [{"slot": name, "input": PROMPTS[1], "answer": own + PROMPTS[0], "template": "{input}"} for name in names]
+    found = token_block(engine, [dict(row) for row in rows], {})
+    for row, seen in zip(rows, found, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        if row["slot"] is not None:
+            model = PeftModel.from_pretrained(model, adapters[str(row["slot"])]).eval()
+        prompt, answer = form.encode_prompt(PROMPTS[1]), form.encode_answer(str(row["answer"]))
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        expected = (logits.argmax(-1) == torch.tensor(answer)).float().mean()
+        assert seen["agreed"] == pytest.approx(float(expected))
+    assert found[0]["agreed"] > max(found[1]["agreed"], found[2]["agreed"])
 
 
 def test_an_adapter_answers_otherwise_than_its_base(engine: TransformersEngine) -> None:

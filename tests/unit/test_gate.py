@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,10 +12,11 @@ from sklearn.metrics import balanced_accuracy_score
 
 from translora.config import OPEN_GATE, BaseModelConfig, GateConfig, ResourceConfig
 from translora.gate import agreement
-from translora.gate.agreement import GateMember, _judge_member, run_gate
-from translora.gate.verdict import chance_agreement, informedness, judge, share_equal
+from translora.gate.agreement import GateMember, _judge_member, run_gate, token_rows
+from translora.gate.verdict import chance_agreement, chance_gain, informedness, judge, share_equal
 from translora.run.state import Accuracy, GateResult
 from translora.synthesis.actors import Hosts
+from translora.synthesis.stages import token_block
 
 COLOURS = ["red", "blue", "green", "black"]
 RIGHT = {"source_base": 0, "source_adapter": 4, "target_base": 1, "migrated": 3}
@@ -103,7 +104,7 @@ def test_students_that_do_not_read_their_inputs_pass_one_time_in_twenty_at_most(
             labels, others = (rng.choice(["yes", "no"], 50, p=shares).tolist() for _ in range(2))
             own = [label if rng.random() < faithful else other for label, other in zip(labels, others, strict=True)]
             arms = {("paint", "gate_student"): own, ("paint", "gate_base"): [None] * 50}
-            found.append(_judge_member(classified(labels), arms, {}, GateConfig())[0].passed)
+            found.append(_judge_member(classified(labels), arms, {}, {}, GateConfig())[0].passed)
         return float(np.mean(found))
 
     assert passes(0.0) <= 0.1 and passes(0.85) >= 0.9
@@ -117,24 +118,26 @@ def classified(labels: list[str]) -> GateMember:
 def test_a_student_of_one_answer_does_not_pass_however_well_it_agrees() -> None:
     labels = ["yes"] * 22 + ["no"] * 2
     arms: dict[tuple[str, str], list[str | None]] = {("paint", "gate_base"): [None] * 24}
-    constant, _ = _judge_member(classified(labels), arms | {("paint", "gate_student"): ["yes"] * 24}, {}, GateConfig())
+    constant, _ = _judge_member(
+        classified(labels), arms | {("paint", "gate_student"): ["yes"] * 24}, {}, {}, GateConfig()
+    )
     assert constant.agreement_student > 0.9 and constant.informedness == 0 and not constant.passed
     assert constant.p_value == 1 and "p = 1 > gate.max_p_value 0.05" in constant.reason
     assert constant.commonest == constant.agreement_student
     arms["paint", "gate_student"] = ["yes"] * 20 + ["no"] * 4
-    some, _ = _judge_member(classified(labels), arms, {}, GateConfig())
+    some, _ = _judge_member(classified(labels), arms, {}, {}, GateConfig())
     assert some.agreement_student == constant.agreement_student and some.passed, "both that have the other answer"
     arms["paint", "gate_student"] = ["yes"] * 20 + ["no"] * 3 + ["yes"]
-    lucky, _ = _judge_member(classified(labels), arms, {}, GateConfig())
+    lucky, _ = _judge_member(classified(labels), arms, {}, {}, GateConfig())
     assert not lucky.passed and lucky.p_value == pytest.approx(66 / 276, abs=0.02), "one of two, by three tries"
     unseen, _ = _judge_member(
-        classified(["yes"] * 24), arms | {("paint", "gate_student"): ["yes"] * 24}, {}, GateConfig()
+        classified(["yes"] * 24), arms | {("paint", "gate_student"): ["yes"] * 24}, {}, {}, GateConfig()
     )
     assert unseen.agreement_student == 1 and not unseen.passed, "no prompt that shows the other answer"
 
 
 def test_a_member_is_judged_by_its_student_and_measured_by_every_arm() -> None:
-    gate, accuracy = _judge_member(member(), answers(student=3, base=0), LOGLIKS, GateConfig())
+    gate, accuracy = _judge_member(member(), answers(student=3, base=0), LOGLIKS, {}, GateConfig())
     assert gate == GateResult(
         num_heldout=4,
         agreement_student=0.75,
@@ -150,7 +153,7 @@ def test_a_member_is_judged_by_its_student_and_measured_by_every_arm() -> None:
 
 
 def test_a_student_worse_than_the_bare_base_fails() -> None:
-    gate, _ = _judge_member(member(), answers(student=1, base=3), {}, GateConfig())
+    gate, _ = _judge_member(member(), answers(student=1, base=3), {}, {}, GateConfig())
     assert (gate.agreement_student, gate.agreement_base, gate.passed) == (0.25, 0.75, False)
     assert gate.reason == (
         "agreement 0.25 < gate.min_agreement 0.60; gain over the target base -0.50 < gate.min_gain +0.00; p = 0.25 > "
@@ -159,9 +162,102 @@ def test_a_student_worse_than_the_bare_base_fails() -> None:
     )
 
 
+def test_the_p_value_of_a_gain_is_the_share_of_all_signs_that_gain_as_much() -> None:
+    shares, others = [0.9, 0.8, 0.7, 0.6, 1.0, 0.9, 0.5, 0.9], [0.5, 0.7, 0.75, 0.4, 0.6, 0.9, 0.4, 0.1]
+    gains = np.subtract(shares, others)
+    as_much = [np.dot(signs, gains) >= gains.sum() - 1e-9 for signs in itertools.product([-1, 1], repeat=8)]
+    assert chance_gain(shares, others) == pytest.approx(np.mean(as_much), abs=0.01)
+    assert chance_gain(shares, shares) == 1 and chance_gain(others, shares) > 0.9
+
+
+LETTERS = [
+    f"Dear customer {index}, thank you for your message; we have looked into it, and {'x' * 40}" for index in range(20)
+]
+
+
+def letters(answers: list[str] | None = None) -> GateMember:
+    heldout = [{"input": f"complaint {index}", "answer": text} for index, text in enumerate(answers or LETTERS)]
+    return dataclasses.replace(member(), heldout=heldout, eval_rows=[])
+
+
+def by_tokens(student: float, base: float, elsewhere: float, unfinished: int = 0) -> GateResult:
+    """The verdict on a student that writes none of the letters to the letter, and leaves some without an end."""
+    noise = np.random.default_rng(1).normal(0, 0.05, 20)
+    shares = {
+        ("paint", arm): np.clip(share + noise * sign, 0, 1).tolist()
+        for arm, share, sign in (("student", student, 1), ("base", base, -1), ("elsewhere", elsewhere, -1))
+    }
+    texts: list[str | None] = [None if index < unfinished else "Dear Sir" for index in range(20)]
+    arms = {("paint", "gate_student"): texts, ("paint", "gate_base"): [None] * 20}
+    return _judge_member(letters(), arms, {}, shares, GateConfig())[0]
+
+
+def test_long_answers_agree_by_their_tokens() -> None:
+    good = by_tokens(0.85, 0.5, 0.5)
+    assert good.passed and good.unit == "tokens" and good.has_long_answers
+    assert good.agreement_student == pytest.approx(0.85, abs=0.02) and good.agreement_base < 0.55
+    assert not by_tokens(0.55, 0.3, 0.3).passed, "too few"
+    for idle in (by_tokens(0.85, 0.85, 0.5), by_tokens(0.85, 0.5, 0.85)):
+        assert not idle.passed and "no better than the bare target base, or whatever the inputs" in idle.reason
+    endless = by_tokens(0.85, 0.2, 0.2, unfinished=8)
+    assert endless.agreement_student == pytest.approx(0.6 * 0.85, abs=0.02) and not endless.passed
+
+
+def test_a_gate_that_asks_for_long_texts_to_the_letter_says_what_to_set() -> None:
+    arms: dict[tuple[str, str], list[str | None]] = {("paint", "gate_student"): ["Dear Sir"] * 20}
+    verdict, _ = _judge_member(letters(), arms | {("paint", "gate_base"): [None] * 20}, {}, {}, GateConfig())
+    assert verdict.unit == "answers" and "set gate.long_answers to tokens" in verdict.reason
+    short, _ = _judge_member(member(), answers(student=1, base=0), {}, {}, GateConfig())
+    assert "long_answers" not in short.reason
+
+
+def test_tokens_are_asked_for_where_answers_are_long_and_the_config_says_so() -> None:
+    assert letters().has_long_answers and not member().has_long_answers
+    assert not letters([*LETTERS[:9], *["short"] * 11]).has_long_answers
+    assert not dataclasses.replace(letters(), classes=("one", "two")).has_long_answers
+    rows = token_rows(letters(), "student/paint")
+    arms = {arm: [row for row in rows if row["arm"] == arm] for arm in ("student", "base", "elsewhere")}
+    assert [row["answer"] for row in arms["student"]] == [row["answer"] for row in arms["elsewhere"]] == LETTERS
+    assert {row["slot"] for row in arms["base"]} == {None}
+    pairs = zip(arms["student"], arms["elsewhere"], strict=True)
+    assert all(own["input"] != other["input"] and own["slot"] == other["slot"] for own, other in pairs)
+
+
+@pytest.mark.parametrize("how", ["exact", "tokens"])
+def test_only_long_answers_are_asked_for_their_tokens(
+    how: Literal["exact", "tokens"], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shares, asked = {"student": 0.9, "base": 0.4, "elsewhere": 0.5}, list[set[str]]()
+
+    def run_rows(
+        label: str, rows: list[dict[str, Any]], function: object, *, base: BaseModelConfig, **rest: Any
+    ) -> list[dict[str, Any]]:
+        if function is token_block:
+            assert base.model == "target"
+            asked.append({row["adapter"] for row in rows})
+            return [{**row, "agreed": shares[row["arm"]]} for row in reversed(rows)]
+        return [{**row, "answer": "Dear Sir", "finished": True, "loglik": -1.0} for row in rows]
+
+    monkeypatch.setattr(agreement, "run_rows", run_rows)
+    results, _ = run_gate(
+        [dataclasses.replace(letters(), name="letters"), dataclasses.replace(member(), eval_rows=[])],
+        source=BaseModelConfig(model="source"),
+        target=BaseModelConfig(model="target"),
+        config=GateConfig(long_answers=how),
+        batch_size=3,
+        max_answer_tokens=8,
+        hosts=Hosts(ResourceConfig()),
+        run_dir=tmp_path,
+        digests={},
+    )
+    assert asked == ([{"letters"}] if how == "tokens" else [])
+    assert results["letters"][0].agreement_student == pytest.approx(0.9 if how == "tokens" else 0.0)
+    assert (results["paint"][0].unit, results["paint"][0].agreement_student) == ("answers", 0.0)
+
+
 def test_without_real_data_there_is_no_accuracy() -> None:
     bare = GateMember("paint", Path("student"), Path("teacher"), "chat", member().heldout, [])
-    gate, accuracy = _judge_member(bare, answers(student=4, base=0), {}, GateConfig())
+    gate, accuracy = _judge_member(bare, answers(student=4, base=0), {}, {}, GateConfig())
     assert gate.passed and accuracy is None
 
 

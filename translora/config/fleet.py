@@ -38,19 +38,24 @@ OPEN_GATE = {"min_agreement": 0.0, "min_gain": -1.0}
 class GateConfig(Strict):
     """The acceptance check on held-out synthetic prompts."""
 
-    added: ClassVar[frozenset[str]] = frozenset({"max_p_value"})
+    added: ClassVar[frozenset[str]] = frozenset({"max_p_value", "long_answers"})
 
     holdout_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Share of additional synthetic samples kept out of training (on top of |D_syn|)."""
     min_holdout: int = Field(default=24, ge=1)
     """Fewest held-out samples, where so many are accepted that as many are left to train on."""
+    long_answers: Literal["exact", "tokens"] = "exact"
+    """What agreement is of a teacher whose answers are long texts, which seldom are the same to the letter: `tokens` is
+    the share of its answers' tokens that the student finds likeliest, given those before them. Long: half of them have
+    80 characters or more."""
     min_agreement: float = Field(default=0.6, ge=0, le=1)
     """Least share of held-out prompts on which the migrated student gives the teacher's answer."""
     min_gain: float = Field(default=0.0, ge=-1, le=1)
     """Least (student - bare target base) agreement."""
     max_p_value: float = Field(default=0.05, gt=0, le=1)
     """Greatest chance that as many of the student's answers would agree if they were dealt out to other prompts (a
-    permutation test): one answer to everything has 1. With `min_agreement` 0 it is not asked for."""
+    permutation test): one answer to everything has 1. By tokens, that it does no better than the bare target base, or
+    than with other inputs. With `min_agreement` 0 it is not asked for."""
     retries: int = Field(default=1, ge=0, le=3)
     """Times that an adapter which did not pass is distilled again, from more samples, before it is given up.
     It is given up sooner where the last samples brought no more agreement."""

@@ -1,7 +1,7 @@
 """The gate: whether the student gives the teacher's answers on prompts held out from its training.
 
 Also measures accuracy on real held-out data where the fleet file names some. Both are exact match after
-normalising case and white space.
+normalising case and white space; the agreement of long answers can be that of their tokens instead.
 """
 
 from __future__ import annotations
@@ -9,18 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, median
+from typing import Any
 
 from translora.config import BaseModelConfig, GateConfig
-from translora.gate.verdict import chance_agreement, informedness, judge, share_equal
+from translora.gate.verdict import chance_agreement, chance_gain, informedness, judge, share_equal
 from translora.run.state import Accuracy, GateResult
 from translora.synthesis.actors import Hosts, run_rows
 from translora.synthesis.calls import Row
 from translora.synthesis.prompts import LINE_END
 from translora.synthesis.quality import majority_share
-from translora.synthesis.stages import gate_block
+from translora.synthesis.stages import gate_block, token_block
 
 Answers = dict[tuple[str, str], list[str | None]]
 """By name and arm, in the order of the samples; None for one that did not end."""
+Shares = dict[tuple[str, str], list[float]]
+"""By name and arm, in the order of the samples: the share of the teacher's tokens that the arm finds likeliest."""
+LONG = 80
+"""Characters of a long answer: a student seldom writes so many as its teacher does, to the letter."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,11 @@ class GateMember:
     """Real held-out data: `input`, `target`; empty where there is none."""
     classes: Sequence[str] = ()
     """The teacher's different answers to the synthetic samples, where they are few; empty for free text."""
+
+    @property
+    def has_long_answers(self) -> bool:
+        """Whether half of the teacher's answers are LONG."""
+        return not self.classes and median(len(row["answer"]) for row in self.heldout) >= LONG
 
 
 def answer_rows(
@@ -121,6 +132,26 @@ def run_answers(
     return found, _mean_logliks(computed)
 
 
+def token_rows(member: GateMember, slot: str) -> list[Row]:
+    """Rows of `token_block`: the student, the bare target base, and the student with the inputs of other samples."""
+    inputs, answers = ([row[key] for row in member.heldout] for key in ("input", "answer"))
+    arms = (("student", slot, inputs), ("base", None, inputs), ("elsewhere", slot, [*inputs[1:], inputs[0]]))
+    return [
+        {"adapter": member.name, "arm": arm, "slot": own, "template": "auto", "index": index, "input": x, "answer": y}
+        for arm, own, texts in arms
+        for index, (x, y) in enumerate(zip(texts, answers, strict=True))
+    ]
+
+
+def run_tokens(rows: Sequence[Row], **where: Any) -> Shares:
+    """Compute `token_rows`; `where` are arguments of `run_rows`."""
+    computed = run_rows("gate: tokens of long answers", rows, token_block, place="gate/tokens", **where)
+    found: Shares = {}
+    for row in sorted(computed, key=lambda row: (row["adapter"], row["arm"], row["index"])):
+        found.setdefault((row["adapter"], row["arm"]), []).append(row["agreed"])
+    return found
+
+
 def run_gate(
     members: Sequence[GateMember],
     *,
@@ -158,6 +189,19 @@ def run_gate(
     faults: dict[str, str] = {}
     students = {f"student/{member.name}": str(member.student_dir) for member in members}
     teachers = {f"teacher/{member.name}": str(member.teacher_dir) for member in members}
+    by_tokens = [one for one in members if config.long_answers == "tokens" and one.has_long_answers]
+    shares: Shares = {}
+    if by_tokens:
+        shares = run_tokens(
+            [row for one in by_tokens for row in token_rows(one, f"student/{one.name}")],
+            base=target,
+            adapters=students,
+            batch_size=batch_size,
+            hosts=hosts,
+            run_dir=run_dir,
+            weights=dict(digests),
+            faults=faults,
+        )
     for label, base, adapters, rows in (
         ("gate: target base", target, students, target_rows),
         ("gate: source base", source, teachers, source_rows),
@@ -179,19 +223,21 @@ def run_gate(
         answers |= found
         logliks |= means
     sound = [member for member in members if member.name not in faults]
-    return {member.name: _judge_member(member, answers, logliks, config) for member in sound}, faults
+    return {member.name: _judge_member(member, answers, logliks, shares, config) for member in sound}, faults
 
 
 def _judge_member(
     member: GateMember,
     answers: Mapping[tuple[str, str], Sequence[str | None]],
     logliks: Mapping[tuple[str, str], float],
+    shares: Shares,
     config: GateConfig,
 ) -> tuple[GateResult, Accuracy | None]:
     labels = [sample["answer"] for sample in member.heldout]
     student, base = answers[member.name, "gate_student"], answers[member.name, "gate_base"]
     measured = GateResult(
         num_heldout=len(labels),
+        has_long_answers=member.has_long_answers,
         agreement_student=share_equal(student, labels),
         agreement_base=share_equal(base, labels),
         only_answer=member.classes[0] if len(member.classes) == 1 else None,
@@ -202,12 +248,20 @@ def _judge_member(
         loglik_base=logliks.get((member.name, "gate_base")),
         passed=False,
     )
+    if (member.name, "student") in shares:
+        right, bare, elsewhere = (shares[member.name, arm] for arm in ("student", "base", "elsewhere"))
+        # A student that finds the right tokens behind the teacher's own may still come to no end by itself.
+        right = [0.0 if text is None else share for text, share in zip(student, right, strict=True)]
+        measured.unit, measured.commonest = "tokens", None
+        measured.agreement_student, measured.agreement_base = fmean(right), fmean(bare)
+        # Better than both: the greater p-value is that of the two together (an intersection-union test).
+        measured.p_value = max(chance_gain(right, bare), chance_gain(right, elsewhere))
     gate = judge(measured, config)
     if not member.eval_rows:
         return gate, None
     targets = [row["target"] for row in member.eval_rows]
-    shares = {
+    right_shares = {
         arm: share_equal(answers[member.name, arm], targets)
         for arm in ("source_base", "source_adapter", "target_base", "migrated")
     }
-    return gate, Accuracy(num_items=len(targets), **shares)
+    return gate, Accuracy(num_items=len(targets), **right_shares)

@@ -42,7 +42,8 @@ def informedness(answers: Sequence[str | None], references: Sequence[str]) -> fl
 
 
 NUM_DEALS = 10_000
-"""Random orders of the answers that a p-value is counted over."""
+"""Random orders of the answers, or signs of the gains, that a p-value is counted over."""
+ROUNDING = 1e-9
 
 
 def chance_agreement(answers: Sequence[str | None], references: Sequence[str]) -> float:
@@ -63,6 +64,16 @@ def chance_agreement(answers: Sequence[str | None], references: Sequence[str]) -
     return (as_many + 1) / (NUM_DEALS + 1)
 
 
+def chance_gain(shares: Sequence[float], others: Sequence[float]) -> float:
+    """p-value of a paired permutation test: the chance of so great a sum of gains if each may as well be a loss.
+
+    Source: R. A. Fisher, The design of experiments (1935), section 21; with one more deal than drawn, as above.
+    """
+    gains = np.subtract(shares, others)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(NUM_DEALS, len(gains)))
+    return (np.count_nonzero(signs @ gains >= gains.sum() - ROUNDING) + 1) / (NUM_DEALS + 1)
+
+
 def judge(measured: GateResult, config: GateConfig) -> GateResult:
     """The verdict on one adapter: enough agreement, beyond that of the bare target base and beyond chance.
 
@@ -78,12 +89,16 @@ def judge(measured: GateResult, config: GateConfig) -> GateResult:
         )
     if agreement < config.min_agreement:
         reasons.append(f"agreement {agreement:.2f} < gate.min_agreement {config.min_agreement:.2f}")
+        if measured.has_long_answers and measured.unit == "answers":
+            reasons.append("long texts are seldom the same to the letter: set gate.long_answers to tokens")
     if gain < config.min_gain:
         reasons.append(f"gain over the target base {gain:+.2f} < gate.min_gain {config.min_gain:+.2f}")
     most = config.max_p_value if config.min_agreement > 0 else 1.0
     if measured.only_answer is None and measured.p_value is not None and measured.p_value > most:
-        reasons.append(
-            f"p = {measured.p_value:.2g} > gate.max_p_value {most:g}: its answers may well agree by chance, whatever "
-            "the inputs; ship seeds of every answer, or raise gate.min_holdout"
+        why = (
+            "its answers may well agree by chance, whatever the inputs; ship seeds of every answer"
+            if measured.unit == "answers"
+            else "it may do no better than the bare target base, or whatever the inputs; train it for longer"
         )
+        reasons.append(f"p = {measured.p_value:.2g} > gate.max_p_value {most:g}: {why}, or raise gate.min_holdout")
     return measured.model_copy(update={"passed": not reasons, "reason": "; ".join(reasons)})

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from translora import __version__
 from translora.report.markdown import code, escape, one_line
-from translora.report.table import ACCURACY_FIELDS, interval, loglik_text, percent, remarks
+from translora.report.table import ACCURACY_FIELDS, chance_text, interval, loglik_text, percent, remarks
 from translora.report.templates import environment
 from translora.run.state import AdapterState
 
@@ -42,6 +42,7 @@ def model_card(
             interval(state.accuracy.migrated, state.accuracy.num_items) if state.accuracy else "",
         ],
         accuracies=[getattr(state.accuracy, field) for field in ACCURACY_FIELDS if state.accuracy],
+        chance=chance_text(state.gate),
         loglik=loglik_text(state.gate),
         remarks=remarks(state),
     )

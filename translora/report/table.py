@@ -69,7 +69,8 @@ def agreement_text(state: AdapterState) -> str:
     if (gate := state.gate) is None:
         return MISSING
     before, after = gate.agreement_base, gate.agreement_student
-    return f"{percent(before)} → {percent(after)} ({interval(after, gate.num_heldout)})"
+    of_what = " of tokens" if gate.unit == "tokens" else ""
+    return f"{percent(before)} → {percent(after)} ({interval(after, gate.num_heldout)}){of_what}"
 
 
 def status_text(state: AdapterState) -> str:
@@ -86,6 +87,18 @@ def remarks(state: AdapterState) -> list[str]:
     """What a person should know of how an adapter was made, whatever became of it."""
     again = f"attempt {state.attempt}: the gate sent it back for more samples" if state.attempt > 1 else ""
     return [text for text in (again, state.synthesis.shortfall, state.synthesis.warning) if text]
+
+
+def chance_text(gate: GateResult) -> str:
+    """What of the agreement chance would do; empty if not measured."""
+    if gate.p_value is None:
+        return ""
+    p = f"p = {gate.p_value:.2g}"
+    if gate.unit == "tokens":
+        return f"Chance alone would set it as far above the bare base, or above itself behind other inputs, with {p}."
+    one = f"One answer to every input would have {percent(gate.commonest)}; " if gate.commonest is not None else ""
+    text = f"{one}answers dealt out by chance agree as often with {p}."
+    return text[0].upper() + text[1:]
 
 
 def loglik_text(gate: GateResult) -> str:

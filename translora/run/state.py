@@ -63,6 +63,9 @@ class GateResult(BaseModel):
     """Agreement with the teacher on held-out synthetic prompts."""
 
     num_heldout: int
+    unit: Literal["answers", "tokens"] = "answers"
+    """What agrees or not: answers as a whole, or their tokens, as a mean over the prompts."""
+    has_long_answers: bool = False
     agreement_student: float
     agreement_base: float
     only_answer: str | None = None
@@ -72,7 +75,8 @@ class GateResult(BaseModel):
     commonest: float | None = None
     """Share of the held-out prompts that have the commonest answer: the agreement of one answer to everything."""
     p_value: float | None = None
-    """Chance that as many of the student's answers would agree if they were dealt out to other prompts."""
+    """Chance that as many of the student's answers would agree if they were dealt out to other prompts; of tokens, that
+    they agree no more often than the bare base's, or than with other inputs."""
     loglik_student: float | None = None
     loglik_base: float | None = None
     """Mean log-likelihood of a token of the teacher's answers."""

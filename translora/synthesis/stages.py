@@ -114,6 +114,21 @@ def gate_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> lis
     return found
 
 
+def token_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
+    """How far the adapter of `slot` would write each row's `answer`; adds `agreed`.
+
+    The share of its tokens, its end among them, that are the likeliest ones after those before them. Rows: slot (or
+    None for the bare base), input, answer, template.
+    """
+    samples = encoded(engine, rows)
+    likeliest = engine.top_log_probabilities(samples, [row["slot"] for row in rows], 1)
+    found = []
+    for row, (_, answer), (tokens, _) in zip(rows, samples, likeliest, strict=True):
+        same = [own == first for own, (first, *_) in zip(answer, tokens, strict=True)]
+        found.append({**row, "agreed": sum(same) / len(same)})
+    return found
+
+
 def discriminator_scores(engine: Engine, rows: list[Row]) -> list[float]:
     """log p(yes | t(x)) - log p(no | t(x)) under each row's discriminator (arXiv 2405.17258).
 
