@@ -13,8 +13,10 @@ import pytest
 from tests.tiny import make_adapter, make_base
 from translora import prepare as module
 from translora.bundle import inspect_base, read_bundle, verify_bundle
+from translora.bundle.task import read_task
 from translora.config import PrepareConfig
-from translora.prepare import part_inputs, prepare, read_task, train_jobs
+from translora.prepare import prepare, train_jobs
+from translora.synthesis.negatives import part_inputs
 
 INPUTS = [f"send the {word} box to me" for word in "abcdefgh"]
 

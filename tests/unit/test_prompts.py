@@ -89,7 +89,7 @@ def test_normalise_ignores_case_and_white_space() -> None:
 
 
 def test_seeds_cover_the_answer_classes_the_frequent_ones_first() -> None:
-    from translora.prepare import choose_seeds
+    from translora.bundle.task import choose_seeds
 
     targets = ["a"] * 6 + ["b"] * 4 + ["c"]
     rows = [{"input": f"text {index}", "target": target} for index, target in enumerate(targets)]

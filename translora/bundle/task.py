@@ -1,0 +1,152 @@
+"""What a bundle is made from, on its owner's side: data, seeds, settings; and whether there is one of these already."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from translora.bundle.base import BaseInfo
+from translora.bundle.bundle import MIN_SEEDS, is_foreign, read_bundle, verify_bundle
+from translora.bundle.manifest import MANIFEST, BundleError
+from translora.config import PrepareConfig, PrepareEntry
+from translora.run.files import derive_seed, digest, read_jsonl, sha256_file, sha256_path
+from translora.run.rundir import EXECUTION_ONLY
+from translora.synthesis.prompts import normalise
+
+logger = logging.getLogger(__name__)
+MADE_FROM = ("data_sha256", "adapter_sha256", "seeds_sha256", "num_samples", "recipe")
+"""Entries of a bundle's provenance that say what it was made from."""
+MIN_ROWS = 2
+NUM_SAMPLES = 250
+"""|D| where there is no data."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One bundle to make."""
+
+    entry: PrepareEntry
+    rows: list[dict[str, Any]]
+    """None of them where the data is gone."""
+    seeds: list[str]
+    output: Path
+
+    @property
+    def num_samples(self) -> int:
+        """|D|."""
+        return self.entry.num_samples or len(self.rows) or NUM_SAMPLES
+
+
+def read_task(config: PrepareConfig, entry: PrepareEntry) -> Task:
+    """Read a task's data and choose its seeds.
+
+    Raises:
+        ValueError: data or seeds are too few, or the bundle's directory holds something else.
+    """
+    output = config.output_dir / entry.name
+    if is_foreign(output):
+        raise ValueError(
+            f"{output}: exists and is not a bundle, so it is not replaced; move it away, or change output_dir"
+        )
+    if entry.data is None and (Path(str(entry.adapter)) / MANIFEST).exists():
+        raise ValueError(f"{entry.adapter}: is a bundle already; name it in the fleet file as it is")
+    rows = [] if entry.data is None else read_jsonl(entry.data, required=("input", "target"))
+    if entry.data is not None and len(rows) < MIN_ROWS:
+        raise ValueError(f"{entry.data}: {len(rows)} row; give {MIN_ROWS} or more")
+    if entry.seeds is not None:
+        seeds = [row["input"] for row in read_jsonl(entry.seeds, required=("input",))]
+        if len(set(seeds)) < MIN_SEEDS:
+            raise ValueError(
+                f"{entry.seeds}: {len(set(seeds))} different seed(s); give {MIN_SEEDS} or more (five is usual)"
+            )
+    else:
+        seeds = choose_seeds(rows, config.num_seeds, derive_seed(config.seed, entry.name, "seeds"))
+        if len(seeds) < config.num_seeds:
+            raise ValueError(
+                f"{entry.data}: {len(seeds)} different inputs, but num_seeds is {config.num_seeds}; "
+                "lower num_seeds or give `seeds`"
+            )
+    return Task(entry, rows, seeds, output)
+
+
+def choose_seeds(rows: list[dict[str, Any]], num_seeds: int, seed: int) -> list[str]:
+    """Different inputs drawn at random, one from each target in turn, the frequent targets first.
+
+    An answer class without a seed would be missing from the synthetic set.
+    """
+    distinct = sorted({normalise(row["input"]): row for row in rows}.values(), key=lambda row: row["input"])
+    random.Random(seed).shuffle(distinct)
+    by_target: dict[str, list[str]] = {}
+    for row in distinct:
+        by_target.setdefault(normalise(row["target"]), []).append(row["input"])
+    classes = sorted(by_target.values(), key=len, reverse=True)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*classes))
+    return [text for text in turns if text is not None][:num_seeds]
+
+
+def is_made(config: PrepareConfig, task: Task, base: BaseInfo) -> bool:
+    """Whether the task's bundle exists, is sound, and is of this base, this data and these settings.
+
+    A bundle of an older version tells nothing of its settings: it is kept when the data is the same.
+    """
+    if not (task.output / MANIFEST).exists():
+        return False
+    try:
+        bundle = read_bundle(task.output)
+        verify_bundle(bundle, base)
+    except BundleError as error:
+        logger.warning("%s: made anew: %s", task.entry.name, error)
+        return False
+    if not task.rows and bundle.discriminator_dir is not None:
+        logger.warning(
+            "%s: %s has a discriminator, which cannot be trained again without data: kept; to have a bundle without "
+            "one, move it away",
+            task.entry.name,
+            task.output,
+        )
+        return True
+    now, then = provenance(config, task), bundle.manifest.provenance
+    changed = {key for key in MADE_FROM if then.get(key) != now.get(key)}
+    if "recipe" not in then:
+        changed.discard("recipe")
+        if not changed:
+            logger.info("%s: %s does not tell its settings: kept", task.entry.name, task.output)
+    if changed:
+        what = "settings" if changed <= {"recipe", "num_samples"} else "data"
+        logger.warning("%s: %s was made with other %s: made anew", task.entry.name, task.output, what)
+    return not changed
+
+
+def recipe(config: PrepareConfig, task: Task) -> str:
+    """Hash of the settings that decide what a bundle is, given its base and its data; the same on every machine."""
+    if not task.rows:
+        return digest(config.prompt_template)
+    ds_config = Path(config.train.ds_config).name
+    return digest(
+        config.train.model_dump(exclude=EXECUTION_ONLY) | {"ds_config": ds_config},
+        config.discriminator.model_dump(),
+        config.synthesis.sampling.model_dump(),
+        config.synthesis.num_orderings,
+        config.num_seeds,
+        config.seed,
+        config.prompt_template,
+    )
+
+
+def provenance(config: PrepareConfig, task: Task) -> dict[str, str | int]:
+    """What a bundle is made from, files by their hashes."""
+    entry = task.entry
+    made_from: dict[str, str | int] = {"recipe": recipe(config, task)}
+    if entry.data is not None:
+        made_from["data_sha256"] = sha256_file(Path(entry.data))
+    if entry.adapter is not None:
+        made_from["adapter_sha256"] = sha256_path(Path(entry.adapter))
+    if entry.seeds is not None:
+        made_from["seeds_sha256"] = sha256_file(Path(entry.seeds))
+    if entry.num_samples is not None:
+        made_from["num_samples"] = entry.num_samples
+    return made_from
