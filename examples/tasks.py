@@ -1,11 +1,12 @@
-"""Three small tasks made from word lists: `python -m examples.tasks [--out DIR]`.
+"""Four small tasks made from word lists: `python -m examples.tasks [--out DIR]`.
 
 ticket-routing  a customer's message     -> one of four teams
 review-weather  a guest's review         -> sunny, stormy or cloudy (praise, complaint, neither)
 name-badge      a note about a colleague -> "Last, First [City]"
+ticket-reply    a customer's message     -> two sentences from the team that it is for
 
-Inputs are one line of 11 to 27 tokens and hold all the text that the model sees; answers are a few tokens. The pieces
-combine freely, so a model that reads five inputs can invent more of the same kind.
+Inputs are one line of 11 to 27 tokens and hold all the text that the model sees; answers are a few tokens, those of
+ticket-reply some thirty. The pieces combine freely, so a model that reads five inputs can invent more of the same kind.
 """
 
 from __future__ import annotations
@@ -59,6 +60,12 @@ REPAIR = (
     "the button of my {item} is broken.", "the screen of my {item} is broken.",
 )
 DEVICES = ("phone", "laptop", "tablet", "computer")
+REPLIES = (
+    "we are sorry for the trouble with {about}. Our billing team checks the amount and writes to you within two days.",
+    "we are sorry that the {about} is not with you yet. Our delivery team calls the courier and writes tomorrow.",
+    "we are sorry that you cannot use your {about}. Our login team sends you a new password within the hour.",
+    "we are sorry that the {about} does not work. Our repair team mends it free of charge within a week.",
+)
 
 SUBJECTS = (
     "room", "breakfast", "waiter", "soup", "view", "bed", "pool", "coffee", "garden", "music", "driver", "pizza",
@@ -102,12 +109,26 @@ BADGES = (
 # fmt: on
 
 
-def _ticket(rng: random.Random, index: int) -> tuple[str, str]:
+def _message(rng: random.Random, index: int) -> tuple[str, int, str]:
+    """A customer's message, the number of its team, and what it is about."""
     kind = index % len(TEAMS)
-    text = rng.choice((BILLING, PARCEL, LOGIN, REPAIR)[kind])
-    text = text.format(bill=rng.choice(BILLS), item="{item}", since=rng.choice(SINCE), device=rng.choice(DEVICES))
-    text = text.format(item=rng.choice(ITEMS))
-    return f"Route this ticket: {text[0].upper()}{text[1:]}", TEAMS[kind]
+    form = rng.choice((BILLING, PARCEL, LOGIN, REPAIR)[kind])
+    bill, since, device = rng.choice(BILLS), rng.choice(SINCE), rng.choice(DEVICES)
+    item = rng.choice(ITEMS)
+    text = form.format(bill=bill, item="{item}", since=since, device=device).format(item=item)
+    account = device if "{device}" in form else "account"
+    about = (bill.format(item=item).replace("my ", "your "), item, account, item)[kind]
+    return f"{text[0].upper()}{text[1:]}", kind, about
+
+
+def _ticket(rng: random.Random, index: int) -> tuple[str, str]:
+    text, kind, _ = _message(rng, index)
+    return f"Route this ticket: {text}", TEAMS[kind]
+
+
+def _reply(rng: random.Random, index: int) -> tuple[str, str]:
+    text, kind, about = _message(rng, index)
+    return f"Answer this ticket: {text}", f"Dear customer, {REPLIES[kind].format(about=about)}"
 
 
 def _review(rng: random.Random, index: int) -> tuple[str, str]:
@@ -130,6 +151,7 @@ TASKS: dict[str, Callable[[random.Random, int], tuple[str, str]]] = {
     "ticket-routing": _ticket,
     "review-weather": _review,
     "name-badge": _badge,
+    "ticket-reply": _reply,
 }
 
 
