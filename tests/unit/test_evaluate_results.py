@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from translora.cli import main
 from translora.evaluate.plot import draw_calibration
 from translora.evaluate.render import read_results, to_markdown, write_results
 from translora.evaluate.results import BaseSize, Migration, Results, Setup, TaskItems, summarise
+from translora.evaluate.statistics import Separation
 from translora.run.state import GateResult, SynthesisStats
 
 SEEDS = [0, 1]
@@ -46,7 +49,8 @@ def items(name: str, majority: float = 0.5, **counts: int) -> TaskItems:
     right = {
         arm: {seed: [index < count for index in range(NUM_TEST)] for seed in SEEDS} for arm, count in counts.items()
     }
-    return TaskItems(name, 60, NUM_TEST, majority, 0.25, right)
+    commonest = [float(index >= round((1 - majority) * NUM_TEST)) for index in range(NUM_TEST)]
+    return TaskItems(name, 60, NUM_TEST, 0.25, dict.fromkeys(SEEDS, commonest), right)
 
 
 SKILL = items("skill", source_base=10, source_adapter=40, target_base=10, real=45, plain=38, other=24)
@@ -139,8 +143,10 @@ def test_the_gate_is_calibrated_on_the_tasks_that_count() -> None:
     found = summarise(setup(), [SKILL, TRIVIAL, NO_GAIN], [*MIGRATIONS, *more]).calibration
     agreement, likelihood = found.signals["agreement"], found.signals["likelihood"]
     assert (agreement.num_points, found.num_kept, found.num_lost) == (4, 2, 2), "0.72 of 0.8; the trivial task apart"
-    assert found.best is not None and found.best.threshold == pytest.approx(0.75)
-    assert found.best.balanced_accuracy == 1 and found.configured == 0.75, "the verdict let one that was lost pass"
+    assert found.best is not None and found.best.threshold == pytest.approx(0.75) and found.best == found.best_alone
+    assert found.best.balanced_accuracy == 1, "the verdict let one that was lost pass"
+    assert found.configured == found.alone == Separation(0.6, 0.75)
+    assert agreement.within_tasks == agreement.with_difference.value if agreement.with_difference else False
     assert agreement.with_accuracy is not None and agreement.with_accuracy.interval is None, "one task"
     assert agreement.with_accuracy.value == pytest.approx(0.95, abs=0.01)
     assert likelihood.num_points == 0 and likelihood.with_accuracy is None
@@ -155,7 +161,40 @@ def test_the_gate_is_calibrated_on_the_tasks_that_count() -> None:
     assert refused.gate is not None
     refused.gate.passed = False
     found = summarise(setup(), [SKILL, TRIVIAL, NO_GAIN], [*MIGRATIONS, refused]).calibration
-    assert found.configured == 1, "by the verdict, whatever it rests on"
+    assert found.configured is not None and found.configured.balanced_accuracy == 1, "whatever it rests on"
+    assert found.alone == Separation(0.6, 0.75)
+
+
+def test_the_limits_of_the_whole_gate_are_apart_from_agreement() -> None:
+    """One that kept its accuracy agrees well, and no better than by chance: the threshold is not what fails it."""
+    unlucky, lost = migration("skill", "plain", 1, 0.7, 0.8), migration("skill", "other", 1, 0.3, 0.2)
+    assert unlucky.gate is not None
+    unlucky.gate.passed, unlucky.gate.p_value = False, 0.1
+    found = summarise(setup(), [SKILL], [migration("skill", "plain", 0, 0.9, 0.8), unlucky, lost]).calibration
+    assert found.configured == Separation(0.6, 0.75) and found.alone == Separation(0.6, 1.0)
+    assert found.best == Separation(0.5, 0.75) and found.best_alone == Separation(0.5, 1.0)
+
+
+def test_accuracies_that_differ_by_rounding_alone_are_ties() -> None:
+    pairs = [(0.9, 0.7), (0.8, 0.5), (0.7, 0.6), (0.6, 0.1 + 0.2 + 0.1)]
+    rows = [
+        migration("skill", "plain", index, agreement, accuracy) for index, (agreement, accuracy) in enumerate(pairs)
+    ]
+    rows = [one.model_copy(update={"source_accuracy": (one.accuracy or 0) + 1 / 150}) for one in rows]
+    assert len({(one.accuracy or 0) - one.source_accuracy for one in rows}) > 1, "to the last bit"
+    found = summarise(setup(), [SKILL], rows).calibration.signals["agreement"]
+    assert found.with_difference is None and found.within_tasks is None, "all lost one item of 150"
+
+
+def test_one_answer_to_everything_counts_one_time_in_forty_at_most() -> None:
+    """An adapter as good as the majority answer, and independent of it, has no skill: the share that counts."""
+    rng, counted = np.random.default_rng(3), 0
+    for trial in range(200):
+        commonest, right = (rng.random(80) < 0.8 for _ in range(2))
+        arms = {arm: {0: right.tolist()} for arm in ("source_base", "source_adapter", "target_base", "real")}
+        task = TaskItems(f"trial {trial}", 60, 80, 0.25, {0: commonest.tolist()}, arms)
+        counted += task.result([]).counted
+    assert counted <= 11, "5 of 200 are expected, and more than 11 come one time in a hundred"
 
 
 def test_an_adapter_that_was_not_made_counts_as_the_bare_base() -> None:
@@ -174,7 +213,7 @@ def test_an_adapter_that_was_not_made_counts_as_the_bare_base() -> None:
 
 def test_an_arm_without_an_adapter_in_a_seed_is_the_base_there() -> None:
     missing = {**SKILL.correct, "other": {1: SKILL.correct["other"][1]}}
-    task = TaskItems("skill", 60, NUM_TEST, 0.5, 0.25, missing)
+    task = dataclasses.replace(SKILL, correct=missing)
     found = summarise(setup(), [task], [migration("skill", "other", 0, 0, None, note="too few samples")])
     other = found.arms["other"]
     assert other.accuracy is not None and other.accuracy.value == pytest.approx((24 + 10) / 100)
@@ -200,14 +239,14 @@ def test_the_page_says_what_was_measured(results: Results) -> None:
     assert "| trivial | 25.0 | 70.0 |" in apart.split("## The arms")[0] and "| skill |" not in apart
     assert "| no-gain | +0.0 [+0.0, +0.0] | undefined | undefined | undefined |" in counted
     assert "3 migrated adapters of the tasks that count" in text
-    assert "1 did not" in text and "| as configured | 0.60 | 100 % |" in text
+    assert "1 did not" in text and "| whole, as configured | 0.60 | 100 % |" in text
     widths = [line.count(" | ") for line in counted.splitlines() if line.startswith("| skill")]
     assert widths == [8, 4, 4], "chance, majority, four references, two arms; twice gain, source adapter, two arms"
 
 
-@pytest.mark.parametrize("page", ["results-options.md", "results-update.md"])
-def test_a_page_of_the_docs_is_what_its_figures_say(page: str) -> None:
-    path = Path(__file__).parents[2] / "docs" / page
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "docs").glob("results-*.json")), ids=str)
+def test_a_page_of_the_docs_is_what_its_figures_say(path: Path) -> None:
+    path = path.with_suffix(".md")
     assert to_markdown(read_results(path), path.stem) == path.read_text(encoding="utf-8")
 
 
@@ -273,7 +312,10 @@ def test_the_report_is_written_again_from_its_json_alone(
     assert summarise(setup(), [SKILL, TRIVIAL, NO_GAIN], MIGRATIONS) == results, "the bootstrap is seeded"
     (tmp_path / "results.json").write_text('{"schema_version": 1}')
     assert main(["evaluate", str(config), "--report-only"]) == 2
-    assert "damaged, or of another version" in capsys.readouterr().err
+    assert "written by another version of translora: schema 1, and this one reads 3" in capsys.readouterr().err
+    (tmp_path / "results.json").write_text('{"schema_version": 3}')
+    assert main(["evaluate", str(config), "--report-only"]) == 2
+    assert "results.json: cannot be read (damaged); run without --report-only" in capsys.readouterr().err
 
 
 def test_an_adapter_that_did_not_migrate_shows_in_the_exit_code(results: Results, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from translora.evaluate import statistics
 from translora.evaluate.statistics import (
     Resample,
     Retention,
+    Separation,
     all_different,
-    balanced_accuracy,
     best_separation,
     chance_share,
     estimate,
@@ -19,7 +19,9 @@ from translora.evaluate.statistics import (
     rank_correlation,
     ranks,
     retention,
+    separation,
     spearman,
+    within_groups,
 )
 from translora.synthesis.quality import majority_share
 
@@ -191,17 +193,29 @@ def test_the_interval_of_a_correlation_draws_whole_tasks() -> None:
     assert twice.interval == pytest.approx(found.interval, abs=0.15)
 
 
+def best_alone(agreements: list[float], kept: list[bool]) -> Separation | None:
+    return best_separation(agreements, kept, lambda threshold: [one >= threshold for one in agreements])
+
+
+def test_groups_correlate_within_themselves_whatever_lies_between_them() -> None:
+    x, y = [1.0, 2, 3, 11, 12, 13, 20], [13.0, 12, 11, 1, 2, 3, 9]
+    assert within_groups(x, y, list("aaabbbc")) == pytest.approx((-1 + 1) / 2), "one point alone has none"
+    assert (spearman(x, y) or 0) < -0.5
+    assert within_groups(x[:2], y[:2], list("ab")) is None
+
+
 def test_the_best_threshold_lies_between_kept_and_lost() -> None:
     agreements, kept = [0.2, 0.4, 0.6, 0.8], [False, False, True, True]
-    best = best_separation(agreements, kept)
+    best = best_alone(agreements, kept)
     assert best is not None and (best.threshold, best.balanced_accuracy) == (pytest.approx(0.5), 1.0)
-    assert balanced_accuracy([False, True, True, True], kept) == 0.75, "both kept pass, one of two lost does not"
-    assert balanced_accuracy(kept, kept) == 1 and balanced_accuracy([True] * 4, kept) == 0.5
+    some = separation(0.5, [False, True, True, True], kept)
+    assert some is not None and some.balanced_accuracy == 0.75, "both kept pass, one of two lost does not"
+    assert separation(0.5, kept, kept) == Separation(0.5, 1) and separation(0, [True] * 4, kept) == Separation(0, 0.5)
 
 
 def test_agreement_that_misleads_is_worth_no_threshold() -> None:
-    best = best_separation([0.2, 0.4, 0.6, 0.8], [True, True, False, False])
+    best = best_alone([0.2, 0.4, 0.6, 0.8], [True, True, False, False])
     assert best is not None and (best.threshold, best.balanced_accuracy) == (0.0, 0.5)
     for alike in (True, False):
-        assert best_separation([0.2, 0.8], [alike, alike]) is None
-    assert best_separation([], []) is None
+        assert best_alone([0.2, 0.8], [alike, alike]) is None
+    assert best_alone([], []) is None

@@ -23,6 +23,8 @@ from translora.synthesis.pool import Pool
 from translora.synthesis.stages import ANSWER_SCORES
 
 ROOT = Path(__file__).resolve().parents[2]
+LONG = "ticket-reply"
+"""The task of long answers, which the demo leaves out."""
 LABELS = {"ticket-routing": set(tasks.TEAMS), "review-weather": set(tasks.WEATHERS)}
 
 
@@ -38,7 +40,7 @@ def test_generate_is_deterministic_and_without_duplicates(task: str) -> None:
 def test_rows_are_short_single_lines(task: str) -> None:
     for row in tasks.generate(task, 200, seed=0):
         assert 7 <= len(row["input"].split()) <= 30
-        assert len(row["target"].split()) <= 3
+        assert len(row["target"]) >= 80 if task == LONG else len(row["target"].split()) <= 3
         assert not [wrong for wrong in ("\n", "{", "  ") if wrong in row["input"]]
 
 
@@ -49,7 +51,7 @@ def test_no_answer_dominates(task: str) -> None:
         assert set(counts) == LABELS[task]
         assert max(counts.values()) == min(counts.values())
     else:
-        assert max(counts.values()) <= 3
+        assert max(counts.values()) <= (12 if task == LONG else 3)
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
@@ -142,8 +144,9 @@ def test_importing_the_examples_loads_no_torch() -> None:
 def test_example_configs_are_valid_and_name_every_task() -> None:
     prepare = load_config(ROOT / "examples" / "prepare.yaml", PrepareConfig)
     fleet = load_config(ROOT / "examples" / "fleet.yaml", FleetConfig)
-    assert [entry.name for entry in prepare.tasks] == list(tasks.TASKS)
-    assert [Path(entry.bundle).name for entry in fleet.adapters] == list(tasks.TASKS)
+    short = [task for task in tasks.TASKS if task != LONG]
+    assert [entry.name for entry in prepare.tasks] == short
+    assert [Path(entry.bundle).name for entry in fleet.adapters] == short
     assert all(entry.eval_data and entry.eval_data.endswith(".test.jsonl") for entry in fleet.adapters)
     assert prepare.source.model == fleet.source.model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +23,6 @@ from translora.run.state import AdapterState
 from translora.synthesis.actors import Hosts, run_rows
 from translora.synthesis.calls import Row
 from translora.synthesis.prompts import normalise
-from translora.synthesis.quality import majority_share
 from translora.synthesis.stages import choice_block
 
 Logliks = dict[tuple[str, str], list[list[float]]]
@@ -174,12 +174,19 @@ def task_items(config: EvaluateConfig, name: str, repetitions: Sequence[Repetiti
         name=name,
         num_train=task.num_train,
         num_test=task.num_test,
-        majority=sum(map(majority_share, targets)) / len(targets),
+        commonest={one.seed: is_commonest(own) for one, own in zip(repetitions, targets, strict=True)},
         chance=sum(part.chance() for part in parts) / len(parts),
         correct=correct,
         metric=next((part.harness.metric for part in parts if part.harness), ""),
         inputs={one.seed: [digest(normalise(row["input"])) for row in one.splits[name].test] for one in repetitions},
     )
+
+
+def is_commonest(targets: Sequence[str]) -> list[float]:
+    """1 for each target that is the commonest one, the first of equals."""
+    texts = [normalise(target) for target in targets]
+    ((most, _),) = Counter(texts).most_common(1)
+    return [float(text == most) for text in texts]
 
 
 def migrations(config: EvaluateConfig, repetition: Repetition) -> list[Migration]:

@@ -6,19 +6,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from translora.evaluate.cells import correlation, counted_noun, table
+from translora.config import GateConfig
+from translora.evaluate.cells import correlation, counted_noun, ratio_of, table
 from translora.evaluate.statistics import (
     Correlation,
     Separation,
-    balanced_accuracy,
     best_separation,
     rank_correlation,
+    separation,
+    within_groups,
 )
+from translora.gate.verdict import judge
 from translora.run.state import GateResult
 
 KEPT_SHARE = 0.9
 """An adapter kept its skill if it has this share of the source adapter's accuracy."""
-ROUNDING = 1e-9
+DIGITS = 9
+"""Of accuracies and their differences: equal ones must be ties."""
 SIGNAL_WORDS = {
     "agreement": "agreement with the teacher",
     "informedness": "informedness, where answers are few",
@@ -44,6 +48,8 @@ class Signal:
     """And the migrated adapter's accuracy."""
     with_difference: Correlation | None
     """And its accuracy minus the source adapter's."""
+    within_tasks: float | None
+    """The same within each task, the mean over those that have one: tasks differ in how hard they are to agree on."""
 
 
 SIGNALS: dict[str, Callable[[GateResult], float | None]] = {
@@ -63,22 +69,37 @@ class Calibration:
     num_kept: int
     """Adapters with KEPT_SHARE of their source adapter's accuracy."""
     num_lost: int
+    configured: Separation | None
+    """The gate's verdicts, by each arm's own thresholds; None where all kept their accuracy, or all lost it."""
+    alone: Separation | None
+    """The configured min_agreement without the gate's other limits."""
     best: Separation | None
-    """The threshold of agreement that best separates the two."""
-    configured: float | None
-    """Balanced accuracy of the gate's verdicts, by each arm's own thresholds."""
+    """The min_agreement with which the whole gate best separates the two."""
+    best_alone: Separation | None
+    """The one that does so without the gate's other limits."""
 
 
-def calibrate(points: Sequence[Point]) -> Calibration:
+def calibrate(points: Sequence[Point], config: GateConfig) -> Calibration:
     """Whether the gate tells how good a migrated adapter really is; the points are of the tasks that count."""
-    kept = [point.accuracy >= KEPT_SHARE * point.source_accuracy - ROUNDING for point in points]
-    agreements = [point.gate.agreement_student for point in points]
+    kept = [round(point.accuracy - KEPT_SHARE * point.source_accuracy, DIGITS) >= 0 for point in points]
+    gates = [point.gate for point in points]
+    agreements = [gate.agreement_student for gate in gates]
+
+    def passed(threshold: float) -> list[bool]:
+        own = config.model_copy(update={"min_agreement": threshold})
+        return [judge(gate, own).passed for gate in gates]
+
+    def alone(threshold: float) -> list[bool]:
+        return [agreement >= threshold for agreement in agreements]
+
     return Calibration(
         signals={name: signal(points, measure) for name, measure in SIGNALS.items()},
         num_kept=sum(kept),
         num_lost=len(kept) - sum(kept),
-        best=best_separation(agreements, kept),
-        configured=balanced_accuracy([point.gate.passed for point in points], kept),
+        configured=separation(config.min_agreement, [gate.passed for gate in gates], kept),
+        alone=separation(config.min_agreement, alone(config.min_agreement), kept),
+        best=best_separation(agreements, kept, passed),
+        best_alone=best_separation(agreements, kept, alone),
     )
 
 
@@ -86,15 +107,17 @@ def signal(points: Sequence[Point], measure: Callable[[GateResult], float | None
     """How one of the gate's measurements goes with real accuracy."""
     found = [(value, point) for point in points if (value := measure(point.gate)) is not None]
     values, tasks = [value for value, _ in found], [point.task for _, point in found]
-    differences = [point.accuracy - point.source_accuracy for _, point in found]
+    accuracies = [round(point.accuracy, DIGITS) for _, point in found]
+    differences = [round(point.accuracy - point.source_accuracy, DIGITS) for _, point in found]
     return Signal(
         num_points=len(found),
-        with_accuracy=rank_correlation(values, [point.accuracy for _, point in found], tasks),
+        with_accuracy=rank_correlation(values, accuracies, tasks),
         with_difference=rank_correlation(values, differences, tasks),
+        within_tasks=within_groups(values, differences, tasks),
     )
 
 
-def calibration_page(found: Calibration, min_agreement: float, plot: str) -> list[str]:
+def calibration_page(found: Calibration, config: GateConfig, plot: str) -> list[str]:
     """Its part of an evaluation's page."""
     adapters = counted_noun(found.signals["agreement"].num_points, "migrated adapter")
     kept = f"{100 * KEPT_SHARE:.0f} %"
@@ -102,24 +125,32 @@ def calibration_page(found: Calibration, min_agreement: float, plot: str) -> lis
         f"![Agreement with the teacher against migrated − source accuracy, one point per adapter]({plot})",
         "",
         f"{adapters} of the tasks that count (tasks × seeds × arms), nothing withheld, one attempt each. Agreement is "
-        "what the gate sees: the share of held-out synthetic prompts on which the student gives the teacher's answer. "
-        "Intervals of the correlations draw whole tasks.",
+        "what the gate sees: the share of held-out synthetic prompts on which the student gives the teacher's answer, "
+        "or of long answers' tokens where it counts these. Intervals of the correlations draw whole tasks; within a "
+        "task it is the mean of the tasks' own.",
         "",
         *table(
-            ["Spearman correlation", "adapters", "with accuracy", "with accuracy, migrated − source adapter"],
+            [
+                "Spearman correlation",
+                "adapters",
+                "with accuracy",
+                "with accuracy, migrated − source adapter",
+                "the same within a task",
+            ],
             [
                 [
                     SIGNAL_WORDS[name],
                     str(one.num_points),
                     correlation(one.with_accuracy),
                     correlation(one.with_difference),
+                    ratio_of(one.within_tasks),
                 ]
                 for name, one in found.signals.items()
             ],
         ),
         "",
     ]
-    if found.best is None or found.configured is None:
+    if found.configured is None:
         return [
             *lines,
             f"{found.num_kept} adapters kept at least {kept} of their source adapter's accuracy and {found.num_lost} "
@@ -132,12 +163,16 @@ def calibration_page(found: Calibration, min_agreement: float, plot: str) -> lis
         *table(
             ["the gate", "min_agreement", "balanced accuracy of its verdicts"],
             [
-                ["as configured", f"{min_agreement:.2f}", f"{100 * found.configured:.0f} %"],
-                [
-                    "by agreement alone, best on these adapters, chosen after the fact",
-                    f"{found.best.threshold:.2f}",
-                    f"{100 * found.best.balanced_accuracy:.0f} %",
-                ],
+                [word, f"{one.threshold:.2f}", f"{100 * one.balanced_accuracy:.0f} %"]
+                for word, one in (
+                    ("whole, as configured", found.configured),
+                    ("min_agreement alone, as configured", found.alone),
+                    ("whole, the best on these adapters, chosen after the fact", found.best),
+                    ("min_agreement alone, the best on these adapters, chosen after the fact", found.best_alone),
+                )
+                if one is not None
             ],
         ),
+        "",
+        f"The whole gate also asks that the answers follow the prompts (p ≤ {config.max_p_value:g}).",
     ]

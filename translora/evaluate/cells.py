@@ -28,6 +28,11 @@ def ratio(found: Estimate | None, undefined: str = MISSING) -> str:
     return _interval(found, 1.0, 2, "") if found is not None else undefined
 
 
+def ratio_of(value: float | None) -> str:
+    """A bare ratio."""
+    return MISSING if value is None else f"{value:.2f}"
+
+
 def correlation(found: Correlation | None) -> str:
     """A rank correlation with its interval, or why it has none."""
     if found is None:

@@ -30,8 +30,8 @@ def draw_calibration(results: Results) -> str:
     high = max([0.1, *(math.ceil(10 * y) / 10 for _, _, y in points)])
     parts = [*_head(results), *_axes(low, high)]
     thresholds = [("configured", results.setup.gate["min_agreement"])]
-    if results.calibration.best is not None:
-        thresholds.append(("best", results.calibration.best.threshold))
+    if (best := results.calibration.best_alone) is not None:
+        thresholds.append(("best", best.threshold))
     for word, threshold in thresholds:
         parts.append(f'<path class="{word}" d="M{_x(threshold)} {_TOP}V{_HEIGHT - _BOTTOM}"/>')
     for one, x, y in points:

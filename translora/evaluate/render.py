@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -9,11 +10,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from translora.config import GateConfig
 from translora.evaluate.calibration import calibration_page
 from translora.evaluate.cells import MISSING, counted_noun, points, ratio, table
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, TARGET_BASE
 from translora.evaluate.plot import draw_calibration
-from translora.evaluate.results import ArmResult, BaseSize, Migration, Results, Setup, TaskResult
+from translora.evaluate.results import SCHEMA, ArmResult, BaseSize, Migration, Results, Setup, TaskResult
 from translora.report.markdown import escape
 from translora.run.files import write_bytes, write_json
 
@@ -45,10 +47,20 @@ def read_results(output: Path) -> Results:
     """
     path = output.with_suffix(".json")
     try:
-        return Results.model_validate_json(path.read_bytes())
+        text = path.read_bytes()
+        return Results.model_validate_json(text)
     except (OSError, ValidationError) as error:
-        fault = error.strerror if isinstance(error, OSError) else "damaged, or of another version of translora"
+        fault = error.strerror if isinstance(error, OSError) else _damage(text)
         raise ValueError(f"{path}: cannot be read ({fault}); run without --report-only") from error
+
+
+def _damage(text: bytes) -> str:
+    """Why results cannot be read."""
+    with contextlib.suppress(ValueError, AttributeError):
+        version = json.loads(text).get("schema_version")
+        if isinstance(version, int) and version != SCHEMA:
+            return f"written by another version of translora: schema {version}, and this one reads {SCHEMA}"
+    return "damaged"
 
 
 def to_markdown(results: Results, name: str) -> str:
@@ -74,7 +86,7 @@ def to_markdown(results: Results, name: str) -> str:
         ]
     lines += ["", "## The arms side by side", "", *_arms(results)]
     lines += ["", "## What the gate's agreement says about real accuracy", ""]
-    lines += calibration_page(results.calibration, setup.gate["min_agreement"], f"{name}.svg")
+    lines += calibration_page(results.calibration, GateConfig(**setup.gate), f"{name}.svg")
     if remarks := [one for one in results.migrations if one.note]:
         lines += ["", "## Remarks on single adapters", "", *_remarks(remarks)]
     return "\n".join(lines) + "\n"
@@ -99,8 +111,8 @@ def _setup(setup: Setup, tasks: Sequence[TaskResult], json_name: str) -> list[st
         "base's place, where that is greater. An arm that answers all items alike right or wrong has an interval of "
         "width zero, which is the bootstrap's limit, not certainty.",
         "",
-        f"Source adapter and real-data LoRA: {_training(setup.train)}. Students: {_training(setup.distill)}. "
-        f"Written by `translora evaluate` from [`{json_name}`]({json_name}); "
+        f"Source adapter and real-data LoRA: {_training(setup.train)}. Students: {_training(setup.distill)}"
+        f"{_synthesis(setup)}. Written by `translora evaluate` from [`{json_name}`]({json_name}); "
         + ", ".join(f"{name} {version}" for name, version in setup.versions.items() if name in SHOWN_VERSIONS)
         + ".",
     ]
@@ -145,6 +157,17 @@ def _training(settings: dict[str, object]) -> str:
     return (
         f"{student}, {settings['epochs']:g} epochs, "
         f"learning rate {settings['learning_rate']:g}, batch {settings['batch_size']}"
+    )
+
+
+def _synthesis(setup: Setup) -> str:
+    """How the arms' inputs were chosen, where they do not say otherwise."""
+    if not setup.synthesis:
+        return ""
+    sampling = setup.synthesis["sampling"]
+    return (
+        f"; inputs sampled at temperature {sampling['temperature']:g} and screened by "
+        f"{setup.synthesis['screen']} unless an arm says otherwise"
     )
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from translora.config import GateConfig
 from translora.evaluate.calibration import Calibration, Point, calibrate
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, TARGET_BASE
 from translora.evaluate.statistics import (
@@ -25,6 +26,8 @@ from translora.evaluate.statistics import (
     retention,
 )
 from translora.run.state import GateResult, SynthesisStats
+
+SCHEMA: Literal[3] = 3
 
 
 class Record(BaseModel):
@@ -52,6 +55,11 @@ class Setup(Record):
     train: dict[str, Any]
     distill: dict[str, Any]
     gate: dict[str, Any]
+    synthesis: dict[str, Any] = {}
+    """Empty in results of an older version, as the next two."""
+    discriminator: dict[str, Any] = {}
+    data: dict[str, str] = {}
+    """Digest of each task's rows, in all seeds."""
     num_replicates: int
     versions: dict[str, str]
 
@@ -84,7 +92,8 @@ class TaskResult(Record):
     metric: str = ""
     """Of lm-evaluation-harness; empty is exact match."""
     counted: bool
-    """Whether the source adapter beats the majority class beyond its interval: the headline is of these tasks."""
+    """Whether the source adapter beats the majority class beyond the interval of their difference, paired by item: the
+    headline is of these tasks."""
     accuracy: dict[str, Estimate]
     """By arm; the interval draws test items."""
     gain: Estimate
@@ -116,7 +125,7 @@ class ArmResult(Record):
 class Results(Record):
     """results.json."""
 
-    schema_version: int = 2
+    schema_version: Literal[3] = SCHEMA
     setup: Setup
     tasks: list[TaskResult]
     references: dict[str, Estimate | None]
@@ -126,8 +135,18 @@ class Results(Record):
     copy_skill: Estimate | None
     """The same above the majority class."""
     arms: dict[str, ArmResult]
-    calibration: Calibration
     migrations: list[Migration]
+
+    @property
+    def calibration(self) -> Calibration:
+        """The gate against real accuracy, over the migrated adapters of the tasks that count."""
+        counted = {task.name for task in self.tasks if task.counted}
+        points = [
+            Point(one.gate, one.accuracy, one.source_accuracy, one.task)
+            for one in self.migrations
+            if one.task in counted and one.gate is not None and one.accuracy is not None
+        ]
+        return calibrate(points, GateConfig(**self.setup.gate))
 
 
 @dataclass(frozen=True)
@@ -137,8 +156,9 @@ class TaskItems:
     name: str
     num_train: int
     num_test: int
-    majority: float
     chance: float
+    commonest: Mapping[int, Sequence[float]]
+    """By seed: 1 for the items that have the commonest target."""
     correct: Mapping[str, Mapping[int, Sequence[float]]]
     """By arm and seed, in the order of the items: 1 is right, 0 wrong."""
     metric: str = ""
@@ -146,9 +166,15 @@ class TaskItems:
     """The items' inputs by seed, in their order; all of them different where there are none here."""
 
     @property
-    def floor(self) -> float:
-        """The most that answers which do not depend on the input can reach."""
-        return max(self.majority, self.chance)
+    def majority(self) -> float:
+        """What one answer to every item can reach, mean over seeds."""
+        return float(np.mean([np.mean(own) for own in self.commonest.values()]))
+
+    @property
+    def floor_SN(self) -> Floats:
+        """What answers that do not depend on the input have right: the commonest one's, or the chance of a guess."""
+        majority_SN = np.asarray([self.commonest[seed] for seed in sorted(self.commonest)], dtype=float)
+        return majority_SN if self.majority >= self.chance else np.full_like(majority_SN, self.chance)
 
     def array(self, arm: str) -> Floats:
         """An arm's [S, N]; without an adapter in a seed it is the bare target base, which its owner is left with."""
@@ -167,10 +193,10 @@ class TaskItems:
         return float(values_SN.mean()), self.resample(over_seeds=over_seeds).means(values_SN)
 
     def retention(self, arm: str, *, above_floor: bool = False) -> Retention:
-        """What an arm kept of the gain over the target base, or over `floor` where that is greater."""
+        """What an arm kept of the gain over the target base, or over the floor where that is greater."""
         base_SN = self.array(TARGET_BASE)
-        if above_floor and base_SN.mean() < self.floor:
-            base_SN = np.full_like(base_SN, self.floor)
+        if above_floor and base_SN.mean() < self.floor_SN.mean():
+            base_SN = self.floor_SN
         return retention(base_SN, self.array(REAL), self.array(arm), self.resample(over_seeds=True))
 
     def result(self, arms: Sequence[str]) -> TaskResult:
@@ -185,7 +211,7 @@ class TaskItems:
             majority=self.majority,
             chance=self.chance,
             metric=self.metric,
-            counted=accuracy[SOURCE_ADAPTER].low > self.floor,
+            counted=items.estimate(self.array(SOURCE_ADAPTER) - self.floor_SN).low > 0,
             accuracy=accuracy,
             gain=self.retention(SOURCE_ADAPTER).gain,
             retention={arm: self.retention(arm).estimate for arm in adapters},
@@ -224,7 +250,6 @@ def summarise(setup: Setup, tasks: Sequence[TaskItems], migrations: Sequence[Mig
     arms = list(setup.arms)
     lines = [task.result(arms) for task in tasks]
     counted = [task for task, line in zip(tasks, lines, strict=True) if line.counted]
-    names = {task.name for task in counted}
     return Results(
         setup=setup,
         tasks=lines,
@@ -232,12 +257,5 @@ def summarise(setup: Setup, tasks: Sequence[TaskItems], migrations: Sequence[Mig
         copy_retention=retention_over(counted, SOURCE_ADAPTER),
         copy_skill=retention_over(counted, SOURCE_ADAPTER, above_floor=True),
         arms={arm: arm_result(arm, arms[0], counted) for arm in arms},
-        calibration=calibrate(
-            [
-                Point(one.gate, one.accuracy, one.source_accuracy, one.task)
-                for one in migrations
-                if one.task in names and one.gate is not None and one.accuracy is not None
-            ]
-        ),
         migrations=list(migrations),
     )

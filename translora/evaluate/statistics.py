@@ -7,7 +7,7 @@ replicates, S of seeds (repetitions), N of test items in each.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,32 +178,42 @@ def rank_correlation(x: Sequence[float], y: Sequence[float], groups: Sequence[st
     return Correlation(value, (found.low, found.high), len(members))
 
 
+def within_groups(x: Sequence[float], y: Sequence[float], groups: Sequence[str]) -> float | None:
+    """The mean of the groups' own Spearman correlations, over those that have one; None where none has."""
+    own = [
+        spearman(*([side[index] for index, name in enumerate(groups) if name == group] for side in (x, y)))
+        for group in dict.fromkeys(groups)
+    ]
+    defined = [value for value in own if value is not None]
+    return float(np.mean(defined)) if defined else None
+
+
 @dataclass(frozen=True)
 class Separation:
-    """How well `agreement >= threshold` tells the adapters that kept their accuracy from those that lost it."""
+    """How well a threshold of agreement tells the adapters that kept their accuracy from those that lost it."""
 
     threshold: float
     balanced_accuracy: float
+    """Mean of the share of kept adapters that pass and of lost ones that do not; 0.5 is no better than chance."""
 
 
-def balanced_accuracy(passed: Sequence[bool], kept: Sequence[bool]) -> float | None:
-    """Mean of the share of kept adapters that pass and of lost ones that do not; 0.5 is no better than chance.
-
-    None where all adapters kept their accuracy, or all lost it.
-    """
+def separation(threshold: float, passed: Sequence[bool], kept: Sequence[bool]) -> Separation | None:
+    """What passed with a threshold, rated; None where all adapters kept their accuracy, or all lost it."""
     if len(set(kept)) < 2:
         return None
     through, good = np.asarray(passed), np.asarray(kept)
-    return float((through[good].mean() + (~through[~good]).mean()) / 2)
+    return Separation(threshold, float((through[good].mean() + (~through[~good]).mean()) / 2))
 
 
-def best_separation(agreements: Sequence[float], kept: Sequence[bool]) -> Separation | None:
-    """The best threshold, of equals the lowest: 0, which lets all pass, or half-way between neighbouring agreements."""
+def best_separation(
+    agreements: Sequence[float], kept: Sequence[bool], passed: Callable[[float], Sequence[bool]]
+) -> Separation | None:
+    """The best threshold, of equals the lowest: 0, or half-way between neighbouring agreements.
+
+    Args:
+        passed: what passes with a threshold.
+    """
     values = sorted(set(agreements))
     thresholds = [0.0, *((low + high) / 2 for low, high in itertools.pairwise(values))]
-    rated = [
-        Separation(threshold, balanced)
-        for threshold in thresholds
-        if (balanced := balanced_accuracy([agreement >= threshold for agreement in agreements], kept)) is not None
-    ]
+    rated = [one for threshold in thresholds if (one := separation(threshold, passed(threshold), kept)) is not None]
     return max(rated, key=lambda one: one.balanced_accuracy) if rated else None
