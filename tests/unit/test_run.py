@@ -18,7 +18,7 @@ from translora.engine.loading import load_tokenizer
 from translora.gate.phase import fail
 from translora.report.table import note
 from translora.run.files import read_jsonl, replace_directory, sha256_path, write_json
-from translora.run.member import Member, Run, attempt_size, expand_entries
+from translora.run.member import Member, Run, attempt_sizes, expand_entries
 from translora.run.recipes import Seals, recipes
 from translora.run.resume import continue_state, sent_back
 from translora.run.rundir import check_free, open_run
@@ -220,12 +220,12 @@ def test_another_attempt_lays_the_first_set_aside_and_survives_a_kill(
     first = (tmp_path / "adapters/a/synthetic.parquet").read_bytes()
     member = Member(bundle, state, tmp_path / "adapters/a", 4, 2, [], AdapterEntry(bundle="x"))
     run.send_back(member)
-    assert member.waits_for("synthesis") and member.num_samples == 8 and state.losses == []
+    assert member.waits_for("synthesis") and (member.num_samples, member.num_heldout) == (8, 48) and state.losses == []
     assert member.earlier_set.read_bytes() == first and not (tmp_path / "adapters/a/synthetic.parquet").exists()
     assert "attempt 2: the gate sent it back for more samples" in note(state)
     assert (state.gate, state.accuracy, state.earlier_agreement) == (None, None, 0.4), "the verdict was on the first"
     again = continue_state(tmp_path, fresh(), target)
-    assert again == state and attempt_size(again, run.config.gate) == 8
+    assert again == state and attempt_sizes(again, run.config.gate) == (8, 48)
     for phase in ("synthesis", "gate"):
         assert sent_back(state, fresh(), phase).earlier_agreement == 0.4, "what the next attempt is compared with"
     shipped = tmp_path / "bundles/a"

@@ -29,6 +29,8 @@ class AdapterEntry(Strict):
     """This adapter's own distill.epochs."""
     learning_rate: float | None = Field(default=None, gt=0)
     """This adapter's own distill.learning_rate."""
+    min_agreement: float | None = Field(default=None, ge=0, le=1)
+    """This adapter's own gate.min_agreement."""
 
 
 OPEN_GATE = {"min_agreement": 0.0, "min_gain": -1.0}
@@ -60,7 +62,8 @@ class GateConfig(Strict):
     """Times that an adapter which did not pass is distilled again, from more samples, before it is given up.
     It is given up sooner where the last samples brought no more agreement."""
     retry_factor: float = Field(default=2.0, gt=1, le=4)
-    """|D_syn| of a retry, as a multiple of that of the attempt before; what was accepted then is kept."""
+    """|D_syn| of a retry and its held-out samples, as a multiple of those of the attempt before; what was accepted then
+    is kept."""
 
 
 class TrackingConfig(Strict):
@@ -113,6 +116,11 @@ class FleetConfig(ConfigFile):
     def generator(self) -> BaseModelConfig:
         """What invents the task inputs."""
         return self.synthesis.generator or self.target
+
+    def gate_of(self, entry: AdapterEntry) -> GateConfig:
+        """The gate of an adapter."""
+        own = {} if entry.min_agreement is None else {"min_agreement": entry.min_agreement}
+        return self.gate.model_copy(update=own)
 
     def epochs_of(self, entry: AdapterEntry) -> float:
         """Passes over an adapter's training samples."""

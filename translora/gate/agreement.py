@@ -6,8 +6,10 @@ normalising case and white space; the agreement of long answers can be that of t
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -17,10 +19,11 @@ from translora.gate.verdict import chance_agreement, chance_gain, informedness, 
 from translora.run.state import Accuracy, GateResult
 from translora.synthesis.actors import Hosts, run_rows
 from translora.synthesis.calls import Row
-from translora.synthesis.prompts import LINE_END
+from translora.synthesis.prompts import LINE_END, normalise
 from translora.synthesis.quality import majority_share
 from translora.synthesis.stages import gate_block, token_block
 
+logger = logging.getLogger(__name__)
 Answers = dict[tuple[str, str], list[str | None]]
 """By name and arm, in the order of the samples; None for one that did not end."""
 Shares = dict[tuple[str, str], list[float]]
@@ -43,6 +46,10 @@ class GateMember:
     """Real held-out data: `input`, `target`; empty where there is none."""
     classes: Sequence[str] = ()
     """The teacher's different answers to the synthetic samples, where they are few; empty for free text."""
+    config: GateConfig = field(default_factory=GateConfig)
+    """Its own thresholds."""
+    trained: Sequence[str] = ()
+    """The synthetic inputs that the student was trained on."""
 
     @property
     def has_long_answers(self) -> bool:
@@ -157,7 +164,6 @@ def run_gate(
     *,
     source: BaseModelConfig,
     target: BaseModelConfig,
-    config: GateConfig,
     batch_size: int,
     max_answer_tokens: int,
     hosts: Hosts,
@@ -166,12 +172,14 @@ def run_gate(
 ) -> tuple[dict[str, tuple[GateResult, Accuracy | None]], dict[str, str]]:
     """Answer the held-out prompts with student and bare target base, all adapters in mixed batches, and judge.
 
-    Returns the verdicts by name, and the reasons by name of those that cannot be judged.
+    Returns the verdicts by name, and the reasons by name of those that cannot be judged. Real data whose answers cannot
+    be computed leaves an adapter without an accuracy, and says so.
 
     Args:
-        digests: content hashes of the students and fingerprints of the bases: a rerun reuses the answers of the same
-            weights only.
+        digests: content hashes of the students and teachers, and fingerprints of the bases: a rerun reuses the answers
+            of the same weights only.
     """
+    heldout_rows: list[Row] = []
     target_rows: list[Row] = []
     source_rows: list[Row] = []
     for member in members:
@@ -179,7 +187,7 @@ def run_gate(
         heldout = [(row["input"], row["answer"]) for row in member.heldout]
         real = [(row["input"], row["target"]) for row in member.eval_rows]
         for slot, gate_arm, eval_arm in ((student, "gate_student", "migrated"), (None, "gate_base", "target_base")):
-            target_rows += answer_rows(name, gate_arm, heldout, slot, "auto", with_likelihood=True)
+            heldout_rows += answer_rows(name, gate_arm, heldout, slot, "auto", with_likelihood=True)
             target_rows += answer_rows(name, eval_arm, real, slot, "auto")
         for slot, arm in ((teacher, "source_adapter"), (None, "source_base")):
             source_rows += answer_rows(name, arm, real, slot, member.teacher_template)
@@ -187,9 +195,10 @@ def run_gate(
     answers: Answers = {}
     logliks: dict[tuple[str, str], float] = {}
     faults: dict[str, str] = {}
+    unmeasured: dict[str, str] = {}
     students = {f"student/{member.name}": str(member.student_dir) for member in members}
     teachers = {f"teacher/{member.name}": str(member.teacher_dir) for member in members}
-    by_tokens = [one for one in members if config.long_answers == "tokens" and one.has_long_answers]
+    by_tokens = [one for one in members if one.config.long_answers == "tokens" and one.has_long_answers]
     shares: Shares = {}
     if by_tokens:
         shares = run_tokens(
@@ -202,9 +211,10 @@ def run_gate(
             weights=dict(digests),
             faults=faults,
         )
-    for label, base, adapters, rows in (
-        ("gate: target base", target, students, target_rows),
-        ("gate: source base", source, teachers, source_rows),
+    for label, base, adapters, rows, missing in (
+        ("gate: held-out prompts", target, students, heldout_rows, faults),
+        ("gate: real data, target base", target, students, target_rows, unmeasured),
+        ("gate: real data, source base", source, teachers, source_rows, unmeasured),
     ):
         if not rows:
             continue
@@ -218,12 +228,18 @@ def run_gate(
             hosts=hosts,
             run_dir=run_dir,
             digests=digests,
-            faults=faults,
+            faults=missing,
         )
         answers |= found
         logliks |= means
-    sound = [member for member in members if member.name not in faults]
-    return {member.name: _judge_member(member, answers, logliks, shares, config) for member in sound}, faults
+    for name, reason in unmeasured.items():
+        logger.warning("%s: its accuracy on real data is not measured: %s", name, reason)
+    sound = [
+        dataclasses.replace(member, eval_rows=[]) if member.name in unmeasured else member
+        for member in members
+        if member.name not in faults
+    ]
+    return {member.name: _judge_member(member, answers, logliks, shares) for member in sound}, faults
 
 
 def _judge_member(
@@ -231,7 +247,6 @@ def _judge_member(
     answers: Mapping[tuple[str, str], Sequence[str | None]],
     logliks: Mapping[tuple[str, str], float],
     shares: Shares,
-    config: GateConfig,
 ) -> tuple[GateResult, Accuracy | None]:
     labels = [sample["answer"] for sample in member.heldout]
     student, base = answers[member.name, "gate_student"], answers[member.name, "gate_base"]
@@ -256,7 +271,7 @@ def _judge_member(
         measured.agreement_student, measured.agreement_base = fmean(right), fmean(bare)
         # Better than both: the greater p-value is that of the two together (an intersection-union test).
         measured.p_value = max(chance_gain(right, bare), chance_gain(right, elsewhere))
-    gate = judge(measured, config)
+    gate = judge(measured, member.config)
     if not member.eval_rows:
         return gate, None
     targets = [row["target"] for row in member.eval_rows]
@@ -264,4 +279,6 @@ def _judge_member(
         arm: share_equal(answers[member.name, arm], targets)
         for arm in ("source_base", "source_adapter", "target_base", "migrated")
     }
-    return gate, Accuracy(num_items=len(targets), **right_shares)
+    trained = set(map(normalise, member.trained))
+    num_seen = sum(normalise(row["input"]) in trained for row in member.eval_rows)
+    return gate, Accuracy(num_items=len(targets), num_seen=num_seen, **right_shares)

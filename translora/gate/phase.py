@@ -31,11 +31,14 @@ def gate_phase(run: Run, members: list[Member]) -> None:
             heldout=member.samples("heldout"),
             eval_rows=member.eval_rows,
             classes=list(member.state.synthesis.classes),
+            config=config.gate_of(member.entry),
+            trained=[row["input"] for row in member.samples("train")],
         )
         for member in members
     ]
     template = prompt_format(load_tokenizer(config.target)).template
     bases = {"source base": run.source.identity, "target base": run.target.identity}
+    teachers = {f"teacher/{member.name}": member.bundle.digest for member in members}
     with Hosts(config.resources) as hosts:
         qualities = measure(
             judges(run, members, template),
@@ -49,12 +52,11 @@ def gate_phase(run: Run, members: list[Member]) -> None:
             gate_members,
             source=config.source,
             target=config.target,
-            config=config.gate,
             batch_size=config.synthesis.batch_size,
             max_answer_tokens=config.synthesis.max_answer_tokens,
             hosts=hosts,
             run_dir=config.run_dir,
-            digests=artifacts(run, members, STUDENT) | bases,
+            digests=artifacts(run, members, STUDENT) | bases | teachers,
         )
     failed: list[Member] = []
     for member in members:

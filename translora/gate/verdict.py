@@ -59,8 +59,8 @@ def chance_agreement(answers: Sequence[str | None], references: Sequence[str]) -
     codes = {text: code for code, text in enumerate(dict.fromkeys(map(normalise, references)))}
     right = np.array([codes[normalise(text)] for text in references])
     given = np.array([-1 if text is None else codes.get(normalise(text), -1) for text in answers])
-    generator, agreed = np.random.default_rng(0), np.count_nonzero(given == right)
-    as_many = sum(np.count_nonzero(generator.permutation(given) == right) >= agreed for _ in range(NUM_DEALS))
+    dealt = np.random.default_rng(0).permuted(np.tile(given, (NUM_DEALS, 1)), axis=1)
+    as_many = np.count_nonzero((dealt == right).sum(axis=1) >= np.count_nonzero(given == right))
     return (as_many + 1) / (NUM_DEALS + 1)
 
 
@@ -101,4 +101,5 @@ def judge(measured: GateResult, config: GateConfig) -> GateResult:
             else "it may do no better than the bare target base, or whatever the inputs; train it for longer"
         )
         reasons.append(f"p = {measured.p_value:.2g} > gate.max_p_value {most:g}: {why}, or raise gate.min_holdout")
-    return measured.model_copy(update={"passed": not reasons, "reason": "; ".join(reasons)})
+    verdict = {"passed": not reasons, "reason": "; ".join(reasons), "min_agreement": config.min_agreement}
+    return measured.model_copy(update=verdict)

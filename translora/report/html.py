@@ -79,7 +79,6 @@ def _run_facts(run_dir: Path, states: Sequence[AdapterState]) -> dict[str, Any]:
         "target": _model_name(config, "target"),
         "tiles": tiles,
         "mean_agreement": mean_agreement,
-        "min_agreement": (config.get("gate") or {}).get("min_agreement"),
         "config": json.dumps(config, indent=2, ensure_ascii=False),
         "versions": read_object(run_dir / "versions.json"),
     }

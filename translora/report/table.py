@@ -86,7 +86,10 @@ def note(state: AdapterState) -> str:
 def remarks(state: AdapterState) -> list[str]:
     """What a person should know of how an adapter was made, whatever became of it."""
     again = f"attempt {state.attempt}: the gate sent it back for more samples" if state.attempt > 1 else ""
-    return [text for text in (again, state.synthesis.shortfall, state.synthesis.warning) if text]
+    found, seen = state.accuracy, ""
+    if found is not None and found.num_seen:
+        seen = f"{found.num_seen} of its {found.num_items} real items were invented word for word, and trained on"
+    return [text for text in (again, state.synthesis.shortfall, state.synthesis.warning, seen) if text]
 
 
 def chance_text(gate: GateResult) -> str:

@@ -106,7 +106,7 @@ class Run:
         identity = {"name", "bundle", "bundle_digest", "task_name", "num_samples", "recipes"}
         fresh = AdapterState(**state.model_dump(include=identity), phase="synthesis")
         member.state = continue_state(run_dir, fresh, self.target)
-        member.num_samples = attempt_size(member.state, self.config.gate)
+        member.num_samples, member.num_heldout = attempt_sizes(member.state, self.config.gate)
         self.save(member.state)
         return False
 
@@ -119,7 +119,7 @@ class Run:
         state = member.state
         state.attempt += 1
         state.earlier = state.synthesis.model_copy(deep=True)
-        member.num_samples = attempt_size(state, self.config.gate)
+        member.num_samples, member.num_heldout = attempt_sizes(state, self.config.gate)
         os.replace(member.directory / SYNTHETIC, member.earlier_set)
         state.artifacts = {relative_to(self.config.run_dir, member.earlier_set): sha256_path(member.earlier_set)}
         state.status, state.phase, state.reason = "pending", "synthesis", ""
@@ -142,13 +142,18 @@ def relative_to(run_dir: Path, path: Path) -> str:
     return path.relative_to(run_dir).as_posix()
 
 
-def attempt_size(state: AdapterState, config: GateConfig) -> int:
-    """|D_syn| of an adapter's present attempt."""
-    return math.ceil(state.num_samples * config.retry_factor ** (state.attempt - 1))
+def attempt_sizes(state: AdapterState, config: GateConfig) -> tuple[int, int]:
+    """|D_syn| of an adapter's present attempt, and its samples for the gate beyond it.
+
+    Both grow: an adapter may have failed because the held-out prompts were too few to tell agreement from chance.
+    """
+    factor = config.retry_factor ** (state.attempt - 1)
+    heldout = heldout_size(config, state.num_samples)
+    return math.ceil(state.num_samples * factor), math.ceil(heldout * factor)
 
 
 def heldout_size(config: GateConfig, num_samples: int) -> int:
-    """Samples for the gate, beyond |D_syn|."""
+    """Samples for the gate of a first attempt, beyond |D_syn|."""
     return max(config.min_holdout, math.ceil(config.holdout_fraction * num_samples))
 
 

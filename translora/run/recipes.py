@@ -63,6 +63,7 @@ def recipes(
             source,
             target,
             sha256_file(Path(entry.eval_data)) if entry.eval_data else None,
+            *([] if entry.min_agreement is None else [entry.min_agreement]),
         ),
     }
 

@@ -80,6 +80,8 @@ class GateResult(BaseModel):
     loglik_student: float | None = None
     loglik_base: float | None = None
     """Mean log-likelihood of a token of the teacher's answers."""
+    min_agreement: float | None = None
+    """The least agreement that was asked for; none in a result of an older version."""
     passed: bool
     reason: str = ""
 
@@ -88,6 +90,8 @@ class Accuracy(BaseModel):
     """Exact-match accuracy on real held-out data, where the fleet file names some."""
 
     num_items: int
+    num_seen: int = 0
+    """Items whose input was invented word for word, and trained on."""
     source_base: float
     source_adapter: float
     target_base: float

@@ -23,7 +23,7 @@ from translora.lora.peft_io import is_banked
 from translora.lora.targets import ALL_LINEAR, resolve_targets
 from translora.lora.warm_start import check_warm_start
 from translora.run.files import read_jsonl
-from translora.run.member import MAX_NAME, Member, Run, attempt_size, cohort_names, heldout_size, is_name
+from translora.run.member import MAX_NAME, Member, Run, attempt_sizes, cohort_names, is_name
 from translora.run.recipes import Seals, base_settings, recipes
 from translora.run.resume import continue_state
 from translora.run.state import AdapterState, load_state, state_path
@@ -265,9 +265,8 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
     )
     state = continue_state(config.run_dir, fresh, run.target)
     run.save(state)
-    num_heldout = heldout_size(config.gate, num_samples)
-    directory, size = config.run_dir / "adapters" / name, attempt_size(state, config.gate)
-    return Member(bundle, state, directory, size, num_heldout, eval_rows, entry)
+    sizes = attempt_sizes(state, config.gate)
+    return Member(bundle, state, config.run_dir / "adapters" / name, *sizes, eval_rows, entry)
 
 
 def check_copy(run: Run, bundle: Bundle, entry: AdapterEntry) -> None:
