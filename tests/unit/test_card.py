@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.reports import full_stats, migrated
 from tests.tiny import SEEDS, Family, make_adapter, make_base
 from translora.bundle import inspect_base, read_bundle, verify_bundle, write_bundle
 from translora.engine.prompts import prompt_format
-from translora.report.card import model_card
+from translora.report.card import Began, model_card
 from translora.run.state import AdapterState
 
 
@@ -79,6 +80,29 @@ def test_headings_tables_and_fences_stand_apart(changes: dict[str, object]) -> N
     for before, line in pairwise(lines):
         starts = line.startswith(("# ", "## ", "```python")) or (line.startswith("| ") and not before.startswith("| "))
         assert not starts or before == "", (before, line)
+
+
+@pytest.mark.parametrize(
+    ("began", "said", "unsaid"),
+    [
+        ("fresh", "It was never trained on that task's own data", "put on the new base"),
+        ("warm", "whose weights were trained on that task's own data, and trained it on synthetic", "never trained"),
+        ("copy", "its weights were trained on that task's own data, and on nothing else", "synthetic samples trained"),
+    ],
+)
+def test_it_says_what_data_its_weights_have_seen(began: Began, said: str, unsaid: str) -> None:
+    text = model_card(state(), source="old", target="new", prompt_template="chat", began=began)
+    flat = " ".join(text.split())
+    assert said in flat and unsaid not in flat
+    assert "synthetic inputs only" in flat and "\n\n\n" not in text
+
+
+@pytest.mark.parametrize("template", ["\U0001f9fe {input}", "'{input}'\n\"```\"", "\\{input}"])
+def test_its_code_has_the_template_itself(template: str) -> None:
+    text = model_card(state(), source="old", target="new", prompt_template=template)
+    code = text.partition("```python\n")[2].partition("```")[0]
+    (line,) = [line for line in code.splitlines() if line.startswith("prompt = ")]
+    assert ast.literal_eval(line.removeprefix("prompt = ").partition(".replace(")[0]) == template
 
 
 def test_it_depends_on_the_migration_alone() -> None:

@@ -38,18 +38,18 @@ def test_no_bar_mixes_both_sides_of_the_threshold() -> None:
         assert bar["x"] + bar["width"] <= chart["zero"] or bar["kept"][1] > 0, "refused ones lie left of zero"
         assert bar["x"] >= chart["zero"] or bar["kept"][1] == 0, "kept ones lie right of it"
         assert chart["left"] <= bar["x"] <= bar["x"] + bar["width"] <= chart["width"]
-    assert chart["bars"][0]["title"] == "−3.5 to −3: 0 kept, 1 refused"
-    assert chart["bars"][-1]["title"] == "7.5 to 8: 2 kept, 0 refused"
+    assert chart["bars"][0]["title"] == "−3.5 to −3: 0 kept, 1 left out"
+    assert chart["bars"][-1]["title"] == "7.5 to 8: 2 kept, 0 left out"
     assert [label for _, label in chart["ends"]] == ["−3.5", "8"]
 
 
-def test_kept_and_refused_are_stacked_where_a_screen_has_another_threshold() -> None:
+def test_kept_and_left_out_are_stacked_where_a_screen_has_another_threshold() -> None:
     chart = histogram([3.0] * 3, [3.0] * 2 + [1.0] * 3)
     assert chart is not None
     low, high = chart["bars"]
     assert low["kept"][1] == 0 and low["refused"][1] == high["kept"][1] > 0, "three of a kind are as high"
     assert high["refused"][0] + high["refused"][1] == pytest.approx(high["kept"][0], abs=0.11)
-    assert high["title"].endswith("3 kept, 2 refused")
+    assert high["title"].endswith("3 kept, 2 left out")
     assert [label for _, label in chart["levels"]] == ["0", "2", "4", "6"], "samples are counted in whole numbers"
 
 

@@ -10,7 +10,7 @@ from translora.distill.phase import discriminator_inputs, student_start
 from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
 from translora.gate.agreement import GateMember, run_gate
-from translora.report.card import model_card
+from translora.report.card import Began, model_card
 from translora.run.member import Member, Run, relative_to
 from translora.run.state import DISCRIMINATOR, STUDENT
 from translora.synthesis.actors import Hosts
@@ -122,6 +122,7 @@ def publish(run: Run, member: Member, template: str, quality: DiscriminatorQuali
     manifest, gate = member.bundle.manifest, member.state.gate
     assert gate is not None
     start, _ = student_start(run, member.bundle.path)
+    began: Began = "fresh" if start is None else "copy" if run.config.epochs_of(member.entry) == 0 else "warm"
     output = run.config.run_dir / "bundles" / member.name
     write_bundle(
         output,
@@ -147,6 +148,7 @@ def publish(run: Run, member: Member, template: str, quality: DiscriminatorQuali
             prompt_template=template,
             before=str(manifest.provenance.get("migrated_from", "")),
             method=run.config.distill.method,
+            began=began,
         ),
     )
     member.state.output = f"bundles/{member.name}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Any, Literal
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -12,9 +13,19 @@ from translora.report.table import ACCURACY_FIELDS, chance_text, interval, logli
 from translora.report.templates import environment
 from translora.run.state import AdapterState
 
+Began = Literal["fresh", "warm", "copy"]
+"""As no adapter; as its source adapter and then trained; as its source adapter, which it stayed."""
+
 
 def model_card(
-    state: AdapterState, *, source: str, target: str, prompt_template: str, before: str = "", method: str = "LoRA"
+    state: AdapterState,
+    *,
+    source: str,
+    target: str,
+    prompt_template: str,
+    before: str = "",
+    method: str = "LoRA",
+    began: Began = "fresh",
 ) -> str:
     """README.md of a bundle as the Hugging Face hub reads it; the same text for the same migration, at any time.
 
@@ -25,6 +36,7 @@ def model_card(
         prompt_template: of the new bundle, `chat` or a string with {input}.
         before: name of the base before the source, where the adapter had been moved before.
         method: what kind of adapter it is.
+        began: what its weights were before they were trained.
     """
     assert state.gate is not None
     return render_card(
@@ -33,6 +45,7 @@ def model_card(
         ["translora", method.lower().replace("_", "-")],
         state=state,
         method=method,
+        began=began,
         source=source,
         target=target,
         before=before,
@@ -48,10 +61,15 @@ def model_card(
     )
 
 
+def python_text(text: str) -> str:
+    """A text as Python writes it, in a fence of Markdown."""
+    return json.dumps(text, ensure_ascii=False).replace("`", "\\u0060")  # JSON's strings are Python's too
+
+
 def render_card(template: str, base: str, tags: list[str], **values: Any) -> str:
     """A model card for an adapter of `base` in the hub's format: its metadata, and the template with these values."""
     metadata = ModelCardData(base_model=base, library_name="peft", tags=tags, pipeline_tag="text-generation")
     templates = environment(keep_trailing_newline=True)
-    templates.filters |= {"percent": percent, "code": code, "line": one_line, "text": escape}
+    templates.filters |= {"percent": percent, "code": code, "line": one_line, "text": escape, "python": python_text}
     body = templates.get_template(template).render(version=__version__, **values)
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}"))

@@ -78,7 +78,7 @@ def histogram(kept: Sequence[float | None], refused: Sequence[float | None]) -> 
                 "width": round(max(pixels - 1, 1), 1),
                 "kept": (middle, round(bottom - middle, 1)),
                 "refused": (top, round(middle - top, 1)),
-                "title": f"{edges}: {num_kept} kept, {num_refused} refused",
+                "title": f"{edges}: {num_kept} kept, {num_refused} left out",
             }
         )
     ends = [(x(index), _number(index * width)) for index in (first, last + 1)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,8 @@ def describe(run_dir: Path, state: AdapterState) -> dict[str, Any]:
     """What the page shows of one adapter; parts that do not exist yet are None or empty."""
     stats, gate, accuracy = state.synthesis, state.gate, state.accuracy
     rows = read_samples(run_dir / "adapters" / state.name / "synthetic.parquet")
-    kept, refused = ([row for row in rows if (row["split"] == "refused") == wanted] for wanted in (False, True))
+    kept = [row for row in rows if row["split"] != "refused"]
+    left_out = [row | {"split": why_left_out(row)} for row in rows if row["split"] == "refused"]
     flow = [("kept", stats.accepted - stats.dropped.get("outranked", 0), "good")] if stats.generated else []
     flow += [(reason.replace("_", " "), count, "bad") for reason, count in sorted(stats.dropped.items(), key=_falling)]
     return {
@@ -114,9 +115,9 @@ def describe(run_dir: Path, state: AdapterState) -> dict[str, Any]:
         "accuracy_interval": interval(accuracy.migrated, accuracy.num_items) if accuracy else "",
         "accuracy": [(field.replace("_", " "), getattr(accuracy, field)) for field in ACCURACY_FIELDS if accuracy],
         "curve": loss_curve(state.losses),
-        "scores": histogram([row["score"] for row in kept], [row["score"] for row in refused]),
+        "scores": histogram([row["score"] for row in kept], [row["score"] for row in left_out]),
         "score_name": "log-odds" if stats.screen in ("", "discriminator") else stats.screen,
-        "samples": examples(kept, refused),
+        "samples": examples(kept, left_out),
         "seconds": {phase: f"{seconds:.0f} s" for phase, seconds in state.seconds.items()},
     }
 
@@ -138,9 +139,14 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: int(row["sample_id"]))
 
 
-def examples(kept: Sequence[dict[str, Any]], refused: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A few rows of the synthetic set: the first kept ones, then the refused ones with the lowest scores."""
-    worst = sorted(refused, key=lambda row: float(row["score"] or 0))
+def why_left_out(row: Mapping[str, Any]) -> str:
+    """A row that the screen accepted is not refused: others of its answer were better, or enough."""
+    return "outranked" if row["score"] is None or row["score"] > 0 else "refused"
+
+
+def examples(kept: Sequence[dict[str, Any]], left_out: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A few rows of the synthetic set: the first kept ones, then those left out that have the lowest scores."""
+    worst = sorted(left_out, key=lambda row: float(row["score"] or 0))
     shown = [*kept[:NUM_KEPT], *worst[:NUM_REFUSED]]
     return [{**row, "input": _cut(row["input"]), "answer": _cut(row["answer"])} for row in shown]
 
