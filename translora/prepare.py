@@ -64,7 +64,7 @@ def prepare(config: PrepareConfig, start_cluster: Callable[[], None] = lambda: N
         if learnt := [task for task in todo if task.rows]:
             refuse_encoder_decoder(base, "train is for", "give no `data`, but `adapter` and `seeds`")
             check_section(config.train, base, "train")
-            check_answers(config.source)
+            check_answers(load_tokenizer(config.source), template)
             warn_of_shipped_rows(learnt)
             start_cluster()
             config = config.model_copy(update={"source": pinned(config.source, base)})

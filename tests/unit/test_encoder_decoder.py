@@ -18,7 +18,7 @@ from translora.config import BaseModelConfig, FleetConfig, PrepareConfig
 from translora.engine.decode import Request
 from translora.engine.encoder_decoder import EncoderDecoderEngine
 from translora.engine.host import EngineHost
-from translora.engine.protocol import spellings
+from translora.engine.protocol import answer_tokens
 from translora.merge.config import MergeConfig
 from translora.merge.run import merge
 from translora.prepare import prepare
@@ -108,7 +108,7 @@ def test_likelihoods_and_odds_are_those_of_the_whole_logits(
     found = engine.log_likelihood(samples, NAMES)
     most_likely = engine.top_log_probabilities(samples, NAMES, 3)
     odds = engine.log_odds(PROMPTS, NAMES)
-    yes, no = spellings(tokenizer, ["yes"]), spellings(tokenizer, ["no"])
+    yes, no = answer_tokens(tokenizer).values()
     for index, name in enumerate(NAMES):
         model = reference(base, name and adapters[name])
         labels = torch.tensor([answers[index]])

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.tiny import make_adapter, make_base, make_tokenizer
 from translora.bundle.base import UnusableBaseError
 from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request, Row, choose_tokens
 from translora.engine.prompts import prompt_format
-from translora.engine.protocol import spellings
+from translora.engine.protocol import answer_tokens, check_answers
 from translora.engine.transformers import TransformersEngine
 from translora.synthesis.stages import ANSWER_SCORES, screen_and_label_block, token_block
 
@@ -129,29 +130,24 @@ def test_a_stop_pattern_ends_a_completion_and_a_limit_leaves_it_unfinished(engin
     assert stopped.text == free.text.split(middle)[0]
 
 
-def test_log_odds_sum_the_variants_of_yes_and_no(engine: TransformersEngine) -> None:
-    scores = engine.log_odds(PROMPTS, ["a0", None, "a2", "a1"])
-    engine.bank.route_rows([None], engine.device)
-    ids = engine.tokenizer(PROMPTS[1], add_special_tokens=False, return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        probabilities = engine.model(ids).logits[0, -1].softmax(-1)
-    variants = {
-        word: {
-            tokens[0]
-            for text in (word, f" {word}", word.capitalize(), f" {word.capitalize()}", word.upper(), f" {word.upper()}")
-            if len(tokens := engine.tokenizer(text, add_special_tokens=False)["input_ids"]) == 1
-        }
-        for word in ("yes", "no")
-    }
-    assert len(variants["yes"]) >= 2, "the tiny tokenizer should know more than one spelling"
-    yes, no = (sum(float(probabilities[token]) for token in variants[word]) for word in ("yes", "no"))
-    assert scores[1] == pytest.approx(math.log(yes) - math.log(no), abs=1e-4)
-    assert len(set(scores)) == 4
+def test_an_answer_in_pieces_is_known_by_its_first() -> None:
+    tokenizer = make_tokenizer(vocab_size=262)
+    assert [tokenizer.convert_ids_to_tokens(ids) for ids in answer_tokens(tokenizer).values()] == [["y"], ["n"]]
+    check_answers(tokenizer)
 
 
-def test_a_tokenizer_that_spells_yes_in_pieces_asks_for_another_screen() -> None:
-    with pytest.raises(UnusableBaseError, match=r"no single token for yes, with which .*, set synthesis.screen to c"):
-        spellings(make_tokenizer(vocab_size=262), ["yes"])
+def test_a_discriminator_must_answer_with_a_token_that_its_odds_are_read_from() -> None:
+    """A tokenizer that has `yes` and no ` yes`: behind a space the answer is two tokens, the first the same for no."""
+    letters = {text: index for index, text in enumerate(["<eos>", *"yesnoa \n:QA?", "ye", "yes", "no"])}
+    whole = Tokenizer(models.BPE(letters, [("y", "e"), ("ye", "s"), ("n", "o")]))
+    whole.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="<eos>")
+    assert letters[" "] not in {token for ids in answer_tokens(tokenizer).values() for token in ids}
+    check_answers(tokenizer, "Q: {input} A: ")
+    with pytest.raises(
+        UnusableBaseError, match=r"of the answer 'yes' to the template 'Q: {input} A:': yes and no begin alike"
+    ):
+        check_answers(tokenizer, "Q: {input} A:")
 
 
 def test_the_bank_changes_its_adapters_on_a_resident_base(base: Path, adapters: dict[str, str]) -> None:

@@ -1,3 +1,4 @@
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,12 @@ def test_generation_stops_at_the_line_end_or_at_the_next_number() -> None:
 
 def test_discriminator_question_is_the_papers() -> None:
     assert discriminator_question("2 + {name}", "sums") == "2 + {name}\n Is the above question from sums dataset?"
+
+
+def test_normalise_ignores_how_unicode_writes_a_letter() -> None:
+    for text in ("caf\u00e9", "\ud55c\uad6d"):
+        apart = unicodedata.normalize("NFD", text)
+        assert apart != text and normalise(apart) == normalise(text)
 
 
 def test_normalise_ignores_case_and_white_space() -> None:

@@ -46,7 +46,9 @@ def test_long_samples_are_dropped_with_a_warning_and_none_left_is_an_error(caplo
 def test_a_teacher_is_used_where_it_saw_the_same_tokens(caplog: pytest.LogCaptureFixture) -> None:
     prompts = prompt_format(make_tokenizer("llama"))
     ids = prompts.encode_answer("b")
-    thought = {"answer_ids": ids, "tokens": [[token, 1] for token in ids], "log_p": [[-0.1, -2.5]] * len(ids)}
+    padding = len(prompts.tokenizer)  # a place of the teacher's head that no token has, and the student's head may lack
+    tokens = [[token, 1, padding] for token in ids]
+    thought = {"answer_ids": ids, "tokens": tokens, "log_p": [[-0.1, -2.5, -9.0]] * len(ids)}
     rows = [
         {"input": "a", "answer": "b", "teacher": thought},
         {"input": "a", "answer": "b", "teacher": {**thought, "answer_ids": [*ids, 1]}},
@@ -58,12 +60,12 @@ def test_a_teacher_is_used_where_it_saw_the_same_tokens(caplog: pytest.LogCaptur
     assert [sample.teacher is not None for sample in samples] == [True, False, False]
     batch = pack([(0, samples, 1.0)], torch.device("cpu"), top_k=3)
     assert batch.teacher is not None
-    tokens, log_p = batch.teacher
-    assert tokens.shape == log_p.shape == (3 * len(ids), 3)
-    assert tokens[0].tolist() == [ids[0], 1, 0] and log_p[0].exp().tolist() == pytest.approx(
+    found, log_p = batch.teacher
+    assert found.shape == log_p.shape == (3 * len(ids), 3)
+    assert found[0].tolist() == [ids[0], 1, 0] and log_p[0].exp().tolist() == pytest.approx(
         [0.9048, 0.0821, 0], abs=1e-4
     )
-    assert tokens[-1].tolist() == [ids[-1], 0, 0] and log_p[-1].exp().tolist() == [1, 0, 0]
+    assert found[-1].tolist() == [ids[-1], 0, 0] and log_p[-1].exp().tolist() == [1, 0, 0]
     assert pack([(0, samples, 1.0)], torch.device("cpu")).teacher is None
 
 

@@ -58,14 +58,16 @@ def encode_samples(
     Raises:
         ValueError: no row is left.
     """
-    samples = []
+    samples, vocabulary = [], len(prompts.tokenizer)
     for row in rows:
         answer_ids = prompts.encode_answer(row["answer"], with_end=with_end)
         teacher = row.get("teacher", {})
         chosen = None
         if "excess" in teacher:
             chosen = chosen_tokens(teacher, prompts.answer_spans(row["answer"]), token_share)
-        samples.append(Sample(prompts.encode_prompt(row["input"]), answer_ids, teacher_odds(row, answer_ids), chosen))
+        samples.append(
+            Sample(prompts.encode_prompt(row["input"]), answer_ids, teacher_odds(row, answer_ids, vocabulary), chosen)
+        )
     if others := sum(
         "tokens" in row.get("teacher", {}) and one.teacher is None for row, one in zip(rows, samples, strict=True)
     ):
@@ -80,13 +82,20 @@ def encode_samples(
     return kept
 
 
-def teacher_odds(row: Mapping[str, Any], answer_ids: Sequence[int]) -> list[TokenOdds] | None:
-    """A row's teacher at each token of the answer; None where the row has none, or the teacher saw other tokens."""
+def teacher_odds(row: Mapping[str, Any], answer_ids: Sequence[int], vocabulary: int) -> list[TokenOdds] | None:
+    """A row's teacher at each token of the answer; None where the row has none, or the teacher saw other tokens.
+
+    Args:
+        vocabulary: tokens of it; heads are padded beyond them, each base's in its own way.
+    """
     teacher = row.get("teacher", {})
     if "tokens" not in teacher or teacher["answer_ids"] != list(answer_ids):
         return None
     places = zip(teacher["tokens"], teacher["log_p"], strict=True)
-    return [dict(zip(tokens, log_p, strict=True)) for tokens, log_p in places]
+    return [
+        {token: value for token, value in zip(tokens, log_p, strict=True) if token < vocabulary}
+        for tokens, log_p in places
+    ]
 
 
 def chosen_tokens(teacher: Mapping[str, Any], spans: Sequence[tuple[int, int]], share: float) -> list[bool]:

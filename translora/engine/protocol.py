@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,9 +11,8 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from translora.bundle.base import UnusableBaseError
-from translora.config import BaseModelConfig, SamplingConfig
+from translora.config import SamplingConfig
 from translora.engine.decode import Request, Row
-from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
 
 Samples = Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -95,32 +94,33 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | None) 
     return sorted(token for token in {*prompt_format(tokenizer).end_ids, *named} if token is not None)
 
 
-def spellings(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> list[int]:
-    """Ids of the single tokens that spell one of the words, with or without a space, in any usual case.
+def answer_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """Ids of the tokens that a discriminator's answer begins with, for `yes` and for `no`.
 
-    Raises:
-        UnusableBaseError: there is none.
+    The single tokens that spell it, with or without a space, in any usual case, and the first token of one that is in
+    pieces; without those that both answers begin with, which tell nothing.
     """
-    ids = set()
-    for word in words:
-        for variant in (word, word.capitalize(), word.upper()):
-            for text in (variant, f" {variant}"):
-                tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-                if len(tokens) == 1:
-                    ids.add(tokens[0])
-    if not ids:
-        raise UnusableBaseError(
-            f"{tokenizer.name_or_path}: its tokenizer has no single token for {', '.join(words)}, with which "
-            "discriminators answer; take another base, or, for a source, set synthesis.screen to confidence"
-        )
-    return sorted(ids)
-
-
-def check_answers(base: BaseModelConfig) -> None:
-    """Whether a discriminator can answer on a base.
-
-    Raises:
-        UnusableBaseError: it cannot.
-    """
+    found = dict[str, set[int]]()
     for word in ("yes", "no"):
-        spellings(load_tokenizer(base), [word])
+        texts = [f"{space}{text}" for text in (word, word.capitalize(), word.upper()) for space in ("", " ")]
+        ids = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts}
+        found[word] = {tokens[0] for text, tokens in ids.items() if len(tokens) == 1 or text.strip() == word}
+    shared = found["yes"] & found["no"]
+    return {word: sorted(ids - shared) for word, ids in found.items()}
+
+
+def check_answers(tokenizer: PreTrainedTokenizerBase, template: str = "auto") -> None:
+    """Whether a discriminator can answer on a tokenizer's base, to the prompts of a template.
+
+    Raises:
+        UnusableBaseError: it cannot: what it is trained to say begins with no token that its odds are read from.
+    """
+    form, known = prompt_format(tokenizer, template), answer_tokens(tokenizer)
+    for word, ids in known.items():
+        own = form.encode_answer(word, with_end=False)
+        if own[0] not in ids:
+            raise UnusableBaseError(
+                f"{tokenizer.name_or_path}: its tokenizer makes {tokenizer.convert_ids_to_tokens(own)} of the answer "
+                f"{word!r} to the template {form.template!r}: yes and no begin alike, and discriminators answer with "
+                "one token; end the template with a space, or, for a source, set synthesis.screen to confidence"
+            )

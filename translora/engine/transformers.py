@@ -18,7 +18,7 @@ from translora.engine.decode import Request, Row, check_cache, decode
 from translora.engine.head import Head, check_head, log_probabilities, top_log_probabilities
 from translora.engine.loading import device, load_model, load_tokenizer, num_gpus, resolve_dtype
 from translora.engine.prefix import begin, window
-from translora.engine.protocol import Completion, Samples, completion, end_tokens, spellings
+from translora.engine.protocol import Completion, Samples, answer_tokens, completion, end_tokens
 from translora.lora.bank import load_bank
 from translora.lora.methods import Method, VirtualTokens, applied, read_adapter
 from translora.lora.peft_io import LoraWeights
@@ -174,7 +174,7 @@ class TransformersEngine:
         the odds would be ties.
         """
         if not self._answer_ids:
-            self._answer_ids = {word: torch.tensor(spellings(self.tokenizer, [word])) for word in ("yes", "no")}
+            self._answer_ids = {word: torch.tensor(ids) for word, ids in answer_tokens(self.tokenizer).items()}
         ids = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
 
         def odds(own: list[int]) -> list[float]:

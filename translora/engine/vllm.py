@@ -29,7 +29,7 @@ from translora.bundle.base import info_of
 from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request, Row
 from translora.engine.loading import load_tokenizer
-from translora.engine.protocol import Completion, EngineDied, RowTooLong, Samples, completion, end_tokens, spellings
+from translora.engine.protocol import Completion, EngineDied, RowTooLong, Samples, answer_tokens, completion, end_tokens
 from translora.engine.vllm_settings import RANKS, check_engine, check_rank, engine_arguments
 from translora.lora.methods import read_adapter
 from translora.lora.peft_io import LoraWeights, pad_rank, write_lora
@@ -279,7 +279,7 @@ class VllmEngine:
         """log p("yes") - log p("no") as the next token of each prompt, summed over the answers' token variants."""
         from vllm import SamplingParams
 
-        answer_ids = {word: spellings(self.tokenizer, [word]) for word in ("yes", "no")}
+        answer_ids = answer_tokens(self.tokenizer)
         wanted = sorted({token for tokens in answer_ids.values() for token in tokens})
         parameters = SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=wanted, detokenize=False)
         ids = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]

@@ -56,7 +56,7 @@ def check_training(config: FleetConfig, source: BaseInfo, target: BaseInfo) -> N
     if config.distill.peft is None:
         check_rank(config.distill.lora.total_rank, config.target, "distill.lora")
     check_section(config.distill, target, "distill")
-    check_answers(config.target)
+    check_answers(load_tokenizer(config.target))
     check_target_context(config, target)
     if config.distill.loss == "kl":
         check_vocabularies(load_tokenizer(config.source), load_tokenizer(config.target))
@@ -240,7 +240,7 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
         check_name_and_size(config, entry, bundle)
         verify_bundle(bundle, run.source)
         if choose_screen(config.synthesis, bundle, entry.screen) == "discriminator":
-            check_answers(config.source)
+            check_answers(run.source_tokenizer, bundle.manifest.prompt_template)
         if config.source.vllm is not None and not is_in_bank(bundle.path):
             raise ValueError(f"{bundle.path}: is no plain LoRA, and vLLM computes no others; leave source.vllm out")
         for directory in filter(None, (bundle.path, bundle.discriminator_dir)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ DISCRIMINATOR_QUESTION = "{input}\n Is the above question from {name} dataset?"
 
 
 def generation_prompt(seeds: Sequence[str], ordering: int, seed: int) -> str:
-    """`Here are 10 examples:` with the seed inputs, and the next number left open.
+    """`Here are 10 examples:`, or more, with the seed inputs, and the next number left open.
 
     What is invented resembles the last example most: the seeds take turns there, the others' order is drawn from
     `seed`.
@@ -24,7 +25,7 @@ def generation_prompt(seeds: Sequence[str], ordering: int, seed: int) -> str:
     others = [text for index, text in enumerate(seeds) if index != last]
     random.Random(seed).shuffle(others)
     lines = [f"{number}. {text}" for number, text in enumerate([*others, seeds[last]], 1)]
-    return "Here are 10 examples:\n" + "\n".join(lines) + f"\n{len(seeds) + 1}."
+    return f"Here are {max(10, len(seeds) + 1)} examples:\n" + "\n".join(lines) + f"\n{len(seeds) + 1}."
 
 
 def generation_row(name: str, seeds: Sequence[str], sample_id: int, root_seed: int, ordering: int) -> dict[str, Any]:
@@ -59,5 +60,5 @@ def discriminator_question(text: str, task_name: str) -> str:
 
 
 def normalise(text: str) -> str:
-    """Case and white space removed: two inputs that differ in these alone are duplicates."""
-    return re.sub(r"\s+", " ", text).strip().casefold()
+    """Without case, runs of white space and Unicode's ways to write a letter: what differs in these is a duplicate."""
+    return re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).strip().casefold()
