@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from translora.cli import main
+from translora.evaluate.answers import num_seen
 from translora.evaluate.plot import draw_calibration
 from translora.evaluate.render import read_results, to_markdown, write_results
 from translora.evaluate.results import BaseSize, Migration, Results, Setup, TaskItems, summarise
 from translora.evaluate.statistics import Separation
+from translora.run.files import write_parquet
 from translora.run.state import GateResult, SynthesisStats
 
 SEEDS = [0, 1]
@@ -248,6 +251,17 @@ def test_the_page_says_what_was_measured(results: Results) -> None:
 def test_a_page_of_the_docs_is_what_its_figures_say(path: Path) -> None:
     path = path.with_suffix(".md")
     assert to_markdown(read_results(path), path.stem) == path.read_text(encoding="utf-8")
+
+
+def test_test_items_that_were_invented_are_named(results: Results, tmp_path: Path) -> None:
+    assert "invented word for word" not in to_markdown(results, "results")
+    rows = [one.model_copy(update={"num_seen": index}) for index, one in enumerate(MIGRATIONS[:2])]
+    text = to_markdown(results.model_copy(update={"migrations": rows}), "results")
+    assert "invented word for word, and trained on: 1 of 50 of skill (seed 1, plain)." in text
+    columns = {"input": ["A  b", "c", "d"], "split": ["train", "heldout", "train"]}
+    write_parquet(tmp_path / "synthetic.parquet", pa.table(columns))
+    assert num_seen(tmp_path / "synthetic.parquet", [{"input": text} for text in ("a B", "c", "d", "e")]) == 2
+    assert num_seen(tmp_path / "none.parquet", [{"input": "a"}]) == 0
 
 
 def test_without_a_task_that_counts_there_is_no_headline() -> None:

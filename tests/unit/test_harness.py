@@ -61,6 +61,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "box_plain": common | choice | {"metric_list": accuracy, "description": ""},
         "box_words": common | written,
         "box_filtered": common | written | {"filter_list": first_word},
+        "box_asking": common
+        | written
+        | {"num_fewshot": 3, "gen_prefix": "It is", "filter_list": [*first_word, {**first_word[0], "name": "again"}]}
+        | {"generation_kwargs": {"until": ["\n"], "do_sample": True, "temperature": 0.7, "max_gen_toks": 90}},
         "box_untrained": {key: value for key, value in (common | written).items() if key != "training_split"},
         "box_rolling": common
         | {
@@ -80,9 +84,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def entry(folder: Path, lm_eval: str, **sizes: int) -> EvaluateTask:
+def entry(folder: Path, lm_eval: str, **sizes: int | str) -> EvaluateTask:
     given = {"num_train": 8, "num_test": 6, **sizes}
     return EvaluateTask.model_validate({"name": "boxes", "lm_eval": lm_eval, "include_path": str(folder), **given})
+
+
+def test_what_the_harness_would_do_otherwise_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_task(entry(folder, "box_asking"))
+    for said in ("3 examples", "'It is' into the model's mouth", "samples its answers", "have 90 tokens"):
+        assert said in caplog.text
+    caplog.clear()
+    load_task(entry(folder, "box_words"))
+    assert not caplog.records
+
+
+def test_metric_and_filter_can_be_chosen_by_name(folder: Path) -> None:
+    assert (found := load_task(entry(folder, "box_choice", metric="acc_norm")).harness) is not None
+    assert found.scored_by == "acc_norm"
+    assert (found := load_task(entry(folder, "box_asking", filter="again")).harness) is not None
+    assert found.scored_by == "exact_match, again"
+    with pytest.raises(ValueError, match=r"has no metric f1 that can be used; give one of acc, acc_norm"):
+        load_task(entry(folder, "box_choice", metric="f1"))
+    with pytest.raises(ValueError, match=r"has no filter third that can be used; give one of first, again"):
+        load_task(entry(folder, "box_asking", filter="third"))
 
 
 def part(folder: Path, lm_eval: str) -> Split:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from translora.bundle import BaseInfo, read_bundle
 from translora.config import BaseModelConfig
@@ -19,7 +20,7 @@ from translora.evaluate.results import Migration, TaskItems
 from translora.gate.agreement import Answers, answer_rows, run_answers
 from translora.gate.verdict import judge
 from translora.run.files import digest, sha256_path, write_parquet
-from translora.run.state import AdapterState
+from translora.run.state import SYNTHETIC, AdapterState
 from translora.synthesis.actors import Hosts, run_rows
 from translora.synthesis.calls import Row
 from translora.synthesis.prompts import normalise
@@ -177,7 +178,7 @@ def task_items(config: EvaluateConfig, name: str, repetitions: Sequence[Repetiti
         commonest={one.seed: is_commonest(own) for one, own in zip(repetitions, targets, strict=True)},
         chance=sum(part.chance() for part in parts) / len(parts),
         correct=correct,
-        metric=next((part.harness.metric for part in parts if part.harness), ""),
+        metric=next((part.harness.scored_by for part in parts if part.harness), ""),
         inputs={one.seed: [digest(normalise(row["input"])) for row in one.splits[name].test] for one in repetitions},
     )
 
@@ -187,6 +188,15 @@ def is_commonest(targets: Sequence[str]) -> list[float]:
     texts = [normalise(target) for target in targets]
     ((most, _),) = Counter(texts).most_common(1)
     return [float(text == most) for text in texts]
+
+
+def num_seen(synthetic: Path, test: Sequence[Mapping[str, str]]) -> int:
+    """Test items whose input is, word for word, one that a student was trained on."""
+    if not synthetic.is_file():
+        return 0
+    rows = pq.read_table(synthetic, columns=["input", "split"]).to_pylist()
+    trained = {normalise(row["input"]) for row in rows if row["split"] == "train"}
+    return sum(normalise(row["input"]) in trained for row in test)
 
 
 def migrations(config: EvaluateConfig, repetition: Repetition) -> list[Migration]:
@@ -206,6 +216,10 @@ def migrations(config: EvaluateConfig, repetition: Repetition) -> list[Migration
                     gate=judge(state.gate, thresholds) if state.gate else None,
                     accuracy=sum(good) / len(good) if good else None,
                     source_accuracy=sum(source) / len(source),
+                    num_seen=num_seen(
+                        config.arm_dir(repetition.seed, arm) / "adapters" / state.name / SYNTHETIC,
+                        repetition.splits[state.name].test,
+                    ),
                 )
             )
     return found

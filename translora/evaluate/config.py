@@ -48,6 +48,13 @@ class EvaluateTask(Strict):
     to test on of its test split, or of validation where it has none; the harness scores the answers."""
     include_path: str | None = None
     """Folder with task files (YAML) of the harness, among which lm_eval may be."""
+    metric: str | None = None
+    """Of lm_eval's task; its first one that is a mean over the documents when unset."""
+    filter: str | None = None
+    """Of lm_eval's task: which of its readings of an answer is scored; its first one when unset."""
+    adapter: str | None = None
+    """Existing PEFT adapter of the source base, in the place of one that is trained here, in all seeds: the test rows
+    must be none that it has seen."""
     num_train: int = Field(default=100, ge=2)
     """Rows that the source adapter, its discriminator and the real-data LoRA are trained on; another draw per seed."""
     num_test: int = Field(default=100, ge=2)
@@ -57,8 +64,11 @@ class EvaluateTask(Strict):
     def _one_source(self) -> Self:
         if (self.data is None) == (self.lm_eval is None):
             raise ValueError(f"task {self.name}: give either data or lm_eval")
-        if self.include_path is not None and self.lm_eval is None:
-            raise ValueError(f"task {self.name}: include_path holds task files of lm_eval, which is not set")
+        if self.lm_eval is None:
+            if self.include_path is not None:
+                raise ValueError(f"task {self.name}: include_path holds task files of lm_eval, which is not set")
+            if self.metric is not None or self.filter is not None:
+                raise ValueError(f"task {self.name}: metric and filter are of lm_eval's task, which is not set")
         return self
 
 
@@ -134,7 +144,10 @@ class EvaluateConfig(ConfigFile):
             output_dir=self.seed_dir(seed) / "bundles",
             run_dir=self.seed_dir(seed) / "prepare",
             source=self.source,
-            tasks=[PrepareEntry(name=task.name, data=str(self.train_file(seed, task.name))) for task in self.tasks],
+            tasks=[
+                PrepareEntry(name=task.name, data=str(self.train_file(seed, task.name)), adapter=task.adapter)
+                for task in self.tasks
+            ],
             seed=seed,
             train=self.train,
             discriminator=self.discriminator,

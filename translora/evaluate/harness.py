@@ -18,6 +18,7 @@ from typing import Any
 from translora.evaluate.config import EvaluateTask
 from translora.run.redact import first_line
 
+logger = logging.getLogger(__name__)
 Document = dict[str, Any]
 OUTPUT_TYPES = ("generate_until", "multiple_choice")
 CHOICE_METRICS = ("acc", "acc_norm", "acc_bytes")
@@ -34,7 +35,19 @@ class HarnessTask:
     task: Any
     """lm_eval.api.task.ConfigurableTask."""
     metric: str
-    """The first of the task's metrics that is a mean over the documents and of which more is better."""
+    """One that is a mean over the documents and of which more is better."""
+    filter: str | None = None
+    """Which of the task's readings of an answer is scored; its first one when unset."""
+
+    @property
+    def scored_by(self) -> str:
+        """The metric, and the reading where one was asked for."""
+        return self.metric if self.filter is None else f"{self.metric}, {self.filter}"
+
+    @property
+    def filters(self) -> list[str]:
+        """Names of the task's readings of an answer."""
+        return [one["name"] for one in self.task.config.filter_list or []] or ["none"]
 
     @property
     def stop(self) -> str | None:
@@ -104,7 +117,7 @@ class HarnessTask:
         self.task.apply_filters()
         scores = []
         for document, own in zip(documents, instances, strict=True):
-            key = next(iter(own[0].filtered_resps))
+            key = self.filter or next(iter(own[0].filtered_resps))
             results = self.task.process_results(document, [instance.filtered_resps[key] for instance in own])
             scores.append(float(results[self.metric]))
             if not 0 <= scores[-1] <= 1:
@@ -126,6 +139,21 @@ class HarnessTask:
 
     def _prompt(self, document: Document) -> Any:
         return self.task.fewshot_context(document, num_fewshot=0, gen_prefix=self.task.doc_to_prefix(document))
+
+
+def differences(task: Any) -> list[str]:
+    """What a task asks of the harness and is done otherwise here, so that figures cannot be held against others'."""
+    config, asked = task.config, task.config.generation_kwargs or {}
+    found = []
+    if config.num_fewshot:
+        found.append(f"asks for {config.num_fewshot} examples before each prompt; none are given here")
+    if config.gen_prefix:
+        found.append(f"puts {config.gen_prefix!r} into the model's mouth; here it is the end of the prompt")
+    if asked.get("do_sample") or asked.get("temperature"):
+        found.append("samples its answers; here they are greedy")
+    if (longest := asked.get("max_gen_toks")) is not None:
+        found.append(f"lets an answer have {longest} tokens; here it has synthesis.max_answer_tokens")
+    return found
 
 
 @functools.cache
@@ -179,7 +207,12 @@ def load_harness_task(entry: EvaluateTask) -> HarnessTask:
         metrics = [one for one in CHOICE_METRICS if one in metrics and not callable(task.config.process_results)]
     if not metrics or "acc_mutual_info" in means:
         raise ValueError(f"{where}: none of its metrics ({', '.join(means)}) can be had from its documents one by one")
-    found = HarnessTask(entry.name, task, metrics[0])
+    found = HarnessTask(entry.name, task, entry.metric or metrics[0], entry.filter)
+    for setting, wanted, own in (("metric", entry.metric, metrics), ("filter", entry.filter, found.filters)):
+        if wanted is not None and wanted not in own:
+            raise ValueError(f"{where}: has no {setting} {wanted} that can be used; give one of {', '.join(own)}")
+    for difference in differences(task):
+        logger.warning("%s: %s", where, difference)
     try:
         found.try_out()
     except Exception as error:  # the task's own code

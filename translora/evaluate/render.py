@@ -275,7 +275,21 @@ def _arms(results: Results) -> list[str]:
         + (f", each of its {len(rows) - 1} intervals by itself." if len(rows) > 2 else "."),
         "",
         *table(headers, rows, num_text=2),
+        *_seen(results),
     ]
+
+
+def _seen(results: Results) -> list[str]:
+    """Test items that were invented, too: what an arm has right of these may be by heart."""
+    sizes = {task.name: task.num_test for task in results.tasks}
+    found = [
+        f"{one.num_seen} of {sizes[one.task]} of {one.task} (seed {one.seed}, {one.arm})"
+        for one in results.migrations
+        if one.num_seen
+    ]
+    return (
+        ["", f"Test items whose input was invented word for word, and trained on: {'; '.join(found)}."] if found else []
+    )
 
 
 def _settings(overrides: dict[str, object]) -> str:

@@ -78,6 +78,8 @@ class Migration(Record):
     accuracy: float | None
     """On the real test items; None where there is no migrated adapter."""
     source_accuracy: float
+    num_seen: int = 0
+    """Test items whose input was invented word for word, and trained on."""
 
 
 class TaskResult(Record):
