@@ -16,7 +16,7 @@ from tests.tiny import SEEDS, Family, make_adapter, make_base
 from translora.bundle import inspect_base, read_bundle, verify_bundle, write_bundle
 from translora.engine.prompts import prompt_format
 from translora.report.card import Began, model_card
-from translora.run.state import AdapterState
+from translora.run.state import AdapterState, SynthesisStats
 
 
 def state(**changes: object) -> AdapterState:
@@ -103,6 +103,13 @@ def test_its_code_has_the_template_itself(template: str) -> None:
     code = text.partition("```python\n")[2].partition("```")[0]
     (line,) = [line for line in code.splitlines() if line.startswith("prompt = ")]
     assert ast.literal_eval(line.removeprefix("prompt = ").partition(".replace(")[0]) == template
+
+
+def test_samples_that_were_too_long_are_not_counted_as_trained_on() -> None:
+    stats = SynthesisStats(num_train=120, num_too_long=20)
+    text = card(state(synthesis=stats))
+    assert cells(text)["synthetic samples trained on, /D_syn/"] == "100"
+    assert "20 of 120 samples are longer than distill.max\\_length, and were not trained on" in " ".join(text.split())
 
 
 def test_it_depends_on_the_migration_alone() -> None:

@@ -52,6 +52,22 @@ def test_agreement_is_exact_match_after_normalising() -> None:
     assert share_equal([" Red ", "blue", "red  hat", None], ["red", "red", "Red hat", "x"]) == 0.5
 
 
+def gate_of(
+    members: list[GateMember], run_dir: Path
+) -> tuple[dict[str, tuple[GateResult, Accuracy | None]], dict[str, str]]:
+    """The gate over bases called source and target."""
+    return run_gate(
+        members,
+        source=BaseModelConfig(model="source"),
+        target=BaseModelConfig(model="target"),
+        batch_size=3,
+        max_answer_tokens=8,
+        hosts=Hosts(ResourceConfig()),
+        run_dir=run_dir,
+        digests={},
+    )
+
+
 def measured(student: float, base: float, **more: Any) -> GateResult:
     return GateResult(num_heldout=20, agreement_student=student, agreement_base=base, passed=False, **more)
 
@@ -238,18 +254,12 @@ def test_only_long_answers_are_asked_for_their_tokens(
         return [{**row, "answer": "Dear Sir", "finished": True, "loglik": -1.0} for row in rows]
 
     monkeypatch.setattr(agreement, "run_rows", run_rows)
-    results, _ = run_gate(
+    results, _ = gate_of(
         [
             dataclasses.replace(letters(), name="letters", config=GateConfig(long_answers=how)),
             dataclasses.replace(member(), eval_rows=[]),
         ],
-        source=BaseModelConfig(model="source"),
-        target=BaseModelConfig(model="target"),
-        batch_size=3,
-        max_answer_tokens=8,
-        hosts=Hosts(ResourceConfig()),
-        run_dir=tmp_path,
-        digests={},
+        tmp_path,
     )
     assert asked == ([{"letters"}] if how == "tokens" else [])
     assert results["letters"][0].agreement_student == pytest.approx(0.9 if how == "tokens" else 0.0)
@@ -274,16 +284,7 @@ def test_real_data_that_cannot_be_answered_costs_the_accuracy_and_not_the_adapte
         return [{**row, "answer": COLOURS[row["index"]], "finished": True, "loglik": -1.0} for row in rows]
 
     monkeypatch.setattr(agreement, "run_rows", run_rows)
-    results, faults = run_gate(
-        [member()],
-        source=BaseModelConfig(model="source"),
-        target=BaseModelConfig(model="target"),
-        batch_size=3,
-        max_answer_tokens=8,
-        hosts=Hosts(ResourceConfig()),
-        run_dir=tmp_path,
-        digests={},
-    )
+    results, faults = gate_of([member()], tmp_path)
     assert not faults and results["paint"][0].agreement_student == 1 and results["paint"][1] is None
     assert "paint: its accuracy on real data is not measured: too many tokens" in caplog.text
 
@@ -333,16 +334,7 @@ def test_each_arm_is_answered_by_its_own_model(monkeypatch: pytest.MonkeyPatch, 
         return found
 
     monkeypatch.setattr(agreement, "run_rows", run_rows)
-    results, _ = run_gate(
-        [member()],
-        source=BaseModelConfig(model="source"),
-        target=BaseModelConfig(model="target"),
-        batch_size=3,
-        max_answer_tokens=8,
-        hosts=Hosts(ResourceConfig()),
-        run_dir=tmp_path,
-        digests={},
-    )
+    results, _ = gate_of([member()], tmp_path)
     gate, accuracy = results["paint"]
     assert (gate.agreement_student, gate.agreement_base) == (0.75, 0.25)
     assert (gate.loglik_student, gate.loglik_base) == (-1.5, -1.5), "the mean over held-out prompts alone"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.tiny import make_base, make_tokenizer
 from translora.bundle import inspect_base
 from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
-from translora.distill.data import batch_indices, chosen_tokens, encode_samples, num_steps, pack
+from translora.distill.data import batch_indices, chosen_tokens, encode_samples, num_steps, num_too_long, pack
 from translora.distill.job import RECIPE, TrainJob
 from translora.distill.launch import train_adapters
 from translora.distill.teacher import check_vocabularies
@@ -38,6 +38,7 @@ def test_long_samples_are_dropped_with_a_warning_and_none_left_is_an_error(caplo
     rows = [{"input": "a", "answer": "b"}, {"input": "a " * 50, "answer": "b"}]
     with caplog.at_level(logging.WARNING):
         assert len(encode_samples(rows, prompts, 40, "task")) == 1
+    assert num_too_long([(row["input"], row["answer"]) for row in rows], prompts, 40) == 1
     assert "task: 1 of 2 samples exceed max_length 40" in caplog.text
     with pytest.raises(ValueError, match="no training sample of at most 8 tokens; raise max_length"):
         encode_samples(rows, prompts, 8, "task")

@@ -82,6 +82,12 @@ def encode_samples(
     return kept
 
 
+def num_too_long(rows: Sequence[tuple[str, str]], prompts: PromptFormat, max_length: int) -> int:
+    """How many of some inputs and answers `encode_samples` leaves out."""
+    lengths = [len(prompts.encode_prompt(text)) + len(prompts.encode_answer(answer)) for text, answer in rows]
+    return sum(length > max_length for length in lengths)
+
+
 def teacher_odds(row: Mapping[str, Any], answer_ids: Sequence[int], vocabulary: int) -> list[TokenOdds] | None:
     """A row's teacher at each token of the answer; None where the row has none, or the teacher saw other tokens.
 

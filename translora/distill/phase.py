@@ -11,9 +11,12 @@ from typing import Any
 
 from translora.bundle.adapter import is_in_bank
 from translora.bundle.base import linear_modules
+from translora.distill.data import num_too_long
 from translora.distill.job import FAILURE, TrainJob, make_job
 from translora.distill.launch import train_adapters
 from translora.distill.teacher import Teacher, ask_teachers
+from translora.engine.loading import load_tokenizer
+from translora.engine.prompts import prompt_format
 from translora.lora.peft_io import read_lora
 from translora.lora.targets import resolve_targets
 from translora.lora.warm_start import not_copied
@@ -106,6 +109,10 @@ def distill_phase(run: Run, members: list[Member]) -> None:
     config = run.config
     teachers = ask_teachers(run, members)  # of the whole cohort: a rerun finds the same batches again
     members = [member for member in members if member.waits_for("distill")]
+    prompts = prompt_format(load_tokenizer(config.target))
+    for member in members:
+        rows = [(row["input"], row["answer"]) for row in member.samples("train")]
+        member.state.synthesis.num_too_long = num_too_long(rows, prompts, config.distill.max_length)
     by_name = {member.name: member for member in members}
     jobs = [job for member in members for job in train_jobs(run, member, teachers.get(member.name))]
     last_saved = 0.0

@@ -89,7 +89,13 @@ def remarks(state: AdapterState) -> list[str]:
     found, seen = state.accuracy, ""
     if found is not None and found.num_seen:
         seen = f"{found.num_seen} of its {found.num_items} real items were invented word for word, and trained on"
-    return [text for text in (again, state.synthesis.shortfall, state.synthesis.warning, seen) if text]
+    stats, too_long = state.synthesis, ""
+    if stats.num_too_long:
+        too_long = (
+            f"{stats.num_too_long} of {stats.num_train} samples are longer than distill.max_length, and were not "
+            "trained on; raise it"
+        )
+    return [text for text in (again, stats.shortfall, too_long, stats.warning, seen) if text]
 
 
 def chance_text(gate: GateResult) -> str:

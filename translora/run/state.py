@@ -33,7 +33,9 @@ class SynthesisStats(BaseModel):
     needed: int = 0
     """|D_syn| plus the held-out samples."""
     num_train: int = 0
-    """Samples that are trained on; 0 until the set is written."""
+    """Samples to train on; 0 until the set is written."""
+    num_too_long: int = 0
+    """Those of them that distill.max_length leaves out."""
     dropped: dict[str, int] = {}
     """Samples not used, by reason: malformed, seed_copy, duplicate, near_duplicate, refused, outranked, empty_answer or
     long_answer."""
@@ -138,7 +140,7 @@ class AdapterState(BaseModel):
     @property
     def set_size(self) -> int:
         """|D_syn|: samples of this attempt that are trained on; as many as were asked for while they are not there."""
-        return self.synthesis.num_train or self.num_samples
+        return self.synthesis.num_train - self.synthesis.num_too_long or self.num_samples
 
 
 def reached(state: AdapterState, phase: Phase) -> bool:
