@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 from translora.bundle import Bundle, read_bundle, write_bundle
-from translora.bundle.adapter import check_adapter, check_recorded_base
 from translora.bundle.base import BaseInfo, info_of, pinned, refuse_encoder_decoder
 from translora.bundle.manifest import SEEDS, DiscriminatorQuality
-from translora.bundle.task import Task, is_made, provenance, read_task
+from translora.bundle.task import Task, check_owned, is_made, provenance, read_task
 from translora.config import DiscriminatorConfig, PrepareConfig, TrainConfig
 from translora.distill.job import TrainJob, make_job, refuse_failures
 from translora.distill.launch import train_adapters
@@ -50,9 +48,7 @@ def prepare(config: PrepareConfig, start_cluster: Callable[[], None] = lambda: N
     template = prompt_format(load_tokenizer(config.source), wanted).template
     check_engine(config.source)
     for task in tasks:
-        if task.entry.adapter is not None:
-            check_recorded_base(Path(task.entry.adapter), base.name, "give an adapter of this base")
-            check_adapter(Path(task.entry.adapter), base)
+        check_owned(task.entry.adapter, base)
     with (
         open_run(config.run_dir, config),
         Tracker(config.run_dir, config.tracking, config.model_dump(mode="json"), config.run_dir.name) as tracker,

@@ -132,6 +132,10 @@ CASES = [
     Case("a task with two sources", task(lm_eval="boolq"), "task orders: give either data or lm_eval"),
     Case("a folder of task files and no task of it", task(
         include_path="tasks"), "task orders: include_path holds task files of lm_eval, which is not set"),
+    Case("a metric of the harness and no task of it", task(
+        metric="acc"), "task orders: metric and filter are of lm_eval's task, which is not set"),
+    Case("an adapter to measure that is not there", started(
+        ROWS, tasks=[TASK | {"adapter": "none"}]), "none/adapter_config.json: missing; save"),
     Case("a task that the harness does not know", started(
         tasks=[HARNESS | {"lm_eval": "no_such"}]), "tasks.orders: lm_eval task no_such: is not known; `lm_eval ls"),
     Case("a folder of task files that is not there", started(

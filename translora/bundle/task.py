@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from translora.bundle.adapter import check_adapter, check_recorded_base
 from translora.bundle.base import BaseInfo
 from translora.bundle.bundle import MIN_SEEDS, is_foreign, read_bundle, verify_bundle
 from translora.bundle.manifest import MANIFEST, BundleError
@@ -71,6 +72,17 @@ def read_task(config: PrepareConfig, entry: PrepareEntry) -> Task:
                 "lower num_seeds or give `seeds`"
             )
     return Task(entry, rows, seeds, output)
+
+
+def check_owned(adapter: str | None, base: BaseInfo) -> None:
+    """Whether an owner's adapter, if one was given, is one of this base.
+
+    Raises:
+        ValueError: it is not, or cannot be read.
+    """
+    if adapter is not None:
+        check_recorded_base(Path(adapter), base.name, "give an adapter of this base")
+        check_adapter(Path(adapter), base)
 
 
 def choose_seeds(rows: list[dict[str, Any]], num_seeds: int, seed: int) -> list[str]:

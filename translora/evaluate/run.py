@@ -16,6 +16,7 @@ from typing import Any
 
 from translora.bundle import BaseInfo
 from translora.bundle.base import info_of, name_of_path
+from translora.bundle.task import check_owned
 from translora.config import TrainConfig
 from translora.distill.job import make_job, refuse_failures
 from translora.distill.launch import train_adapters
@@ -53,6 +54,8 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
         raise ValueError(f"source and target are the same base ({source.path}); set `target` to another base")
     for base in (source, target):
         check_section(config.train, base, "train")
+    for task in config.tasks:
+        check_owned(task.adapter, source)
     for arm in config.arms:
         check_training(config.fleet(config.seeds[0], arm), source, target)
     check_writable(config.output, "change `output`")

@@ -239,13 +239,14 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
         bundle = read_bundle(entry.bundle)
         check_name_and_size(config, entry, bundle)
         verify_bundle(bundle, run.source)
-        if choose_screen(config.synthesis, bundle, entry.screen) == "discriminator":
-            check_answers(run.source_tokenizer, bundle.manifest.prompt_template)
+        screen = choose_screen(config.synthesis, bundle, entry.screen)
         if config.source.vllm is not None and not is_in_bank(bundle.path):
             raise ValueError(f"{bundle.path}: is no plain LoRA, and vLLM computes no others; leave source.vllm out")
         for directory in filter(None, (bundle.path, bundle.discriminator_dir)):
             check_rank(highest_rank(directory), config.source, str(directory))
         check_prompts(run, bundle)
+        if screen == "discriminator":
+            check_answers(run.source_tokenizer, bundle.manifest.prompt_template)
         check_copy(run, bundle, entry)
         num_samples = entry.num_samples or bundle.manifest.num_samples
         check_steps(config, entry, num_samples)
