@@ -12,7 +12,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 from translora.config import OPEN_GATE, BaseModelConfig, FleetConfig, GateConfig, ResourceConfig
 from translora.gate import agreement
-from translora.gate.agreement import GateMember, _judge_member, run_gate, token_rows
+from translora.gate.agreement import GateMember, _judge_member, answer_rows, run_gate, token_rows
 from translora.gate.verdict import chance_agreement, chance_gain, informedness, judge, share_equal
 from translora.report.table import remarks
 from translora.run.state import Accuracy, AdapterState, GateResult
@@ -295,6 +295,14 @@ def test_real_items_that_were_trained_on_are_counted() -> None:
     assert accuracy is not None and accuracy.num_seen == 2
     state = AdapterState(name="paint", bundle="x", accuracy=accuracy)
     assert remarks(state) == ["2 of its 4 real items were invented word for word, and trained on"]
+
+
+def test_a_teachers_own_stop_is_the_teachers_alone() -> None:
+    rows = [
+        *answer_rows("paint", "source_adapter", [("a", "red")], "teacher/paint", "chat", stop="###"),
+        *answer_rows("paint", "migrated", [("a", "red")], "student/paint", "auto"),
+    ]
+    assert [row["stop"] for row in rows] == [r"(?<=\S)\s*\#\#\#", None]
 
 
 def test_an_adapter_is_judged_by_its_own_threshold() -> None:

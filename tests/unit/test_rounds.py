@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from translora.synthesis.actors import Row, block_order, cut_blocks, read_block
 from translora.synthesis.phase import draw_heldout
 from translora.synthesis.pool import Pool, admit, choose_screen, close
 from translora.synthesis.quality import answer_classes
-from translora.synthesis.rounds import clean, plan_round, synthesise
+from translora.synthesis.rounds import clean, plan_round, stops, synthesise
 
 SEEDS = ["send a red box", "ship a blue bag", "pack a green cup", "lend a black hat", "sell a red pen"]
 
@@ -58,6 +59,18 @@ def labelled(
         }
         for index in range(count)
     ]
+
+
+def test_a_teacher_that_never_ends_is_ended_where_its_owner_says() -> None:
+    one, other = pool("one"), pool("other")
+    one.stop = "\n###"
+    rows = clean(
+        [*generated("one", "a cat"), *generated("other", "a dog")], {"one": one, "other": other}, SynthesisConfig()
+    )
+    assert [row["stop"] for row in rows] == [r"(?<=\S)\s*" + re.escape("\n###"), None]
+    assert stops(one) != stops(other) == [], "a set of the same name is made again, and that of others is not"
+    for text, kept in (("\n###\nred \n### Input: b\n###", "\n###\nred"), ("red", "red")):
+        assert re.split(rows[0]["stop"], text)[0] == kept
 
 
 def test_a_round_asks_for_what_is_missing_over_the_expected_acceptance() -> None:

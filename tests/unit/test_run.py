@@ -381,6 +381,8 @@ def test_an_adapters_own_settings_and_eval_data_touch_it_alone(
         ({"eval_data": str(rows)}, "gate"),
         ({"epochs": 3}, "distill"),
         ({"screen": "none"}, "synthesis"),
+        ({"stop": "END"}, "synthesis"),
+        ({"min_agreement": 0.3}, "gate"),
     ):
         save_state(tmp_path, migrated)
         shutil.copytree(bundle.path, tmp_path / "bundles/a", dirs_exist_ok=True)

@@ -31,6 +31,8 @@ class AdapterEntry(Strict):
     """This adapter's own distill.learning_rate."""
     min_agreement: float | None = Field(default=None, ge=0, le=1)
     """This adapter's own gate.min_agreement."""
+    stop: str | None = Field(default=None, min_length=1)
+    """Text at which the source adapter's answers end, for one that was never trained to end them."""
 
 
 OPEN_GATE = {"min_agreement": 0.0, "min_gain": -1.0}

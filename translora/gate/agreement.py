@@ -19,7 +19,7 @@ from translora.gate.verdict import chance_agreement, chance_gain, informedness, 
 from translora.run.state import Accuracy, GateResult
 from translora.synthesis.actors import Hosts, run_rows
 from translora.synthesis.calls import Row
-from translora.synthesis.prompts import LINE_END, normalise
+from translora.synthesis.prompts import LINE_END, answer_stop, normalise
 from translora.synthesis.quality import majority_share
 from translora.synthesis.stages import gate_block, token_block
 
@@ -50,6 +50,8 @@ class GateMember:
     """Its own thresholds."""
     trained: Sequence[str] = ()
     """The synthetic inputs that the student was trained on."""
+    stop: str | None = None
+    """Where its teacher's answers end, if the teacher does not end them itself."""
 
     @property
     def has_long_answers(self) -> bool:
@@ -65,18 +67,20 @@ def answer_rows(
     template: str,
     *,
     with_likelihood: bool = False,
+    stop: str | None = None,
 ) -> list[Row]:
     """Rows of `gate_block` for one arm: samples are (input, reference), slot None is the bare base.
 
-    `with_likelihood` asks for the references' log-likelihood under the arm, too.
+    `with_likelihood` asks for the references' log-likelihood under the arm, too. `stop` is a text at which the arm's
+    answers end.
     """
     # A bare base does not know where to stop: where all answers are one line, its first line is its answer. An
     # adapter has learnt to stop; one that runs on is wrong.
     one_line = all("\n" not in reference.strip() for _, reference in samples)
     common = {"adapter": name, "arm": arm, "slot": slot, "template": template, "cut": False}
-    stop = LINE_END if slot is None and one_line else None
+    end = LINE_END if slot is None and one_line else answer_stop(stop)
     return [
-        {**common, "index": index, "input": text, "stop": stop, "reference": reference if with_likelihood else None}
+        {**common, "index": index, "input": text, "stop": end, "reference": reference if with_likelihood else None}
         for index, (text, reference) in enumerate(samples)
     ]
 
@@ -189,8 +193,8 @@ def run_gate(
         for slot, gate_arm, eval_arm in ((student, "gate_student", "migrated"), (None, "gate_base", "target_base")):
             heldout_rows += answer_rows(name, gate_arm, heldout, slot, "auto", with_likelihood=True)
             target_rows += answer_rows(name, eval_arm, real, slot, "auto")
-        for slot, arm in ((teacher, "source_adapter"), (None, "source_base")):
-            source_rows += answer_rows(name, arm, real, slot, member.teacher_template)
+        source_rows += answer_rows(name, "source_adapter", real, teacher, member.teacher_template, stop=member.stop)
+        source_rows += answer_rows(name, "source_base", real, None, member.teacher_template)
 
     answers: Answers = {}
     logliks: dict[tuple[str, str], float] = {}

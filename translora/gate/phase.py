@@ -33,6 +33,7 @@ def gate_phase(run: Run, members: list[Member]) -> None:
             classes=list(member.state.synthesis.classes),
             config=config.gate_of(member.entry),
             trained=[row["input"] for row in member.samples("train")],
+            stop=member.entry.stop,
         )
         for member in members
     ]

@@ -48,6 +48,7 @@ def recipes(
             source,
             generator,
             config.seed,
+            *([] if entry.stop is None else [entry.stop]),
         ),
         "distill": digest(
             config.distill.model_dump(exclude=EXECUTION_ONLY),

@@ -39,7 +39,7 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
                 screen,
             )
         surplus = config.synthesis.surplus if screen in ANSWER_SCORES else 1.0
-        pools.append(Pool(member.name, member.bundle, needed, budget, screen, surplus))
+        pools.append(Pool(member.name, member.bundle, needed, budget, screen, surplus, member.entry.stop))
         if member.state.attempt > 1:
             rows = pq.read_table(member.earlier_set).to_pylist()
             pools[-1].carry_on(member.state.earlier or member.state.synthesis, rows)

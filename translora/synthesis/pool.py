@@ -35,6 +35,8 @@ class Pool:
     screen: ScreenName = "none"
     surplus: float = 1.0
     """Samples that are collected, as a multiple of `needed`; the best of them by score are kept."""
+    stop: str | None = None
+    """Where the teacher's answers end, if it does not end them itself."""
     accepted: list[Row] = field(default_factory=list)
     refused: list[Row] = field(default_factory=list)
     stats: SynthesisStats = field(default_factory=SynthesisStats)

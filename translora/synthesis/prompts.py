@@ -54,6 +54,11 @@ def generation_stop(seeds: Sequence[str]) -> str:
     return rf"\n\s*{len(seeds) + 2}\."
 
 
+def answer_stop(text: str | None) -> str | None:
+    """A regular expression for where answers end that end at a text, and none that is before their first word."""
+    return None if text is None else rf"(?<=\S)\s*{re.escape(text)}"
+
+
 def discriminator_question(text: str, task_name: str) -> str:
     """The template t(x)."""
     return DISCRIMINATOR_QUESTION.replace("{name}", task_name).replace("{input}", text)

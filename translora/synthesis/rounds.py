@@ -15,7 +15,7 @@ from translora.run.files import digest
 from translora.synthesis.actors import Hosts, run_rows
 from translora.synthesis.calls import Row
 from translora.synthesis.pool import Pool, admit, close, read_outcomes, restore, write_outcomes
-from translora.synthesis.prompts import generation_order, generation_row, normalise
+from translora.synthesis.prompts import answer_stop, generation_order, generation_row, normalise
 from translora.synthesis.quality import SeedCopies, own_cutoff
 from translora.synthesis.stages import generate_block, screen_and_label_block
 
@@ -63,10 +63,15 @@ def clean(generated: Sequence[Row], pools: Mapping[str, Pool], config: Synthesis
                     "discriminator": f"discriminator/{pool.name}",
                     "task_name": manifest.task_name,
                     "template": manifest.prompt_template,
-                    "stop": None,
+                    "stop": answer_stop(pool.stop),
                 }
             )
     return candidates
+
+
+def stops(pool: Pool) -> list[str]:
+    """What an adapter's own stop adds to a key."""
+    return [] if pool.stop is None else [pool.stop]
 
 
 def bank_adapters(pools: Sequence[Pool]) -> dict[str, str]:
@@ -101,7 +106,7 @@ def synthesise(
     decided_by = (config.model_dump(exclude={"generator"}), generator.decides(), source.decides(), identities, seed)
     known = read_outcomes(run_dir / "rounds")
     keyed = {
-        digest(pool.name, pool.bundle.digest, pool.needed, pool.budget, pool.screen, *decided_by): pool
+        digest(pool.name, pool.bundle.digest, pool.needed, pool.budget, pool.screen, *decided_by, *stops(pool)): pool
         for pool in pools
     }
     keyed = {key: pool for key, pool in keyed.items() if not restore(pool, known.get(key))}
