@@ -13,7 +13,7 @@ from sklearn.metrics import balanced_accuracy_score
 from translora.config import OPEN_GATE, BaseModelConfig, FleetConfig, GateConfig, ResourceConfig
 from translora.gate import agreement
 from translora.gate.agreement import GateMember, _judge_member, answer_rows, run_gate, token_rows
-from translora.gate.verdict import chance_agreement, chance_gain, informedness, judge, share_equal
+from translora.gate.verdict import chance_agreement, chance_gain, chance_likelihood, informedness, judge, share_equal
 from translora.report.table import remarks
 from translora.run.state import Accuracy, AdapterState, GateResult
 from translora.synthesis.actors import Hosts
@@ -111,21 +111,56 @@ def test_the_p_value_is_the_share_of_all_orders_of_the_answers_that_agree_as_oft
     assert chance_agreement([*texts[:2], *"abcdefgh"], texts) == pytest.approx(1 / 90, abs=0.003)
 
 
+def test_the_p_value_of_few_answers_is_the_share_of_all_orders_that_are_as_likely() -> None:
+    logliks = np.random.default_rng(0).normal(size=(6, 3)).tolist()
+    references = ["A", "a ", "b", "b", "b", "c"]
+    codes = ["abc".index(text.strip().lower()) for text in references]
+    sums = [sum(row[code] for row, code in zip(logliks, order, strict=True)) for order in itertools.permutations(codes)]
+    found = sum(row[code] for row, code in zip(logliks, codes, strict=True))
+    expected = np.mean([value >= found - 1e-9 for value in sums])
+    assert chance_likelihood(logliks, ["a", "b", "c"], references) == pytest.approx(expected, abs=0.01)
+    assert chance_likelihood([[-1.0, -2.0, -3.0]] * 6, ["a", "b", "c"], references) == 1, "as sure whatever the input"
+
+
+def asked(labels: list[str], signal: float, rng: np.random.Generator) -> tuple[list[str | None], list[list[float]]]:
+    """A student's answers and how likely it finds yes and no: the label as far as it reads the input, and its share."""
+    share = labels.count("yes") / len(labels)
+    side = np.where(np.array(labels) == "yes", 1.0, -1.0)
+    margins = signal * side + rng.normal(0, 2, len(labels)) + np.log((share + 0.02) / (1.02 - share))
+    logliks = np.stack([-np.logaddexp(0, -margins), -np.logaddexp(0, margins)], axis=1)
+    return ["yes" if margin > 0 else "no" for margin in margins], logliks.tolist()
+
+
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.8, 0.2), (0.9, 0.1)])
 def test_students_that_do_not_read_their_inputs_pass_one_time_in_twenty_at_most(shares: tuple[float, float]) -> None:
     rng = np.random.default_rng(2)
 
-    def passes(faithful: float) -> float:
+    def passes(signal: float) -> float:
         found = []
         for _ in range(300):
-            labels, others = (rng.choice(["yes", "no"], 50, p=shares).tolist() for _ in range(2))
-            own = [label if rng.random() < faithful else other for label, other in zip(labels, others, strict=True)]
+            labels = rng.choice(["yes", "no"], 50, p=shares).tolist()
+            own, likely = asked(labels, signal, rng)
             arms = {("paint", "gate_student"): own, ("paint", "gate_base"): [None] * 50}
             judged = dataclasses.replace(classified(labels), config=GateConfig(min_agreement=0.01))
-            found.append(_judge_member(judged, arms, {}, {})[0].passed)
+            found.append(_judge_member(judged, arms, {}, {}, likely)[0].passed)
         return float(np.mean(found))
 
-    assert passes(0.0) <= 0.07 and passes(0.85) >= 0.9, "by the permutation test alone"
+    assert passes(0.0) <= 0.07 and passes(4.0) >= 0.9, "by the permutation test alone"
+
+
+def test_of_few_prompts_with_one_answer_the_likelihood_tells_what_agreement_cannot() -> None:
+    """21 yes and 3 no, of which the student gives one: 92 % agree, maybe by chance; how sure it is, is no chance."""
+    labels = ["yes"] * 21 + ["no"] * 3
+    margins = np.array([3.0] * 21 + [-1.0, 0.4, 0.6])
+    own: list[str | None] = ["yes" if margin > 0 else "no" for margin in margins]
+    likely = np.stack([-np.logaddexp(0, -margins), -np.logaddexp(0, margins)], axis=1).tolist()
+    arms = {("paint", "gate_student"): own, ("paint", "gate_base"): [None] * 24}
+    assert chance_agreement(own, labels) > 0.1
+    gate, _ = _judge_member(classified(labels), arms, {}, {}, likely)
+    assert gate.passed and gate.p_value is not None and gate.p_value < 0.01
+    arms["paint", "gate_student"] = ["yes"] * 24
+    gate, _ = _judge_member(classified(labels), arms, {}, {}, likely)
+    assert not gate.passed and "no better than one answer to everything (informedness 0)" in gate.reason
 
 
 def classified(labels: list[str]) -> GateMember:
@@ -139,6 +174,7 @@ def test_a_student_of_one_answer_does_not_pass_however_well_it_agrees() -> None:
     constant, _ = _judge_member(classified(labels), arms | {("paint", "gate_student"): ["yes"] * 24}, {}, {})
     assert constant.agreement_student > 0.9 and constant.informedness == 0 and not constant.passed
     assert constant.p_value == 1 and "p = 1 > gate.max_p_value 0.05" in constant.reason
+    assert "no better than one answer to everything (informedness 0)" in constant.reason
     assert constant.commonest == constant.agreement_student
     arms["paint", "gate_student"] = ["yes"] * 20 + ["no"] * 4
     some, _ = _judge_member(classified(labels), arms, {}, {})

@@ -57,9 +57,10 @@ class GateConfig(Strict):
     min_gain: float = Field(default=0.0, ge=-1, le=1)
     """Least (student - bare target base) agreement."""
     max_p_value: float = Field(default=0.05, gt=0, le=1)
-    """Greatest chance that as many of the student's answers would agree if they were dealt out to other prompts (a
-    permutation test): one answer to everything has 1. By tokens, that it does no better than the bare target base, or
-    than with other inputs. With `min_agreement` 0 it is not asked for."""
+    """Greatest chance that the teacher's answers would suit the student as well if they were dealt out to other prompts
+    (a permutation test): where the answers are few, be as likely to it, else agree as often with its own. By tokens,
+    that it does no better than the bare target base, or than with other inputs. With `min_agreement` 0 it is not asked
+    for."""
     retries: int = Field(default=1, ge=0, le=3)
     """Times that an adapter which did not pass is distilled again, from more samples, before it is given up.
     It is given up sooner where the last samples brought no more agreement."""

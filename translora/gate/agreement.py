@@ -15,13 +15,13 @@ from statistics import fmean, median
 from typing import Any
 
 from translora.config import BaseModelConfig, GateConfig
-from translora.gate.verdict import chance_agreement, chance_gain, informedness, judge, share_equal
+from translora.gate.verdict import chance_agreement, chance_gain, chance_likelihood, informedness, judge, share_equal
 from translora.run.state import Accuracy, GateResult
 from translora.synthesis.actors import Hosts, run_rows
 from translora.synthesis.calls import Row
 from translora.synthesis.prompts import LINE_END, answer_stop, normalise
 from translora.synthesis.quality import majority_share
-from translora.synthesis.stages import gate_block, token_block
+from translora.synthesis.stages import choice_block, gate_block, token_block
 
 logger = logging.getLogger(__name__)
 Answers = dict[tuple[str, str], list[str | None]]
@@ -143,6 +143,21 @@ def run_answers(
     return found, _mean_logliks(computed)
 
 
+def class_rows(member: GateMember, slot: str) -> list[Row]:
+    """Rows of `choice_block`: how likely the student finds each of the teacher's few answers."""
+    common = {"adapter": member.name, "slot": slot, "template": "auto", "choices": list(member.classes)}
+    return [{**common, "index": index, "input": row["input"]} for index, row in enumerate(member.heldout)]
+
+
+def run_classes(rows: Sequence[Row], **where: Any) -> dict[str, list[list[float]]]:
+    """Compute `class_rows`, by name; `where` are arguments of `run_rows`."""
+    computed = run_rows("gate: likelihood of few answers", rows, choice_block, place="gate/classes", **where)
+    found: dict[str, list[list[float]]] = {}
+    for row in sorted(computed, key=lambda row: (row["adapter"], row["index"])):
+        found.setdefault(row["adapter"], []).append(list(row["logliks"]))
+    return found
+
+
 def token_rows(member: GateMember, slot: str) -> list[Row]:
     """Rows of `token_block`: the student, the bare target base, and the student with the inputs of other samples."""
     inputs, answers = ([row[key] for row in member.heldout] for key in ("input", "answer"))
@@ -203,18 +218,22 @@ def run_gate(
     students = {f"student/{member.name}": str(member.student_dir) for member in members}
     teachers = {f"teacher/{member.name}": str(member.teacher_dir) for member in members}
     by_tokens = [one for one in members if one.config.long_answers == "tokens" and one.has_long_answers]
+    by_class = [one for one in members if len(one.classes) > 1]
+    where: dict[str, Any] = {
+        "base": target,
+        "adapters": students,
+        "batch_size": batch_size,
+        "hosts": hosts,
+        "run_dir": run_dir,
+        "weights": dict(digests),
+        "faults": faults,
+    }
     shares: Shares = {}
+    likely: dict[str, list[list[float]]] = {}
     if by_tokens:
-        shares = run_tokens(
-            [row for one in by_tokens for row in token_rows(one, f"student/{one.name}")],
-            base=target,
-            adapters=students,
-            batch_size=batch_size,
-            hosts=hosts,
-            run_dir=run_dir,
-            weights=dict(digests),
-            faults=faults,
-        )
+        shares = run_tokens([row for one in by_tokens for row in token_rows(one, f"student/{one.name}")], **where)
+    if by_class:
+        likely = run_classes([row for one in by_class for row in class_rows(one, f"student/{one.name}")], **where)
     for label, base, adapters, rows, missing in (
         ("gate: held-out prompts", target, students, heldout_rows, faults),
         ("gate: real data, target base", target, students, target_rows, unmeasured),
@@ -243,7 +262,9 @@ def run_gate(
         for member in members
         if member.name not in faults
     ]
-    return {member.name: _judge_member(member, answers, logliks, shares) for member in sound}, faults
+    return {
+        member.name: _judge_member(member, answers, logliks, shares, likely.get(member.name)) for member in sound
+    }, faults
 
 
 def _judge_member(
@@ -251,6 +272,7 @@ def _judge_member(
     answers: Mapping[tuple[str, str], Sequence[str | None]],
     logliks: Mapping[tuple[str, str], float],
     shares: Shares,
+    likely_NK: Sequence[Sequence[float]] | None = None,
 ) -> tuple[GateResult, Accuracy | None]:
     labels = [sample["answer"] for sample in member.heldout]
     student, base = answers[member.name, "gate_student"], answers[member.name, "gate_base"]
@@ -262,7 +284,11 @@ def _judge_member(
         only_answer=member.classes[0] if len(member.classes) == 1 else None,
         informedness=informedness(student, labels) if member.classes else None,
         commonest=majority_share(labels),
-        p_value=chance_agreement(student, labels),
+        p_value=(
+            chance_agreement(student, labels)
+            if likely_NK is None
+            else chance_likelihood(likely_NK, member.classes, labels)
+        ),
         loglik_student=logliks.get((member.name, "gate_student")),
         loglik_base=logliks.get((member.name, "gate_base")),
         passed=False,

@@ -6,9 +6,11 @@ References are the teacher's answers. Equal is what is equal after normalising c
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from translora.config import GateConfig
 from translora.run.state import GateResult
@@ -43,7 +45,17 @@ def informedness(answers: Sequence[str | None], references: Sequence[str]) -> fl
 
 NUM_DEALS = 10_000
 """Random orders of the answers, or signs of the gains, that a p-value is counted over."""
+MOST_DEALT = 4_000_000
+"""Values that are dealt out at a time."""
 ROUNDING = 1e-9
+Integers = npt.NDArray[np.integer[Any]]
+
+
+def deals(values_N: Integers) -> Iterator[Integers]:
+    """The values in NUM_DEALS random orders, [deals, N] at a time; the same ones whenever it is asked."""
+    generator, most = np.random.default_rng(0), max(1, MOST_DEALT // len(values_N))
+    for start in range(0, NUM_DEALS, most):
+        yield generator.permuted(np.tile(values_N, (min(most, NUM_DEALS - start), 1)), axis=1)
 
 
 def chance_agreement(answers: Sequence[str | None], references: Sequence[str]) -> float:
@@ -59,9 +71,31 @@ def chance_agreement(answers: Sequence[str | None], references: Sequence[str]) -
     codes = {text: code for code, text in enumerate(dict.fromkeys(map(normalise, references)))}
     right = np.array([codes[normalise(text)] for text in references])
     given = np.array([-1 if text is None else codes.get(normalise(text), -1) for text in answers])
-    dealt = np.random.default_rng(0).permuted(np.tile(given, (NUM_DEALS, 1)), axis=1)
-    as_many = np.count_nonzero((dealt == right).sum(axis=1) >= np.count_nonzero(given == right))
+    agreed = np.count_nonzero(given == right)
+    as_many = sum(np.count_nonzero((dealt == right).sum(axis=1) >= agreed) for dealt in deals(given))
     return (as_many + 1) / (NUM_DEALS + 1)
+
+
+def chance_likelihood(
+    logliks_NK: Sequence[Sequence[float]], classes: Sequence[str], references: Sequence[str]
+) -> float:
+    """p-value of a permutation test: the chance that the references are as likely when they are dealt out anew.
+
+    It sees how sure a student is, and not just what it would say: of few prompts, of which nearly all have one answer,
+    agreement alone can hardly tell anything. One answer to everything, as sure of it whatever the input, has about 1.
+
+    Args:
+        logliks_NK: the student's log-likelihood of each class as the answer to each prompt.
+        classes: the different answers; each reference is one of them.
+    """
+    codes = {normalise(text): code for code, text in enumerate(classes)}
+    right_N = np.array([codes[normalise(text)] for text in references])
+    scores_NK, places_N = np.asarray(logliks_NK), np.arange(len(references))
+    found = scores_NK[places_N, right_N].sum()
+    as_likely = sum(
+        np.count_nonzero(scores_NK[places_N, dealt].sum(axis=1) >= found - ROUNDING) for dealt in deals(right_N)
+    )
+    return (as_likely + 1) / (NUM_DEALS + 1)
 
 
 def chance_gain(shares: Sequence[float], others: Sequence[float]) -> float:
@@ -69,9 +103,13 @@ def chance_gain(shares: Sequence[float], others: Sequence[float]) -> float:
 
     Source: R. A. Fisher, The design of experiments (1935), section 21; with one more deal than drawn, as above.
     """
-    gains = np.subtract(shares, others)
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(NUM_DEALS, len(gains)))
-    return (np.count_nonzero(signs @ gains >= gains.sum() - ROUNDING) + 1) / (NUM_DEALS + 1)
+    gains_N = np.subtract(shares, others)
+    generator, most = np.random.default_rng(0), max(1, MOST_DEALT // len(gains_N))
+    as_much = 0
+    for start in range(0, NUM_DEALS, most):
+        signs = generator.choice([-1.0, 1.0], size=(min(most, NUM_DEALS - start), len(gains_N)))
+        as_much += int(np.count_nonzero(signs @ gains_N >= gains_N.sum() - ROUNDING))
+    return (as_much + 1) / (NUM_DEALS + 1)
 
 
 def judge(measured: GateResult, config: GateConfig) -> GateResult:
@@ -93,6 +131,12 @@ def judge(measured: GateResult, config: GateConfig) -> GateResult:
             reasons.append("long texts are seldom the same to the letter: set gate.long_answers to tokens")
     if gain < config.min_gain:
         reasons.append(f"gain over the target base {gain:+.2f} < gate.min_gain {config.min_gain:+.2f}")
+    shows_nothing = measured.informedness is not None and measured.informedness <= 0
+    if shows_nothing and config.min_agreement > 0 and measured.only_answer is None:
+        reasons.append(
+            "it does no better than one answer to everything (informedness 0); ship seeds of every answer, or raise "
+            "gate.min_holdout"
+        )
     most = config.max_p_value if config.min_agreement > 0 else 1.0
     if measured.only_answer is None and measured.p_value is not None and measured.p_value > most:
         why = (

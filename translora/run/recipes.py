@@ -16,6 +16,8 @@ from translora.run.state import AdapterState, Phase
 HELD_OUT = {"holdout_fraction", "min_holdout"}
 """Of the gate's settings: they decide the size of the synthetic set."""
 SEALS = "seals.json"
+GATE_RULES = 2
+"""Of the gate's verdict: a run of others judges again. 2: few answers are told from chance by their likelihood."""
 
 
 def recipes(
@@ -59,6 +61,7 @@ def recipes(
             config.seed,
         ),
         "gate": digest(
+            GATE_RULES,
             {key: value for key, value in gate.items() if key not in HELD_OUT},
             answers,
             source,

@@ -77,8 +77,9 @@ class GateResult(BaseModel):
     commonest: float | None = None
     """Share of the held-out prompts that have the commonest answer: the agreement of one answer to everything."""
     p_value: float | None = None
-    """Chance that as many of the student's answers would agree if they were dealt out to other prompts; of tokens, that
-    they agree no more often than the bare base's, or than with other inputs."""
+    """Chance that the teacher's answers would suit the student as well if they were dealt out to other prompts: few
+    answers by their likelihood, others by agreement; of tokens, that they agree no more often than the bare base's, or
+    than with other inputs."""
     loglik_student: float | None = None
     loglik_base: float | None = None
     """Mean log-likelihood of a token of the teacher's answers."""
