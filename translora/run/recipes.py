@@ -104,7 +104,7 @@ class Seals:
     def __init__(self, run_dir: Path, config: FleetConfig, bases: tuple[BaseInfo, BaseInfo, BaseInfo]) -> None:
         self.run_dir = run_dir
         settings = config.model_dump(exclude={"adapters", "merges", "resources", "tracking", "run_dir"})
-        self._common = digest(settings, [base.identity for base in bases])
+        self._common = digest(settings, [base.identity for base in bases], GATE_RULES)
         known = read_object(run_dir / SEALS)
         self._known = {str(name): seal for name, seal in known.items()}
 
