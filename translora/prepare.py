@@ -18,7 +18,7 @@ from translora.distill.job import TrainJob, make_job, refuse_failures
 from translora.distill.launch import train_adapters
 from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
-from translora.engine.protocol import check_answers
+from translora.engine.protocol import warn_of_answers
 from translora.engine.vllm_settings import check_engine
 from translora.run.files import derive_seed, digest, sha256_path
 from translora.run.rundir import open_run
@@ -60,7 +60,7 @@ def prepare(config: PrepareConfig, start_cluster: Callable[[], None] = lambda: N
         if learnt := [task for task in todo if task.rows]:
             refuse_encoder_decoder(base, "train is for", "give no `data`, but `adapter` and `seeds`")
             check_section(config.train, base, "train")
-            check_answers(load_tokenizer(config.source), template)
+            warn_of_answers(load_tokenizer(config.source), template)
             warn_of_shipped_rows(learnt)
             start_cluster()
             config = config.model_copy(update={"source": pinned(config.source, base)})

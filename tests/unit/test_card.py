@@ -94,6 +94,8 @@ def test_it_says_what_data_its_weights_have_seen(began: Began, said: str, unsaid
     text = model_card(state(), source="old", target="new", prompt_template="chat", began=began)
     flat = " ".join(text.split())
     assert said in flat and unsaid not in flat
+    moved = model_card(state(), source="old", target="new", prompt_template="chat", before="older", began=began)
+    assert began == "fresh" or ("was moved to that base before" in " ".join(moved.split()) and said not in moved)
     assert "synthetic inputs only" in flat and "\n\n\n" not in text
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.tiny import make_adapter, make_base, make_tokenizer
@@ -14,7 +14,7 @@ from translora.bundle.base import UnusableBaseError
 from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request, Row, choose_tokens
 from translora.engine.prompts import prompt_format
-from translora.engine.protocol import answer_tokens, check_answers
+from translora.engine.protocol import answer_tokens, check_answers, warn_of_answers
 from translora.engine.transformers import TransformersEngine
 from translora.synthesis.stages import ANSWER_SCORES, screen_and_label_block, token_block
 
@@ -148,6 +148,20 @@ def test_a_discriminator_must_answer_with_a_token_that_its_odds_are_read_from() 
         UnusableBaseError, match=r"of the answer 'yes' to the template 'Q: {input} A:': yes and no begin alike"
     ):
         check_answers(tokenizer, "Q: {input} A:")
+
+
+def test_a_base_whose_discriminators_can_tell_nothing_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """SentencePiece as Llama 2 has it: a space before every text, so that yes and no behind one begin alike."""
+    pieces = {
+        text: index for index, text in enumerate(["<eos>", "\u2581", *"yesno", "ye", "yes", "no", "\u2581\u2581"])
+    }
+    pieces = {text: index for index, text in enumerate(pieces)}
+    whole = Tokenizer(models.BPE(pieces, [("y", "e"), ("ye", "s"), ("n", "o"), ("\u2581", "\u2581")]))
+    whole.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="<eos>")
+    assert all(answer_tokens(tokenizer).values()), "odds of nothing at all are no number"
+    warn_of_answers(tokenizer, "{input}\nAnswer:")
+    assert "yes and no begin alike" in caplog.text
 
 
 def test_the_bank_changes_its_adapters_on_a_resident_base(base: Path, adapters: dict[str, str]) -> None:

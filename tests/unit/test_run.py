@@ -389,6 +389,16 @@ def test_an_adapters_own_settings_and_eval_data_touch_it_alone(
         assert found(run, AdapterEntry(bundle=str(bundle.path), **own)).phase == phase  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("section", "setting"), [("distill", {"loss": "kl"}), ("synthesis", {"screen": "excess"})])
+def test_a_teacher_without_ends_is_asked_for_none(
+    run: Run, bundle: Bundle, section: str, setting: dict[str, str]
+) -> None:
+    part = getattr(run.config, section).model_copy(update=setting)
+    asking = dataclasses.replace(run, config=run.config.model_copy(update={section: part}))
+    state = verify(asking, "a", AdapterEntry(bundle=str(bundle.path), stop="END"))
+    assert isinstance(state, AdapterState) and "does not end its answers" in state.reason
+
+
 def test_a_second_attempt_begins_anew_when_its_samples_are_touched(
     tmp_path: Path, run: Run, bundle: Bundle, migrated: AdapterState
 ) -> None:

@@ -110,7 +110,7 @@ def distill_phase(run: Run, members: list[Member]) -> None:
     teachers = ask_teachers(run, members)  # of the whole cohort: a rerun finds the same batches again
     members = [member for member in members if member.waits_for("distill")]
     prompts = prompt_format(load_tokenizer(config.target))
-    for member in members:
+    for member in (one for one in members if config.epochs_of(one.entry) > 0):
         rows = [(row["input"], row["answer"]) for row in member.samples("train")]
         member.state.synthesis.num_too_long = num_too_long(rows, prompts, config.distill.max_length)
     by_name = {member.name: member for member in members}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from translora.config import SamplingConfig
 from translora.engine.decode import Request, Row
 from translora.engine.prompts import prompt_format
 
+logger = logging.getLogger(__name__)
 Samples = Sequence[tuple[Sequence[int], Sequence[int]]]
 """Token ids of prompts and of their answers, neither of them empty."""
 
@@ -98,7 +100,7 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """Ids of the tokens that a discriminator's answer begins with, for `yes` and for `no`.
 
     The single tokens that spell it, with or without a space, in any usual case, and the first token of one that is in
-    pieces; without those that both answers begin with, which tell nothing.
+    pieces; without those that both answers begin with, which tell nothing, where there are others.
     """
     found = dict[str, set[int]]()
     for word in ("yes", "no"):
@@ -106,7 +108,7 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
         ids = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts}
         found[word] = {tokens[0] for text, tokens in ids.items() if len(tokens) == 1 or text.strip() == word}
     shared = found["yes"] & found["no"]
-    return {word: sorted(ids - shared) for word, ids in found.items()}
+    return {word: sorted(ids - shared or ids) for word, ids in found.items()}
 
 
 def check_answers(tokenizer: PreTrainedTokenizerBase, template: str = "auto") -> None:
@@ -116,11 +118,19 @@ def check_answers(tokenizer: PreTrainedTokenizerBase, template: str = "auto") ->
         UnusableBaseError: it cannot: what it is trained to say begins with no token that its odds are read from.
     """
     form, known = prompt_format(tokenizer, template), answer_tokens(tokenizer)
-    for word, ids in known.items():
-        own = form.encode_answer(word, with_end=False)
-        if own[0] not in ids:
+    answers = {word: form.encode_answer(word, with_end=False) for word in known}
+    for word, own in answers.items():
+        if own[0] not in known[word] or len({tokens[0] for tokens in answers.values()}) == 1:
             raise UnusableBaseError(
                 f"{tokenizer.name_or_path}: its tokenizer makes {tokenizer.convert_ids_to_tokens(own)} of the answer "
                 f"{word!r} to the template {form.template!r}: yes and no begin alike, and discriminators answer with "
                 "one token; end the template with a space, or, for a source, set synthesis.screen to confidence"
             )
+
+
+def warn_of_answers(tokenizer: PreTrainedTokenizerBase, template: str = "auto") -> None:
+    """Say where a base's discriminators will tell nothing: they are measured, and none that cannot tell is trusted."""
+    try:
+        check_answers(tokenizer, template)
+    except UnusableBaseError as error:
+        logger.warning("%s", error)

@@ -203,7 +203,7 @@ def migrations(config: EvaluateConfig, repetition: Repetition) -> list[Migration
     """Every adapter of a repetition: the gate's verdict by the configured thresholds beside its real accuracy."""
     found = []
     for arm, states in repetition.states.items():
-        thresholds = config.fleet(repetition.seed, arm).gate
+        fleet = config.fleet(repetition.seed, arm)
         for state in states:
             good, source = repetition.correct(state.name, arm), repetition.correct(state.name, SOURCE_ADAPTER) or []
             found.append(
@@ -213,12 +213,12 @@ def migrations(config: EvaluateConfig, repetition: Repetition) -> list[Migration
                     arm=arm,
                     note=state.reason or state.synthesis.shortfall or state.synthesis.warning,
                     synthesis=state.synthesis,
-                    gate=judge(state.gate, thresholds) if state.gate else None,
+                    gate=judge(state.gate, fleet.gate) if state.gate else None,
                     accuracy=sum(good) / len(good) if good else None,
                     source_accuracy=sum(source) / len(source),
                     num_seen=num_seen(
                         config.arm_dir(repetition.seed, arm) / "adapters" / state.name / SYNTHETIC,
-                        repetition.splits[state.name].test,
+                        repetition.splits[state.name].test if fleet.distill.epochs > 0 else [],
                     ),
                 )
             )

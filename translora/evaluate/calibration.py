@@ -21,6 +21,8 @@ from translora.run.state import GateResult
 
 KEPT_SHARE = 0.9
 """An adapter kept its skill if it has this share of the source adapter's accuracy."""
+OPEN = 1e-9
+"""The least agreement of a gate whose other limits hold."""
 DIGITS = 9
 """Of accuracies and their differences: equal ones must be ties."""
 SIGNAL_WORDS = {
@@ -86,7 +88,7 @@ def calibrate(points: Sequence[Point], config: GateConfig) -> Calibration:
     agreements = [gate.agreement_student for gate in gates]
 
     def passed(threshold: float) -> list[bool]:
-        own = config.model_copy(update={"min_agreement": threshold})
+        own = config.model_copy(update={"min_agreement": max(threshold, OPEN)})
         return [judge(gate, own).passed for gate in gates]
 
     def alone(threshold: float) -> list[bool]:

@@ -71,7 +71,7 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
         train=settings_of(config.train),
         distill=settings_of(config.distill),
         gate=config.gate.model_dump(),
-        synthesis=config.synthesis.model_dump(),
+        synthesis=without_places(config.synthesis.model_dump()),
         discriminator=config.discriminator.model_dump(include={"epochs", "learning_rate", "batch_size", "max_samples"}),
         data={
             task.name: digest([[one.splits[task.name].train, one.splits[task.name].test] for one in repetitions])

@@ -284,6 +284,7 @@ def _judge_member(
         only_answer=member.classes[0] if len(member.classes) == 1 else None,
         informedness=informedness(student, labels) if member.classes else None,
         commonest=majority_share(labels),
+        chance="agreement" if likely_NK is None else "likelihood",
         p_value=(
             chance_agreement(student, labels)
             if likely_NK is None

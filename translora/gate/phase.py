@@ -32,7 +32,7 @@ def gate_phase(run: Run, members: list[Member]) -> None:
             eval_rows=member.eval_rows,
             classes=list(member.state.synthesis.classes),
             config=config.gate_of(member.entry),
-            trained=[row["input"] for row in member.samples("train")],
+            trained=[row["input"] for row in member.samples("train")] if config.epochs_of(member.entry) > 0 else [],
             stop=member.entry.stop,
         )
         for member in members

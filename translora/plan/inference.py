@@ -75,13 +75,18 @@ def label_calls(config: FleetConfig, work: Work) -> Calls:
 
 
 def gate_calls(config: FleetConfig, work: Work) -> Calls:
-    """Held-out prompts, answered by the student and by the bare base, and the teacher's answers scored by both."""
+    """Held-out prompts, answered by the student and by the bare base, and the teacher's answers scored by both.
+
+    Without those that say how likely each of few answers is, which are short: how many there are is not known.
+    """
     rows = prompts = longest = 0.0
     for one in work.adapters:
         kept = heldout_size(config.gate, one.num_samples)
         own = one.input_tokens + QUESTION_TOKENS
         rows += 2 * kept
         prompts += 2 * kept * (2 * own + one.answer_tokens)
+        if config.gate.long_answers == "tokens":
+            prompts += 3 * kept * (own + one.answer_tokens)
         longest = max(longest, own)
     new = config.synthesis.max_answer_tokens
     return Calls(rows, prompts, new, longest + new, num_rounds=1)

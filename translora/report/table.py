@@ -106,7 +106,7 @@ def chance_text(gate: GateResult) -> str:
     if gate.unit == "tokens":
         return f"Chance alone would set it as far above the bare base, or above itself behind other inputs, with {p}."
     one = f"One answer to every input would have {percent(gate.commonest)}; " if gate.commonest is not None else ""
-    how = "agree as often" if gate.informedness is None else "are as likely to it"
+    how = "agree as often" if gate.chance == "agreement" else "are as likely to it"
     text = f"{one}the teacher's answers, dealt out by chance, {how} with {p}."
     return text[0].upper() + text[1:]
 

@@ -76,6 +76,8 @@ class GateResult(BaseModel):
     """Of the student's answers, where the teacher's are few: 0 is one answer to everything, 1 the teacher's."""
     commonest: float | None = None
     """Share of the held-out prompts that have the commonest answer: the agreement of one answer to everything."""
+    chance: Literal["agreement", "likelihood"] = "agreement"
+    """What the p-value is of, where `unit` is answers."""
     p_value: float | None = None
     """Chance that the teacher's answers would suit the student as well if they were dealt out to other prompts: few
     answers by their likelihood, others by agreement; of tokens, that they agree no more often than the bare base's, or

@@ -16,7 +16,7 @@ from translora.distill.phase import student_start
 from translora.distill.teacher import check_vocabularies
 from translora.engine.loading import attention_of, check_attention, load_tokenizer, num_gpus, resolve_dtype
 from translora.engine.prompts import prompt_format
-from translora.engine.protocol import check_answers
+from translora.engine.protocol import check_answers, warn_of_answers
 from translora.engine.vllm_settings import check_engine, check_rank
 from translora.lora.kinds import SOURCES_ONLY
 from translora.lora.peft_io import is_banked
@@ -56,7 +56,7 @@ def check_training(config: FleetConfig, source: BaseInfo, target: BaseInfo) -> N
     if config.distill.peft is None:
         check_rank(config.distill.lora.total_rank, config.target, "distill.lora")
     check_section(config.distill, target, "distill")
-    check_answers(load_tokenizer(config.target))
+    warn_of_answers(load_tokenizer(config.target))
     check_target_context(config, target)
     if config.distill.loss == "kl":
         check_vocabularies(load_tokenizer(config.source), load_tokenizer(config.target))
@@ -240,6 +240,7 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
         check_name_and_size(config, entry, bundle)
         verify_bundle(bundle, run.source)
         screen = choose_screen(config.synthesis, bundle, entry.screen)
+        check_stop(config, entry, screen)
         if config.source.vllm is not None and not is_in_bank(bundle.path):
             raise ValueError(f"{bundle.path}: is no plain LoRA, and vLLM computes no others; leave source.vllm out")
         for directory in filter(None, (bundle.path, bundle.discriminator_dir)):
@@ -280,6 +281,21 @@ def check_copy(run: Run, bundle: Bundle, entry: AdapterEntry) -> None:
         start, remark = student_start(run, bundle.path)
         if start is None:
             raise ValueError(f"{bundle.path}: {remark}, and 0 epochs train nothing; give it epochs of its own")
+
+
+def check_stop(config: FleetConfig, entry: AdapterEntry, screen: str) -> None:
+    """A teacher that does not end its answers says nothing of where they end.
+
+    Raises:
+        ValueError: the loss or the screen would ask it.
+    """
+    remedy = ""
+    if config.distill.loss == "kl":
+        remedy = "distill.loss: kl would imitate it there; use sft"
+    elif screen == "excess":
+        remedy = "the screen excess counts their ends; use confidence"
+    if entry.stop is not None and remedy:
+        raise ValueError(f"{entry.bundle}: `stop` is for a teacher that does not end its answers, and {remedy}")
 
 
 def check_steps(config: FleetConfig, entry: AdapterEntry, num_samples: int) -> None:
