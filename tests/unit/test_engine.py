@@ -152,10 +152,8 @@ def test_a_discriminator_must_answer_with_a_token_that_its_odds_are_read_from() 
 
 def test_a_base_whose_discriminators_can_tell_nothing_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     """SentencePiece as Llama 2 has it: a space before every text, so that yes and no behind one begin alike."""
-    pieces = {
-        text: index for index, text in enumerate(["<eos>", "\u2581", *"yesno", "ye", "yes", "no", "\u2581\u2581"])
-    }
-    pieces = {text: index for index, text in enumerate(pieces)}
+    texts = ["<eos>", "\u2581", *"yesno", "ye", "yes", "no", "\u2581\u2581"]
+    pieces = {text: index for index, text in enumerate(dict.fromkeys(texts))}
     whole = Tokenizer(models.BPE(pieces, [("y", "e"), ("ye", "s"), ("n", "o"), ("\u2581", "\u2581")]))
     whole.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="<eos>")

@@ -247,7 +247,7 @@ def test_the_page_says_what_was_measured(results: Results) -> None:
     assert widths == [8, 4, 4], "chance, majority, four references, two arms; twice gain, source adapter, two arms"
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "docs").glob("results-*.json")), ids=str)
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "docs").glob("results*.json")), ids=str)
 def test_a_page_of_the_docs_is_what_its_figures_say(path: Path) -> None:
     path = path.with_suffix(".md")
     assert to_markdown(read_results(path), path.stem) == path.read_text(encoding="utf-8")

@@ -111,8 +111,9 @@ def _setup(setup: Setup, tasks: Sequence[TaskResult], json_name: str) -> list[st
         "base's place, where that is greater. An arm that answers all items alike right or wrong has an interval of "
         "width zero, which is the bootstrap's limit, not certainty.",
         "",
-        f"Source adapter and real-data LoRA: {_training(setup.train)}. Students: {_training(setup.distill)}"
-        f"{_synthesis(setup)}. Written by `translora evaluate` from [`{json_name}`]({json_name}); "
+        f"Source adapter and real-data LoRA: {_training(setup.train)}{_given(setup)}. "
+        f"Students: {_training(setup.distill)}{_synthesis(setup)}. "
+        f"Written by `translora evaluate` from [`{json_name}`]({json_name}); "
         + ", ".join(f"{name} {version}" for name, version in setup.versions.items() if name in SHOWN_VERSIONS)
         + ".",
     ]
@@ -158,6 +159,11 @@ def _training(settings: dict[str, object]) -> str:
         f"{student}, {settings['epochs']:g} epochs, "
         f"learning rate {settings['learning_rate']:g}, batch {settings['batch_size']}"
     )
+
+
+def _given(setup: Setup) -> str:
+    """The tasks whose source adapter is their owner's."""
+    return f", but for the source adapters of {', '.join(setup.adapters)}, which were given" if setup.adapters else ""
 
 
 def _synthesis(setup: Setup) -> str:

@@ -56,10 +56,12 @@ class Setup(Record):
     distill: dict[str, Any]
     gate: dict[str, Any]
     synthesis: dict[str, Any] = {}
-    """Empty in results of an older version, as the next two."""
+    """Empty in results of an older version, as the next ones."""
     discriminator: dict[str, Any] = {}
     data: dict[str, str] = {}
     """Digest of each task's rows, in all seeds."""
+    adapters: dict[str, str] = {}
+    """sha256 of the source adapters that were given, by task."""
     num_replicates: int
     versions: dict[str, str]
 

@@ -27,7 +27,7 @@ from translora.evaluate.results import BaseSize, Results, Setup, summarise
 from translora.evaluate.statistics import NUM_REPLICATES
 from translora.fleet import migrate
 from translora.prepare import prepare
-from translora.run.files import check_writable, digest, write_bytes, write_jsonl
+from translora.run.files import check_writable, digest, sha256_path, write_bytes, write_jsonl
 from translora.run.rundir import open_run, versions
 from translora.run.state import STUDENT, AdapterState
 from translora.run.verify import check_section, check_training
@@ -77,6 +77,7 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
             task.name: digest([[one.splits[task.name].train, one.splits[task.name].test] for one in repetitions])
             for task in config.tasks
         },
+        adapters={task.name: sha256_path(Path(task.adapter)) for task in config.tasks if task.adapter is not None},
         num_replicates=NUM_REPLICATES,
         versions=versions(),
     )
