@@ -185,7 +185,7 @@ def kill_when(world: World, verb: str, config: Path, pattern: str, count: int = 
     driver = subprocess.Popen(
         command(verb, config), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while len(list(world.root.glob(pattern))) < count:
         assert driver.poll() is None, f"the run ended before {pattern} appeared"
         assert time.monotonic() < deadline, f"{pattern} never appeared"
