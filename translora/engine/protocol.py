@@ -99,14 +99,15 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | None) 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """Ids of the tokens that a discriminator's answer begins with, for `yes` and for `no`.
 
-    The single tokens that spell it, with or without a space, in any usual case, and the first token of one that is in
-    pieces; without those that both answers begin with, which tell nothing, where there are others.
+    The single tokens that spell it, with or without a space, in any usual case; where there is none, the first of its
+    pieces, without those that both answers begin with, which tell nothing.
     """
     found = dict[str, set[int]]()
     for word in ("yes", "no"):
         texts = [f"{space}{text}" for text in (word, word.capitalize(), word.upper()) for space in ("", " ")]
         ids = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts}
-        found[word] = {tokens[0] for text, tokens in ids.items() if len(tokens) == 1 or text.strip() == word}
+        whole = {tokens[0] for tokens in ids.values() if len(tokens) == 1}
+        found[word] = whole or {ids[text][0] for text in (word, f" {word}")}
     shared = found["yes"] & found["no"]
     return {word: sorted(ids - shared or ids) for word, ids in found.items()}
 
@@ -115,17 +116,16 @@ def check_answers(tokenizer: PreTrainedTokenizerBase, template: str = "auto") ->
     """Whether a discriminator can answer on a tokenizer's base, to the prompts of a template.
 
     Raises:
-        UnusableBaseError: it cannot: what it is trained to say begins with no token that its odds are read from.
+        UnusableBaseError: it cannot: yes and no begin with the same token.
     """
-    form, known = prompt_format(tokenizer, template), answer_tokens(tokenizer)
-    answers = {word: form.encode_answer(word, with_end=False) for word in known}
-    for word, own in answers.items():
-        if own[0] not in known[word] or len({tokens[0] for tokens in answers.values()}) == 1:
-            raise UnusableBaseError(
-                f"{tokenizer.name_or_path}: its tokenizer makes {tokenizer.convert_ids_to_tokens(own)} of the answer "
-                f"{word!r} to the template {form.template!r}: yes and no begin alike, and discriminators answer with "
-                "one token; end the template with a space, or, for a source, set synthesis.screen to confidence"
-            )
+    form = prompt_format(tokenizer, template)
+    yes, no = (form.encode_answer(word, with_end=False) for word in ("yes", "no"))
+    if yes[0] == no[0]:
+        raise UnusableBaseError(
+            f"{tokenizer.name_or_path}: its tokenizer makes {tokenizer.convert_ids_to_tokens(yes)} of the answer 'yes' "
+            f"to the template {form.template!r}: yes and no begin alike, and discriminators answer with one token; end "
+            "the template with a space, or, for a source, set synthesis.screen to confidence"
+        )
 
 
 def warn_of_answers(tokenizer: PreTrainedTokenizerBase, template: str = "auto") -> None:
