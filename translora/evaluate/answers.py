@@ -13,21 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from translora.bundle import BaseInfo, read_bundle
-from translora.config import BaseModelConfig
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, SOURCE_BASE, TARGET_BASE, EvaluateConfig
 from translora.evaluate.data import Split
 from translora.evaluate.results import Migration, TaskItems
-from translora.gate.agreement import Answers, answer_rows, run_answers
+from translora.gate.agreement import Answers, Logliks, answer_rows, run_answers, run_choices
 from translora.gate.verdict import judge
 from translora.run.files import digest, sha256_path, write_parquet
 from translora.run.state import SYNTHETIC, AdapterState
-from translora.synthesis.actors import Hosts, run_rows
+from translora.synthesis.actors import Hosts
 from translora.synthesis.calls import Row
 from translora.synthesis.prompts import normalise
-from translora.synthesis.stages import choice_block
-
-Logliks = dict[tuple[str, str], list[list[float]]]
-"""By task and arm: of each test item's choices."""
+from translora.synthesis.quality import num_seen
 
 
 @dataclass(frozen=True)
@@ -95,14 +91,14 @@ def answer(
                 "batch_size": config.synthesis.batch_size,
                 "hosts": hosts,
                 "run_dir": config.seed_dir(seed),
-                "digests": {slot: sha256_path(path) for slot, path in own.items()} | {"base": info.identity},
             }
+            weights = {slot: sha256_path(path) for slot, path in own.items()} | {"base": info.identity}
             label = f"seed {seed}: test items, {arm}"
             if texts := [row for row in rows if "choices" not in row]:
                 most = config.synthesis.max_answer_tokens
-                answers |= run_answers(label, texts, max_answer_tokens=most, **where)[0]
+                answers |= run_answers(label, texts, max_answer_tokens=most, digests=weights, **where)[0]
             if choices := [row for row in rows if "choices" in row]:
-                logliks |= run_choices(label, choices, **where)
+                logliks |= run_choices(label, choices, weights=weights, **where)
     return answers, logliks
 
 
@@ -118,36 +114,6 @@ def item_rows(task: str, arm: str, part: Split, slot: str | None, template: str)
         {**common, "index": index, "input": row["input"], "choices": part.harness.choices(document)}
         for index, (row, document) in enumerate(zip(part.test, part.documents, strict=True))
     ]
-
-
-def run_choices(
-    label: str,
-    rows: Sequence[Row],
-    *,
-    base: BaseModelConfig,
-    adapters: Mapping[str, str],
-    batch_size: int,
-    hosts: Hosts,
-    run_dir: Path,
-    digests: Mapping[str, str],
-) -> Logliks:
-    """Rate every item's choices on one base, all tasks in mixed batches; arguments as those of `run_answers`."""
-    computed = run_rows(
-        f"{label}: choices",
-        rows,
-        choice_block,
-        base=base,
-        hosts=hosts,
-        batch_size=batch_size,
-        run_dir=run_dir,
-        place="gate/choices",
-        weights=dict(digests),
-        adapters=adapters,
-    )
-    found: Logliks = {}
-    for row in sorted(computed, key=lambda row: (row["adapter"], row["arm"], row["index"])):
-        found.setdefault((row["adapter"], row["arm"]), []).append(list(row["logliks"]))
-    return found
 
 
 def write_items(path: Path, repetition: Repetition) -> None:
@@ -190,13 +156,12 @@ def is_commonest(targets: Sequence[str]) -> list[float]:
     return [float(text == most) for text in texts]
 
 
-def num_seen(synthetic: Path, test: Sequence[Mapping[str, str]]) -> int:
-    """Test items whose input is, word for word, one that a student was trained on."""
+def trained_inputs(synthetic: Path) -> list[str]:
+    """What a student was trained on; nothing where there is no synthetic set."""
     if not synthetic.is_file():
-        return 0
+        return []
     rows = pq.read_table(synthetic, columns=["input", "split"]).to_pylist()
-    trained = {normalise(row["input"]) for row in rows if row["split"] == "train"}
-    return sum(normalise(row["input"]) in trained for row in test)
+    return [row["input"] for row in rows if row["split"] == "train"]
 
 
 def migrations(config: EvaluateConfig, repetition: Repetition) -> list[Migration]:
@@ -217,7 +182,7 @@ def migrations(config: EvaluateConfig, repetition: Repetition) -> list[Migration
                     accuracy=sum(good) / len(good) if good else None,
                     source_accuracy=sum(source) / len(source),
                     num_seen=num_seen(
-                        config.arm_dir(repetition.seed, arm) / "adapters" / state.name / SYNTHETIC,
+                        trained_inputs(fleet.run_dir / "adapters" / state.name / SYNTHETIC),
                         repetition.splits[state.name].test if fleet.distill.epochs > 0 else [],
                     ),
                 )

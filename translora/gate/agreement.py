@@ -19,8 +19,8 @@ from translora.gate.verdict import chance_agreement, chance_gain, chance_likelih
 from translora.run.state import Accuracy, GateResult
 from translora.synthesis.actors import Hosts, run_rows
 from translora.synthesis.calls import Row
-from translora.synthesis.prompts import LINE_END, answer_stop, normalise
-from translora.synthesis.quality import majority_share
+from translora.synthesis.prompts import LINE_END, answer_stop
+from translora.synthesis.quality import majority_share, num_seen
 from translora.synthesis.stages import choice_block, gate_block, token_block
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,8 @@ Answers = dict[tuple[str, str], list[str | None]]
 """By name and arm, in the order of the samples; None for one that did not end."""
 Shares = dict[tuple[str, str], list[float]]
 """By name and arm, in the order of the samples: the share of the teacher's tokens that the arm finds likeliest."""
+Logliks = dict[tuple[str, str], list[list[float]]]
+"""By name and arm, in the order of the samples: log-likelihoods of each one's choices."""
 LONG = 80
 """Characters of a long answer: a student seldom writes so many as its teacher does, to the letter."""
 
@@ -85,13 +87,13 @@ def answer_rows(
     ]
 
 
-def _mean_logliks(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
-    """Mean log-likelihood of the references by (adapter, arm), of the arms that have references."""
-    found: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
-        if row["loglik"] is not None:
-            found.setdefault((row["adapter"], row["arm"]), []).append(row["loglik"])
-    return {key: sum(values) / len(values) for key, values in found.items()}
+def by_arm(rows: Sequence[Row], key: str) -> dict[tuple[str, str], list[Any]]:
+    """What rows have under a key, by (adapter, arm), in the order of the samples; those that have None are left out."""
+    found: dict[tuple[str, str], list[Any]] = {}
+    for row in sorted(rows, key=lambda row: (row["adapter"], row["arm"], row["index"])):
+        if row[key] is not None:
+            found.setdefault((row["adapter"], row["arm"]), []).append(row[key])
+    return found
 
 
 def run_answers(
@@ -140,22 +142,19 @@ def run_answers(
     for row in sorted(computed, key=lambda row: (row["adapter"], row["arm"], row["index"])):
         text = row["answer"] if row["finished"] or row["cut"] else None
         found.setdefault((row["adapter"], row["arm"]), []).append(text)
-    return found, _mean_logliks(computed)
+    return found, {arm: fmean(values) for arm, values in by_arm(computed, "loglik").items()}
 
 
 def class_rows(member: GateMember, slot: str) -> list[Row]:
     """Rows of `choice_block`: how likely the student finds each of the teacher's few answers."""
-    common = {"adapter": member.name, "slot": slot, "template": "auto", "choices": list(member.classes)}
+    common: Row = {"adapter": member.name, "arm": "student", "slot": slot, "template": "auto"}
+    common["choices"] = list(member.classes)
     return [{**common, "index": index, "input": row["input"]} for index, row in enumerate(member.heldout)]
 
 
-def run_classes(rows: Sequence[Row], **where: Any) -> dict[str, list[list[float]]]:
-    """Compute `class_rows`, by name; `where` are arguments of `run_rows`."""
-    computed = run_rows("gate: likelihood of few answers", rows, choice_block, place="gate/classes", **where)
-    found: dict[str, list[list[float]]] = {}
-    for row in sorted(computed, key=lambda row: (row["adapter"], row["index"])):
-        found.setdefault(row["adapter"], []).append(list(row["logliks"]))
-    return found
+def run_choices(label: str, rows: Sequence[Row], **where: Any) -> Logliks:
+    """Rate the choices of `choice_block`'s rows; `where` are arguments of `run_rows`."""
+    return by_arm(run_rows(f"{label}: choices", rows, choice_block, place="gate/choices", **where), "logliks")
 
 
 def token_rows(member: GateMember, slot: str) -> list[Row]:
@@ -169,13 +168,9 @@ def token_rows(member: GateMember, slot: str) -> list[Row]:
     ]
 
 
-def run_tokens(rows: Sequence[Row], **where: Any) -> Shares:
+def run_tokens(label: str, rows: Sequence[Row], **where: Any) -> Shares:
     """Compute `token_rows`; `where` are arguments of `run_rows`."""
-    computed = run_rows("gate: tokens of long answers", rows, token_block, place="gate/tokens", **where)
-    found: Shares = {}
-    for row in sorted(computed, key=lambda row: (row["adapter"], row["arm"], row["index"])):
-        found.setdefault((row["adapter"], row["arm"]), []).append(row["agreed"])
-    return found
+    return by_arm(run_rows(f"{label}: tokens", rows, token_block, place="gate/tokens", **where), "agreed")
 
 
 def run_gate(
@@ -229,11 +224,13 @@ def run_gate(
         "faults": faults,
     }
     shares: Shares = {}
-    likely: dict[str, list[list[float]]] = {}
+    likely: Logliks = {}
     if by_tokens:
-        shares = run_tokens([row for one in by_tokens for row in token_rows(one, f"student/{one.name}")], **where)
+        rows = [row for one in by_tokens for row in token_rows(one, f"student/{one.name}")]
+        shares = run_tokens("gate: long answers", rows, **where)
     if by_class:
-        likely = run_classes([row for one in by_class for row in class_rows(one, f"student/{one.name}")], **where)
+        rows = [row for one in by_class for row in class_rows(one, f"student/{one.name}")]
+        likely = run_choices("gate: few answers", rows, **where)
     for label, base, adapters, rows, missing in (
         ("gate: held-out prompts", target, students, heldout_rows, faults),
         ("gate: real data, target base", target, students, target_rows, unmeasured),
@@ -263,7 +260,8 @@ def run_gate(
         if member.name not in faults
     ]
     return {
-        member.name: _judge_member(member, answers, logliks, shares, likely.get(member.name)) for member in sound
+        member.name: _judge_member(member, answers, logliks, shares, likely.get((member.name, "student")))
+        for member in sound
     }, faults
 
 
@@ -310,6 +308,5 @@ def _judge_member(
         arm: share_equal(answers[member.name, arm], targets)
         for arm in ("source_base", "source_adapter", "target_base", "migrated")
     }
-    trained = set(map(normalise, member.trained))
-    num_seen = sum(normalise(row["input"]) in trained for row in member.eval_rows)
-    return gate, Accuracy(num_items=len(targets), num_seen=num_seen, **right_shares)
+    seen = num_seen(member.trained, member.eval_rows)
+    return gate, Accuracy(num_items=len(targets), num_seen=seen, **right_shares)

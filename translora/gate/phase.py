@@ -32,7 +32,7 @@ def gate_phase(run: Run, members: list[Member]) -> None:
             eval_rows=member.eval_rows,
             classes=list(member.state.synthesis.classes),
             config=config.gate_of(member.entry),
-            trained=[row["input"] for row in member.samples("train")] if config.epochs_of(member.entry) > 0 else [],
+            trained=trained_inputs(run, member),
             stop=member.entry.stop,
         )
         for member in members
@@ -98,6 +98,13 @@ def fail(run: Run, member: Member) -> None:
         return
     state.status, state.reason = "failed_gate", reason
     run.advance(member, "done")
+
+
+def trained_inputs(run: Run, member: Member) -> list[str]:
+    """What a student was trained on, where it is compared with real data; a copy was trained on nothing."""
+    if not member.eval_rows or run.config.epochs_of(member.entry) == 0:
+        return []
+    return [row["input"] for row in member.samples("train")]
 
 
 def artifacts(run: Run, members: list[Member], kind: str) -> dict[str, str]:

@@ -51,11 +51,18 @@ ROUNDING = 1e-9
 Integers = npt.NDArray[np.integer[Any]]
 
 
+def portions(length: int) -> Iterator[int]:
+    """How many deals of so many values are made at a time, NUM_DEALS in all."""
+    most = max(1, MOST_DEALT // length)
+    for start in range(0, NUM_DEALS, most):
+        yield min(most, NUM_DEALS - start)
+
+
 def deals(values_N: Integers) -> Iterator[Integers]:
     """The values in NUM_DEALS random orders, [deals, N] at a time; the same ones whenever it is asked."""
-    generator, most = np.random.default_rng(0), max(1, MOST_DEALT // len(values_N))
-    for start in range(0, NUM_DEALS, most):
-        yield generator.permuted(np.tile(values_N, (min(most, NUM_DEALS - start), 1)), axis=1)
+    generator = np.random.default_rng(0)
+    for count in portions(len(values_N)):
+        yield generator.permuted(np.tile(values_N, (count, 1)), axis=1)
 
 
 def chance_agreement(answers: Sequence[str | None], references: Sequence[str]) -> float:
@@ -104,10 +111,9 @@ def chance_gain(shares: Sequence[float], others: Sequence[float]) -> float:
     Source: R. A. Fisher, The design of experiments (1935), section 21; with one more deal than drawn, as above.
     """
     gains_N = np.subtract(shares, others)
-    generator, most = np.random.default_rng(0), max(1, MOST_DEALT // len(gains_N))
-    as_much = 0
-    for start in range(0, NUM_DEALS, most):
-        signs = generator.choice([-1.0, 1.0], size=(min(most, NUM_DEALS - start), len(gains_N)))
+    generator, as_much = np.random.default_rng(0), 0
+    for count in portions(len(gains_N)):
+        signs = generator.choice([-1.0, 1.0], size=(count, len(gains_N)))
         as_much += int(np.count_nonzero(signs @ gains_N >= gains_N.sum() - ROUNDING))
     return (as_much + 1) / (NUM_DEALS + 1)
 

@@ -289,13 +289,13 @@ def check_stop(config: FleetConfig, entry: AdapterEntry, screen: str) -> None:
     Raises:
         ValueError: the loss or the screen would ask it.
     """
-    remedy = ""
+    if entry.stop is None:
+        return
+    why = f"{entry.bundle}: `stop` is for a teacher that does not end its answers, and"
     if config.distill.loss == "kl":
-        remedy = "distill.loss: kl would imitate it there; use sft"
-    elif screen == "excess":
-        remedy = "the screen excess counts their ends; use confidence"
-    if entry.stop is not None and remedy:
-        raise ValueError(f"{entry.bundle}: `stop` is for a teacher that does not end its answers, and {remedy}")
+        raise ValueError(f"{why} distill.loss: kl would imitate it there; use sft")
+    if screen == "excess":
+        raise ValueError(f"{why} the screen excess counts their ends; use confidence")
 
 
 def check_steps(config: FleetConfig, entry: AdapterEntry, num_samples: int) -> None:

@@ -112,6 +112,12 @@ def distinct_ngrams(texts: Iterable[str], n: int) -> float:
     return len(counts) / total if (total := counts.total()) else 0.0
 
 
+def num_seen(trained: Iterable[str], rows: Iterable[Mapping[str, str]]) -> int:
+    """Rows of real data whose `input` is, word for word, one of those that were trained on."""
+    known = set(map(normalise, trained))
+    return sum(normalise(row["input"]) in known for row in rows)
+
+
 def majority_share(targets: Sequence[str]) -> float:
     """Share of the commonest target: the most that one answer to every item can reach."""
     return Counter(map(normalise, targets)).most_common(1)[0][1] / len(targets)
