@@ -332,12 +332,15 @@ def test_an_adapter_of_an_encoder_decoder_whose_data_is_gone_moves_to_a_decoder(
     }
     world.run("prepare", world.write("prepare-t5.yaml", prepare))
     fleet = world.fleet_config("from-t5") | {"source": {"model": "./t5", "dtype": "float32"}}
+    fleet["prompt_template"] = "source"  # whoever calls the adapter goes on to send the bare input
     fleet["adapters"] = [{"bundle": "t5-bundles/colour", "eval_data": "colour.test.jsonl"}]
     world.run("migrate", world.write("from-t5.yaml", fleet))
     (state,) = load_states(world.root / "runs" / "from-t5")
     assert state.status == "migrated" and state.synthesis.screen == "confidence"
     assert state.accuracy is not None and state.accuracy.source_adapter > 0.5
-    verify_bundle(read_bundle(world.root / "runs/from-t5" / state.output), inspect_base(str(world.target)))
+    moved = read_bundle(world.root / "runs/from-t5" / state.output)
+    verify_bundle(moved, inspect_base(str(world.target)))
+    assert moved.manifest.prompt_template == "{input}" and state.losses[-1] < state.losses[0]
     tokenizer = AutoTokenizer.from_pretrained(base)
     teacher = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(base, dtype=torch.float32), adapter)
     table = pq.read_table(world.root / "runs/from-t5/adapters/colour/synthetic.parquet").to_pylist()

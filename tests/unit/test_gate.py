@@ -31,6 +31,7 @@ def member(name: str = "paint") -> GateMember:
         name=name,
         student_dir=Path("student"),
         teacher_dir=Path("teacher"),
+        template="Q: {input}\nA:",
         teacher_template="chat",
         heldout=[{"input": f"held out {colour}", "answer": colour} for colour in COLOURS],
         eval_rows=[{"input": f"real {colour}", "target": colour} for colour in COLOURS],
@@ -303,7 +304,7 @@ def test_only_long_answers_are_asked_for_their_tokens(
 
 
 def test_without_real_data_there_is_no_accuracy() -> None:
-    bare = GateMember("paint", Path("student"), Path("teacher"), "chat", member().heldout, [])
+    bare = GateMember("paint", Path("student"), Path("teacher"), "auto", "chat", member().heldout, [])
     gate, accuracy = _judge_member(bare, answers(student=4, base=0), {}, {})
     assert gate.passed and accuracy is None
 
@@ -371,7 +372,7 @@ def test_each_arm_is_answered_by_its_own_model(monkeypatch: pytest.MonkeyPatch, 
         assert set(rest["adapters"].values()) == {"student" if base.model == "target" else "teacher"}
         found = []
         for row in reversed(rows):
-            assert row["template"] == ("chat" if base.model == "source" else "auto")
+            assert row["template"] == ("chat" if base.model == "source" else "Q: {input}\nA:")
             answer = right(models[base.model, row["slot"]])[row["index"]]
             loglik = None if row["reference"] is None else -float(row["index"])
             found.append({**row, "answer": answer or "cut off", "finished": answer is not None, "loglik": loglik})

@@ -383,10 +383,37 @@ def test_an_adapters_own_settings_and_eval_data_touch_it_alone(
         ({"screen": "none"}, "synthesis"),
         ({"stop": "END"}, "synthesis"),
         ({"min_agreement": 0.3}, "gate"),
+        ({"prompt_template": "Q: {input}\nA:"}, "distill"),
+        ({"prompt_template": "source"}, "distill"),
+        ({"prompt_template": "auto"}, "done"),
     ):
         save_state(tmp_path, migrated)
         shutil.copytree(bundle.path, tmp_path / "bundles/a", dirs_exist_ok=True)
         assert found(run, AdapterEntry(bundle=str(bundle.path), **own)).phase == phase  # type: ignore[arg-type]
+
+
+def test_students_are_prompted_as_the_fleet_or_their_own_entry_says(run: Run, bundle: Bundle) -> None:
+    plain = "Q: {input}\nA:"
+    assert bundle.manifest.prompt_template == "chat"
+    for fleet, own, expected in (
+        ("auto", None, "auto"),
+        ("auto", "source", "chat"),
+        ("source", None, "chat"),
+        ("source", plain, plain),
+        (plain, None, plain),
+    ):
+        configured = dataclasses.replace(run, config=run.config.model_copy(update={"prompt_template": fleet}))
+        member = verify(configured, "a", AdapterEntry(bundle=str(bundle.path), prompt_template=own))
+        assert isinstance(member, Member) and member.template(configured.config) == expected
+
+
+def test_a_template_that_the_target_cannot_have_costs_its_adapter_alone(run: Run, bundle: Bundle) -> None:
+    for template, reason in (
+        ("Question:", "prompt template 'Question:' lacks {input}"),
+        ("{input}" + " a" * 4000, "do not fit its context"),
+    ):
+        state = verify(run, "a", AdapterEntry(bundle=str(bundle.path), prompt_template=template))
+        assert isinstance(state, AdapterState) and state.status == "quarantined" and reason in state.reason
 
 
 @pytest.mark.parametrize(("section", "setting"), [("distill", {"loss": "kl"}), ("synthesis", {"screen": "excess"})])

@@ -31,6 +31,8 @@ class AdapterEntry(Strict):
     """This adapter's own distill.learning_rate."""
     min_agreement: float | None = Field(default=None, ge=0, le=1)
     """This adapter's own gate.min_agreement."""
+    prompt_template: str | None = Field(default=None, max_length=20_000)
+    """This adapter's own prompt_template."""
     stop: str | None = Field(default=None, min_length=1)
     """Text at which the source adapter's answers end, for one that was never trained to end them."""
 
@@ -94,6 +96,9 @@ class FleetConfig(ConfigFile):
     """Bundles that become one adapter, before or after the migration."""
     max_num_samples: int = Field(default=20_000, ge=2)
     """Largest |D| that is taken over from a bundle, whose owner chose it; above it an adapter needs a `num_samples`."""
+    prompt_template: str = Field(default="auto", max_length=20_000)
+    """How the new adapters are prompted: `chat` (the target's chat template), a string that contains {input}, `source`
+    (each as its source adapter), or `auto`: chat where the target has a chat template."""
     seed: int = 0
     """Root of every random number of the run."""
     synthesis: SynthesisConfig = SynthesisConfig()
@@ -124,6 +129,11 @@ class FleetConfig(ConfigFile):
         """The gate of an adapter."""
         own = {} if entry.min_agreement is None else {"min_agreement": entry.min_agreement}
         return self.gate.model_copy(update=own)
+
+    def template_of(self, entry: AdapterEntry, source: str) -> str:
+        """How an adapter's student is prompted, as in translora.engine.prompts; `source` is its teacher's template."""
+        own = entry.prompt_template or self.prompt_template
+        return source if own == "source" else own
 
     def epochs_of(self, entry: AdapterEntry) -> float:
         """Passes over an adapter's training samples."""

@@ -68,6 +68,7 @@ def train_jobs(run: Run, member: Member, teacher: Sequence[Teacher] | None) -> l
             work_dir=directory / "train" / kind,
             root_seed=config.seed,
             with_end=kind == STUDENT,
+            template=member.template(config),
             epochs=entry.epochs if kind == STUDENT else None,
             learning_rate=entry.learning_rate if kind == STUDENT else None,
             peft=config.distill.peft if kind == STUDENT else None,
@@ -109,9 +110,10 @@ def distill_phase(run: Run, members: list[Member]) -> None:
     config = run.config
     teachers = ask_teachers(run, members)  # of the whole cohort: a rerun finds the same batches again
     members = [member for member in members if member.waits_for("distill")]
-    prompts = prompt_format(load_tokenizer(config.target))
+    tokenizer = load_tokenizer(config.target)
     for member in (one for one in members if config.epochs_of(one.entry) > 0):
         rows = [(row["input"], row["answer"]) for row in member.samples("train")]
+        prompts = prompt_format(tokenizer, member.template(config))
         member.state.synthesis.num_too_long = num_too_long(rows, prompts, config.distill.max_length)
     by_name = {member.name: member for member in members}
     jobs = [job for member in members for job in train_jobs(run, member, teachers.get(member.name))]

@@ -41,6 +41,8 @@ class GateMember:
     name: str
     student_dir: Path
     teacher_dir: Path
+    template: str
+    """The student's prompt template, and the teacher's."""
     teacher_template: str
     heldout: list[dict[str, str]]
     """Held-out synthetic samples: `input`, and the teacher's `answer`."""
@@ -147,7 +149,7 @@ def run_answers(
 
 def class_rows(member: GateMember, slot: str) -> list[Row]:
     """Rows of `choice_block`: how likely the student finds each of the teacher's few answers."""
-    common: Row = {"adapter": member.name, "arm": "student", "slot": slot, "template": "auto"}
+    common: Row = {"adapter": member.name, "arm": "student", "slot": slot, "template": member.template}
     common["choices"] = list(member.classes)
     return [{**common, "index": index, "input": row["input"]} for index, row in enumerate(member.heldout)]
 
@@ -161,8 +163,9 @@ def token_rows(member: GateMember, slot: str) -> list[Row]:
     """Rows of `token_block`: the student, the bare target base, and the student with the inputs of other samples."""
     inputs, answers = ([row[key] for row in member.heldout] for key in ("input", "answer"))
     arms = (("student", slot, inputs), ("base", None, inputs), ("elsewhere", slot, [*inputs[1:], inputs[0]]))
+    common: Row = {"adapter": member.name, "template": member.template}
     return [
-        {"adapter": member.name, "arm": arm, "slot": own, "template": "auto", "index": index, "input": x, "answer": y}
+        {**common, "arm": arm, "slot": own, "index": index, "input": x, "answer": y}
         for arm, own, texts in arms
         for index, (x, y) in enumerate(zip(texts, answers, strict=True))
     ]
@@ -201,8 +204,8 @@ def run_gate(
         heldout = [(row["input"], row["answer"]) for row in member.heldout]
         real = [(row["input"], row["target"]) for row in member.eval_rows]
         for slot, gate_arm, eval_arm in ((student, "gate_student", "migrated"), (None, "gate_base", "target_base")):
-            heldout_rows += answer_rows(name, gate_arm, heldout, slot, "auto", with_likelihood=True)
-            target_rows += answer_rows(name, eval_arm, real, slot, "auto")
+            heldout_rows += answer_rows(name, gate_arm, heldout, slot, member.template, with_likelihood=True)
+            target_rows += answer_rows(name, eval_arm, real, slot, member.template)
         source_rows += answer_rows(name, "source_adapter", real, teacher, member.teacher_template, stop=member.stop)
         source_rows += answer_rows(name, "source_base", real, None, member.teacher_template)
 

@@ -27,6 +27,7 @@ def gate_phase(run: Run, members: list[Member]) -> None:
             name=member.name,
             student_dir=member.directory / STUDENT,
             teacher_dir=member.bundle.path,
+            template=member.template(config),
             teacher_template=member.bundle.manifest.prompt_template,
             heldout=member.samples("heldout"),
             eval_rows=member.eval_rows,
@@ -37,12 +38,11 @@ def gate_phase(run: Run, members: list[Member]) -> None:
         )
         for member in members
     ]
-    template = prompt_format(load_tokenizer(config.target)).template
     bases = {"source base": run.source.identity, "target base": run.target.identity}
     teachers = {f"teacher/{member.name}": member.bundle.digest for member in members}
     with Hosts(config.resources) as hosts:
         qualities = measure(
-            judges(run, members, template),
+            judges(run, members),
             base=config.target,
             batch_size=config.synthesis.batch_size,
             hosts=hosts,
@@ -76,7 +76,7 @@ def gate_phase(run: Run, members: list[Member]) -> None:
             failed.append(member)
             continue
         try:
-            publish(run, member, template, qualities.get(member.name))
+            publish(run, member, qualities.get(member.name))
         except BundleError as error:
             run.quarantine(member.state, f"cannot be published: {error}")
     for member in failed:
@@ -115,20 +115,22 @@ def artifacts(run: Run, members: list[Member], kind: str) -> dict[str, str]:
     }
 
 
-def judges(run: Run, members: list[Member], template: str) -> dict[str, Judge]:
+def judges(run: Run, members: list[Member]) -> dict[str, Judge]:
     """The next hop's discriminators for which inputs were held out."""
     found = {}
     for member in members:
         _, unseen = discriminator_inputs(run, member)
         if unseen is not None:
+            template = member.template(run.config)
             found[member.name] = Judge(member.directory / DISCRIMINATOR, member.state.task_name, template, unseen)
     return found
 
 
-def publish(run: Run, member: Member, template: str, quality: DiscriminatorQuality | None) -> None:
+def publish(run: Run, member: Member, quality: DiscriminatorQuality | None) -> None:
     """Write the migrated adapter as a bundle of the target base, ready for the next hop."""
     manifest, gate = member.bundle.manifest, member.state.gate
     assert gate is not None
+    template = prompt_format(load_tokenizer(run.config.target), member.template(run.config)).template
     start, _ = student_start(run, member.bundle.path)
     began: Began = "fresh" if start is None else "copy" if run.config.epochs_of(member.entry) == 0 else "warm"
     output = run.config.run_dir / "bundles" / member.name

@@ -61,6 +61,10 @@ class Member:
         """The synthetic set of the attempt before."""
         return self.directory / f"synthetic-{self.state.attempt - 1}.parquet"
 
+    def template(self, config: FleetConfig) -> str:
+        """The prompt template of its student and of its next discriminator."""
+        return config.template_of(self.entry, self.bundle.manifest.prompt_template)
+
     def samples(self, split: str) -> list[dict[str, Any]]:
         """Rows of the synthetic set: split is train, heldout or refused."""
         return [row for row in pq.read_table(self.directory / SYNTHETIC).to_pylist() if row["split"] == split]

@@ -38,6 +38,7 @@ def recipes(
         for base, settings in zip(bases, base_settings(config), strict=True)
     )
     gate = config.gate.model_dump()
+    template = entry.prompt_template or config.prompt_template  # `source`: the bundle's, which the synthesis depends on
     synthesis = config.synthesis.model_dump(exclude={"generator"})
     answers = {key: synthesis[key] for key in ("batch_size", "max_answer_tokens")}
     return {
@@ -59,6 +60,7 @@ def recipes(
             config.discriminator.model_dump(),
             (target[0], {key: value for key, value in target[1].items() if key != "vllm"}),
             config.seed,
+            *([] if template == "auto" else [template]),
         ),
         "gate": digest(
             GATE_RULES,

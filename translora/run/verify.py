@@ -56,8 +56,9 @@ def check_training(config: FleetConfig, source: BaseInfo, target: BaseInfo) -> N
     if config.distill.peft is None:
         check_rank(config.distill.lora.total_rank, config.target, "distill.lora")
     check_section(config.distill, target, "distill")
-    warn_of_answers(load_tokenizer(config.target))
-    check_target_context(config, target)
+    template = "auto" if config.prompt_template == "source" else config.prompt_template
+    check_target_context(config, target, template)
+    warn_of_answers(load_tokenizer(config.target), template)
     if config.distill.loss == "kl":
         check_vocabularies(load_tokenizer(config.source), load_tokenizer(config.target))
     if config.distill.token_share < 1:
@@ -85,20 +86,24 @@ def check_source(settings: BaseModelConfig, source: BaseInfo) -> None:
         raise ValueError(f"{settings.model}: vLLM has no {kind}; leave source.vllm out")
 
 
-def check_target_context(config: FleetConfig, target: BaseInfo) -> None:
-    """Whether the target base has room for an input and its answer.
+def check_target_context(config: FleetConfig, target: BaseInfo, template: str) -> None:
+    """Whether the target base has room for an input and its answer in a template.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it has not, or the template is none, or needs a chat template that the base has not.
     """
     synthesis, context = config.synthesis, context_of(config.target, target)
-    empty = prompt_format(load_tokenizer(config.target)).encode_prompt("")
+    try:
+        empty = prompt_format(load_tokenizer(config.target), template).encode_prompt("")
+    except ValueError as error:
+        raise ValueError(f"prompt_template: {config.target.model}: {error}") from error
     virtual = (config.distill.peft or {}).get("num_virtual_tokens") or 0
     num_tokens = virtual + len(empty) + synthesis.sampling.max_new_tokens + synthesis.max_answer_tokens
     if context is not None and num_tokens > context:
+        own = ", or num_virtual_tokens" * bool(virtual) + ", or shorten the prompt template" * ("{input}" in template)
         raise ValueError(
             f"{config.target.model}: inputs and answers of {num_tokens} tokens do not fit its context of {context}; "
-            f"lower synthesis.sampling.max_new_tokens or max_answer_tokens{', or num_virtual_tokens' * bool(virtual)}"
+            f"lower synthesis.sampling.max_new_tokens or max_answer_tokens{own}"
         )
 
 
@@ -246,6 +251,7 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
         for directory in filter(None, (bundle.path, bundle.discriminator_dir)):
             check_rank(highest_rank(directory), config.source, str(directory))
         check_prompts(run, bundle)
+        check_target_context(config, run.target, config.template_of(entry, bundle.manifest.prompt_template))
         if screen == "discriminator":
             check_answers(run.source_tokenizer, bundle.manifest.prompt_template)
         check_copy(run, bundle, entry)
