@@ -152,6 +152,10 @@ FLEET_CASES = [
     Case("a chat bundle of a base without chat template", lambda bench: bench.migrate(
         bench.materials.root / "bundles" / "other", source={"model": str(bench.materials.root / "new-base")},
         target=bench.materials.base.path), "other: prompt template is 'chat', but the tokenizer has no"),
+    Case("a new adapter's prompt template without {input}", lambda bench: bench.migrate(
+        bench.bundle(), {"prompt_template": "Answer:"}), "'Answer:' lacks {input}"),
+    Case("the source adapter's chat template for a base that has none", lambda bench: bench.migrate(
+        bench.bundle(), {"prompt_template": "source"}), "is 'chat', but the tokenizer has no chat template"),
     Case("no discriminator where the fleet asks for one", lambda bench: bench.migrate(
         _without_judge(bench), synthesis={"screen": "discriminator"}), "has no discriminator; set synthesis.screen"),
     Case("eval_data that is not there", lambda bench: bench.migrate(
