@@ -19,6 +19,17 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["RAY_TMPDIR"] = str(folder)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def trained_bases(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One folder for the bases that the test processes of this run train."""
+    from tests.integration.world import BASES
+
+    run = tmp_path_factory.getbasetemp()
+    folder = (run.parent if "PYTEST_XDIST_WORKER" in os.environ else run) / "bases"
+    folder.mkdir(exist_ok=True)
+    os.environ[BASES] = str(folder)
+
+
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
     """A real local Ray for the tests of a module that start no process of their own; none is left for the others."""

@@ -12,7 +12,7 @@ from tests.integration.world import make_trained_base, make_world
 from translora.bundle import inspect_base, read_bundle, verify_bundle
 from translora.run.state import load_states
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1500)
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 DORA = {"peft_type": "LORA", "use_dora": True, "r": 8, "lora_alpha": 16, "target_modules": LINEARS}
 PROMPTS = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 6}

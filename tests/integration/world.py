@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 import psutil
 import torch
 import yaml
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from tests.tiny import Family, make_base, make_encoder_decoder
@@ -26,6 +28,8 @@ from translora.config import OPEN_GATE
 from translora.synthesis.prompts import discriminator_question
 
 ROOT = Path(__file__).resolve().parents[2]
+BASES = "TRANSLORA_TEST_BASES"
+"""Environment variable: where the test processes of one run leave trained bases to each other."""
 COLOURS = ("red", "blue", "green", "black")
 THINGS = ("box", "bag", "cup", "hat", "pen", "map", "toy", "jar")
 VERBS = ("ship", "send", "pack", "lend", "sell", "fix")
@@ -61,6 +65,17 @@ def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
 
 
 def make_trained_base(directory: Path, family: Family, seed: int, steps: int = 300, hidden_size: int = 64) -> Path:
+    """Train a base, or copy the one that another test of this run trained alike."""
+    if (shared := os.environ.get(BASES)) is None:
+        return train_base(directory, family, seed, steps, hidden_size)
+    made = Path(shared, f"{family}-{seed}-{steps}-{hidden_size}")
+    with FileLock(f"{made}.lock"):
+        if not made.is_dir():
+            os.replace(train_base(Path(f"{made}.new"), family, seed, steps, hidden_size), made)
+    return Path(shutil.copytree(made, directory))
+
+
+def train_base(directory: Path, family: Family, seed: int, steps: int, hidden_size: int) -> Path:
     make_base(directory, family, seed, hidden_size=hidden_size, vocab_size=400, std=0.05)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(directory)
