@@ -16,12 +16,13 @@ from translora.distill.phase import distill_phase
 from translora.engine.loading import load_tokenizer
 from translora.gate.phase import gate_phase
 from translora.merge.fleet import entries_before, merge_after, merge_before
+from translora.run.check import check_training
 from translora.run.member import Member, Run, cohort, end_cohort, expand_entries
 from translora.run.recipes import Seals, base_settings, keep_to_commits
 from translora.run.rundir import open_run
 from translora.run.state import AdapterState, Phase
 from translora.run.tracker import Tracker
-from translora.run.verify import check_training, verify_fleet
+from translora.run.verify import verify_fleet
 from translora.synthesis.phase import synthesis_phase
 
 

@@ -20,10 +20,10 @@ from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
 from translora.engine.protocol import warn_of_answers
 from translora.engine.vllm_settings import check_engine
+from translora.run.check import check_section, check_source
 from translora.run.files import derive_seed, digest, sha256_path
 from translora.run.rundir import open_run
 from translora.run.tracker import Tracker
-from translora.run.verify import check_section, check_source
 from translora.synthesis.actors import Hosts
 from translora.synthesis.discriminator import Inputs, Judge, discriminator_rows, measure
 from translora.synthesis.negatives import invent_negatives, part_inputs

@@ -22,7 +22,7 @@ from translora.engine.protocol import answer_tokens
 from translora.merge.config import MergeConfig
 from translora.merge.run import merge
 from translora.prepare import prepare
-from translora.run.verify import check_training
+from translora.run.check import check_training
 from translora.synthesis.stages import answer_block
 
 PROMPTS = ["Route the message:", "The parcel is late. I was charged twice", "When does the shop open", "yes"]

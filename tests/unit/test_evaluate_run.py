@@ -16,7 +16,7 @@ from translora.evaluate.answers import Repetition, answer, migrations, task_item
 from translora.evaluate.config import EvaluateConfig
 from translora.evaluate.data import Split
 from translora.evaluate.run import evaluate, share_blocks, without_places
-from translora.gate import agreement
+from translora.gate import questions
 from translora.run.state import AdapterState, GateResult, SynthesisStats
 
 COLOURS = ["red", "blue", "green", "black", "white", "grey", "pink"]
@@ -53,7 +53,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
 
 
 @pytest.fixture
-def answers(config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> agreement.Answers:
+def answers(config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> questions.Answers:
     """Six models, known by base and slot, that answer different numbers of items right."""
     slots = {
         (config.source.model, None): "source_base",
@@ -80,7 +80,7 @@ def answers(config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> agreemen
             found.append({**row, "answer": text, "finished": row["index"] < 6, "loglik": None})
         return found
 
-    monkeypatch.setattr(agreement, "run_rows", run_rows)
+    monkeypatch.setattr(questions, "run_rows", run_rows)
     adapters = {f"{arm}/paint": Path(arm) for arm in ("real", "plain", "hot")}
     source, target = inspect_base(config.source.model), inspect_base(config.target.model)
     found, logliks = answer(config, 3, SPLITS, adapters, source, target)
@@ -96,7 +96,7 @@ def gate(student: float, base: float = 0.0, **more: Any) -> GateResult:
     return GateResult(num_heldout=20, agreement_student=student, agreement_base=base, passed=True, **more)
 
 
-def repetition(answers: agreement.Answers, **states: AdapterState) -> Repetition:
+def repetition(answers: questions.Answers, **states: AdapterState) -> Repetition:
     return Repetition(3, SPLITS, {arm: [state] for arm, state in states.items()}, answers)
 
 
@@ -104,7 +104,7 @@ def state(**fields: Any) -> AdapterState:
     return AdapterState(name="paint", bundle="paint", **fields)
 
 
-def test_each_arm_is_answered_by_its_own_model(config: EvaluateConfig, answers: agreement.Answers) -> None:
+def test_each_arm_is_answered_by_its_own_model(config: EvaluateConfig, answers: questions.Answers) -> None:
     whole = repetition(answers)
     assert {arm: sum(whole.correct("paint", arm) or []) for arm in RIGHT} == RIGHT
     assert whole.correct("paint", "no such arm") is None
@@ -113,7 +113,7 @@ def test_each_arm_is_answered_by_its_own_model(config: EvaluateConfig, answers: 
     assert (items.majority, items.chance) == (1 / 7, 1 / 7)
 
 
-def test_the_items_file_holds_every_answer(config: EvaluateConfig, answers: agreement.Answers, tmp_path: Path) -> None:
+def test_the_items_file_holds_every_answer(config: EvaluateConfig, answers: questions.Answers, tmp_path: Path) -> None:
     write_items(tmp_path / "items.parquet", repetition(answers))
     rows = pq.read_table(tmp_path / "items.parquet").to_pylist()
     assert len(rows) == 6 * 7 and {row["seed"] for row in rows} == {3}
@@ -126,7 +126,7 @@ def test_the_items_file_holds_every_answer(config: EvaluateConfig, answers: agre
     assert (tmp_path / "again.parquet").read_bytes() == (tmp_path / "items.parquet").read_bytes()
 
 
-def test_the_verdict_is_that_of_each_arms_own_thresholds(config: EvaluateConfig, answers: agreement.Answers) -> None:
+def test_the_verdict_is_that_of_each_arms_own_thresholds(config: EvaluateConfig, answers: questions.Answers) -> None:
     moved = gate(0.8, loglik_student=-0.1, loglik_base=-2.0)
     whole = repetition(answers, plain=state(gate=moved), hot=state(gate=moved))
     plain, hot = migrations(config, whole)
@@ -136,14 +136,14 @@ def test_the_verdict_is_that_of_each_arms_own_thresholds(config: EvaluateConfig,
     assert (plain.accuracy, hot.accuracy, plain.source_accuracy) == (4 / 7, 3 / 7, 6 / 7)
 
 
-def test_a_teacher_of_one_answer_passes_no_gate(config: EvaluateConfig, answers: agreement.Answers) -> None:
+def test_a_teacher_of_one_answer_passes_no_gate(config: EvaluateConfig, answers: questions.Answers) -> None:
     stats = SynthesisStats(classes={"red": 40}, warning="one answer")
     (found,) = migrations(config, repetition(answers, plain=state(gate=gate(1.0, only_answer="red"), synthesis=stats)))
     assert found.gate is not None and not found.gate.passed and "answers 'red' to every sample" in found.gate.reason
     assert found.accuracy == 4 / 7 and found.note == "one answer"
 
 
-def test_a_quarantined_adapter_has_a_reason_and_no_accuracy(config: EvaluateConfig, answers: agreement.Answers) -> None:
+def test_a_quarantined_adapter_has_a_reason_and_no_accuracy(config: EvaluateConfig, answers: questions.Answers) -> None:
     without = {key: value for key, value in answers.items() if key[1] != "hot"}
     whole = repetition(without, plain=state(gate=gate(0.8)), hot=state(status="quarantined", reason="too few samples"))
     _, hot = migrations(config, whole)

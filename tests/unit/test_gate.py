@@ -11,8 +11,9 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score
 
 from translora.config import OPEN_GATE, BaseModelConfig, FleetConfig, GateConfig, ResourceConfig
-from translora.gate import agreement
-from translora.gate.agreement import GateMember, _judge_member, answer_rows, run_gate, token_rows
+from translora.gate import questions
+from translora.gate.agreement import _judge_member, run_gate
+from translora.gate.questions import GateMember, answer_rows, token_rows
 from translora.gate.verdict import chance_agreement, chance_gain, chance_likelihood, informedness, judge, share_equal
 from translora.report.table import remarks
 from translora.run.state import Accuracy, AdapterState, GateResult
@@ -290,7 +291,7 @@ def test_only_long_answers_are_asked_for_their_tokens(
             return [{**row, "agreed": shares[row["arm"]]} for row in reversed(rows)]
         return [{**row, "answer": "Dear Sir", "finished": True, "loglik": -1.0} for row in rows]
 
-    monkeypatch.setattr(agreement, "run_rows", run_rows)
+    monkeypatch.setattr(questions, "run_rows", run_rows)
     results, _ = gate_of(
         [
             dataclasses.replace(letters(), name="letters", config=GateConfig(long_answers=how)),
@@ -320,7 +321,7 @@ def test_real_data_that_cannot_be_answered_costs_the_accuracy_and_not_the_adapte
             return []
         return [{**row, "answer": COLOURS[row["index"]], "finished": True, "loglik": -1.0} for row in rows]
 
-    monkeypatch.setattr(agreement, "run_rows", run_rows)
+    monkeypatch.setattr(questions, "run_rows", run_rows)
     results, faults = gate_of([member()], tmp_path)
     assert not faults and results["paint"][0].agreement_student == 1 and results["paint"][1] is None
     assert "paint: its accuracy on real data is not measured: too many tokens" in caplog.text
@@ -378,7 +379,7 @@ def test_each_arm_is_answered_by_its_own_model(monkeypatch: pytest.MonkeyPatch, 
             found.append({**row, "answer": answer or "cut off", "finished": answer is not None, "loglik": loglik})
         return found
 
-    monkeypatch.setattr(agreement, "run_rows", run_rows)
+    monkeypatch.setattr(questions, "run_rows", run_rows)
     results, _ = gate_of([member()], tmp_path)
     gate, accuracy = results["paint"]
     assert (gate.agreement_student, gate.agreement_base) == (0.75, 0.25)

@@ -26,8 +26,8 @@ from translora.engine.transformers import TransformersEngine
 from translora.lora.kinds import METHODS as KINDS
 from translora.lora.kinds import SOURCES_ONLY
 from translora.lora.methods import parse_method
+from translora.run.check import check_section
 from translora.run.files import write_jsonl
-from translora.run.verify import check_section
 
 PROMPTS = ["Route the message:", "The parcel is late. I was charged twice", "When does the shop open", "a"]
 CONFIG = TrainConfig.model_validate(

@@ -17,6 +17,7 @@ from translora.distill.phase import warm_start
 from translora.engine.loading import load_tokenizer
 from translora.gate.phase import fail
 from translora.report.table import note
+from translora.run.check import check_training
 from translora.run.files import read_jsonl, replace_directory, sha256_path, write_json
 from translora.run.member import Member, Run, attempt_sizes, expand_entries
 from translora.run.recipes import Seals, recipes
@@ -24,7 +25,7 @@ from translora.run.resume import continue_state, sent_back
 from translora.run.rundir import check_free, open_run
 from translora.run.state import AdapterState, GateResult, Phase, load_state, save_state
 from translora.run.tracker import Tracker
-from translora.run.verify import check_copy, check_training, refused, verify, verify_fleet
+from translora.run.verify import check_copy, refused, verify, verify_fleet
 
 
 def config(run_dir: Path, **changes: object) -> FleetConfig:
@@ -534,7 +535,7 @@ def test_vllm_is_refused_where_it_cannot_compute(run: Run, bundle: Bundle, monke
     if importlib.util.find_spec("vllm") is None:
         with pytest.raises(ValueError, match=r"asks for vllm, which is not installed; pip install 'translora\[vllm\]'"):
             check_training(config(Path("run"), **bases), run.source, run.target)
-    monkeypatch.setattr("translora.run.verify.check_engine", lambda base: None)
+    monkeypatch.setattr("translora.run.check.check_engine", lambda base: None)
     check_training(config(Path("run"), **bases), run.source, run.target)
     bases["target"]["vllm"] = {}
     tuning = {"peft": {"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": []}}

@@ -16,7 +16,7 @@ from translora.bundle import BaseInfo, read_bundle
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, SOURCE_BASE, TARGET_BASE, EvaluateConfig
 from translora.evaluate.data import Split
 from translora.evaluate.results import Migration, TaskItems
-from translora.gate.agreement import Answers, Logliks, answer_rows, run_answers, run_choices
+from translora.gate.questions import Answers, Logliks, answer_rows, run_answers, run_choices
 from translora.gate.verdict import judge
 from translora.run.files import digest, sha256_path, write_parquet
 from translora.run.state import SYNTHETIC, AdapterState

@@ -27,10 +27,10 @@ from translora.evaluate.results import BaseSize, Results, Setup, summarise
 from translora.evaluate.statistics import NUM_REPLICATES
 from translora.fleet import migrate
 from translora.prepare import prepare
+from translora.run.check import check_section, check_training
 from translora.run.files import check_writable, digest, sha256_path, write_bytes, write_jsonl
 from translora.run.rundir import open_run, versions
 from translora.run.state import STUDENT, AdapterState
-from translora.run.verify import check_section, check_training
 
 logger = logging.getLogger(__name__)
 ITEMS = "items.parquet"

@@ -9,7 +9,8 @@ from translora.bundle.manifest import DiscriminatorQuality
 from translora.distill.phase import discriminator_inputs, student_start
 from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
-from translora.gate.agreement import GateMember, run_gate
+from translora.gate.agreement import run_gate
+from translora.gate.questions import GateMember
 from translora.report.card import Began, model_card
 from translora.run.member import Member, Run, relative_to
 from translora.run.state import DISCRIMINATOR, STUDENT

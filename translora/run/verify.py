@@ -1,30 +1,23 @@
-"""What is checked before the first phase: the settings against the bases, each bundle, and what a run left of it."""
+"""What is checked of each adapter before the first phase: its bundle, its settings, and what a run left of it."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 
-from translora.bundle import BaseInfo, Bundle, BundleError, read_bundle, verify_bundle
+from translora.bundle import Bundle, BundleError, read_bundle, verify_bundle
 from translora.bundle.adapter import highest_rank, is_in_bank
-from translora.bundle.base import ENCODER_DECODERS, info_of, linear_modules, refuse_encoder_decoder, refuse_quantised
 from translora.bundle.remote import fetch_all, is_remote
-from translora.config import AdapterEntry, BaseModelConfig, FleetConfig, TrainConfig
+from translora.config import AdapterEntry, FleetConfig
 from translora.distill.data import check_links, num_steps
-from translora.distill.ds_config import check_partitions, read_ds_config
 from translora.distill.phase import student_start
-from translora.distill.teacher import check_vocabularies
-from translora.engine.loading import attention_of, check_attention, load_tokenizer, num_gpus, resolve_dtype
 from translora.engine.prompts import prompt_format
-from translora.engine.protocol import check_answers, warn_of_answers
-from translora.engine.vllm_settings import check_engine, check_rank
-from translora.lora.kinds import SOURCES_ONLY
-from translora.lora.peft_io import is_banked
-from translora.lora.targets import ALL_LINEAR, resolve_targets
-from translora.lora.warm_start import check_warm_start
+from translora.engine.protocol import check_answers
+from translora.engine.vllm_settings import check_rank
+from translora.run.check import check_target_context, context_of
 from translora.run.files import read_jsonl
 from translora.run.member import MAX_NAME, Member, Run, attempt_sizes, cohort_names, is_name
-from translora.run.recipes import Seals, base_settings, recipes
+from translora.run.recipes import Seals, recipes
 from translora.run.resume import continue_state
 from translora.run.state import AdapterState, load_state, state_path
 from translora.synthesis.pool import choose_screen
@@ -33,134 +26,6 @@ from translora.synthesis.prompts import generation_prompt
 DOWNLOADS = "downloads"
 """Copies of remote bundles, below the run directory."""
 logger = logging.getLogger(__name__)
-
-
-def check_training(config: FleetConfig, source: BaseInfo, target: BaseInfo) -> None:
-    """Check what the distillation will need before the synthesis is paid for.
-
-    Raises:
-        ValueError: the DeepSpeed config cannot be used, a target module is no linear module of the target base, a base
-            cannot have the attention or the engine that is asked for, the loss wants one vocabulary and the bases
-            have two, or a warm start wants one shape and they have two.
-    """
-    if config.synthesis.generator is not None:
-        refuse_encoder_decoder(info_of(config.synthesis.generator), "inputs are invented by")
-    check_source(config.source, source)
-    for settings in base_settings(config):
-        attention_of(settings, resolve_dtype(settings.dtype))
-        if config.resources.gpus_per_actor == 0 or num_gpus():  # else the machines of the workers have to know
-            check_attention(settings, resolve_dtype(settings.dtype))
-        check_engine(settings)
-    if config.target.vllm is not None and config.distill.peft is not None:
-        raise ValueError("target.vllm: vLLM computes LoRAs alone; leave it out, or distill.peft")
-    if config.distill.peft is None:
-        check_rank(config.distill.lora.total_rank, config.target, "distill.lora")
-    check_section(config.distill, target, "distill")
-    template = "auto" if config.prompt_template == "source" else config.prompt_template
-    check_target_context(config, target, template)
-    warn_of_answers(load_tokenizer(config.target), template)
-    if config.distill.loss == "kl":
-        check_vocabularies(load_tokenizer(config.source), load_tokenizer(config.target))
-    if config.distill.token_share < 1:
-        for settings in (config.source, config.target):
-            prompt_format(load_tokenizer(settings)).answer_spans("a")
-    if config.distill.warm_start:
-        check_warm_start(source, target, config.distill.lora.target_modules)
-        if load_tokenizer(config.source).get_vocab() != load_tokenizer(config.target).get_vocab():
-            logger.warning("distill.warm_start: the bases have different vocabularies: a copied adapter may say little")
-
-
-def check_source(settings: BaseModelConfig, source: BaseInfo) -> None:
-    """An encoder-decoder may be a source, of a kind that is known here.
-
-    Raises:
-        ValueError: it is of an unknown kind, or vLLM is to compute with it.
-    """
-    if not source.is_encoder_decoder:
-        return
-    kind = source.config.get("model_type")
-    if kind not in ENCODER_DECODERS:
-        known = ", ".join(ENCODER_DECODERS)
-        raise ValueError(f"{source.name}: a source with an encoder has to be one of {known}; {kind} is not supported")
-    if settings.vllm is not None:
-        raise ValueError(f"{settings.model}: vLLM has no {kind}; leave source.vllm out")
-
-
-def check_target_context(config: FleetConfig, target: BaseInfo, template: str) -> None:
-    """Whether the target base has room for an input and its answer in a template.
-
-    Raises:
-        ValueError: it has not, or the template is none, or needs a chat template that the base has not.
-    """
-    synthesis, context = config.synthesis, context_of(config.target, target)
-    try:
-        empty = prompt_format(load_tokenizer(config.target), template).encode_prompt("")
-    except ValueError as error:
-        raise ValueError(f"prompt_template: {config.target.model}: {error}") from error
-    virtual = (config.distill.peft or {}).get("num_virtual_tokens") or 0
-    num_tokens = virtual + len(empty) + synthesis.sampling.max_new_tokens + synthesis.max_answer_tokens
-    if context is not None and num_tokens > context:
-        own = ", or num_virtual_tokens" * bool(virtual) + ", or shorten the prompt template" * ("{input}" in template)
-        raise ValueError(
-            f"{config.target.model}: inputs and answers of {num_tokens} tokens do not fit its context of {context}; "
-            f"lower synthesis.sampling.max_new_tokens or max_answer_tokens{own}"
-        )
-
-
-def check_section(settings: TrainConfig, base: BaseInfo, section: str) -> None:
-    """Check what a training on `base` will need; `section` is where the settings come from.
-
-    Raises:
-        ValueError: the DeepSpeed config cannot be used, a target module is no linear module of the base, or the base is
-            quantised.
-    """
-    refuse_quantised(base.config, f"{section}: {base.name}")
-    refuse_encoder_decoder(base, f"{section} is for")
-    ds_config = read_ds_config(settings.ds_config, resolve_dtype(settings.dtype))
-    check_partitions(ds_config, settings.num_workers, f"{section}.ds_config {settings.ds_config}")
-    linears = linear_modules(base)
-    resolve_targets(linears, settings.lora.target_modules, base.name, f"{section}.lora.target_modules")
-    has_experts, are_linear = (any(".experts." in name for name in names) for names in (base.shapes, linears))
-    if settings.lora.target_modules == ALL_LINEAR and has_experts and not are_linear:
-        logger.warning("%s: its experts are no linear modules: %s adapts what is beside them", base.name, ALL_LINEAR)
-    if settings.peft is not None:
-        if is_banked(settings.peft):
-            logger.warning(
-                "%s.peft: PEFT trains this LoRA alone; as %s.lora it would be one of a gang", section, section
-            )
-        if settings.lora.has_options:
-            raise ValueError(
-                f"{section}.lora: init, lora_plus_ratio, gradient, random_half, chain and flat_sigma are not for "
-                f"{section}.peft"
-            )
-        check_method(settings, base, f"{section}.peft")
-
-
-def check_method(settings: TrainConfig, base: BaseInfo, section: str) -> None:
-    """Check that PEFT can put a student on `base`.
-
-    Raises:
-        ValueError: it cannot, or its virtual keys and values would get lost; names the setting.
-    """
-    from translora.lora.methods import check_text, expected_shapes, parse_method
-    from translora.lora.peft_io import check_name
-
-    assert settings.peft is not None
-    config = parse_method(settings.peft, section, base.path)
-    if config.peft_type in SOURCES_ONLY:
-        raise ValueError(
-            f"{section}: {config.peft_type.value} cannot be trained on a partitioned base; take another method"
-        )
-    if settings.gradient_checkpointing and config.peft_type == "PREFIX_TUNING":
-        raise ValueError(f"{section}: PREFIX_TUNING has no recomputation; set gradient_checkpointing to false")
-    try:
-        names = expected_shapes(base, config)
-        for name in names if is_banked(settings.peft) else ():
-            check_name(name, "what it makes")
-    except ValueError as error:
-        raise ValueError(f"{section}: {error}") from error
-    own = BaseModelConfig(model=str(base.path), trust_remote_code=base.trust_remote_code)
-    check_text(config, load_tokenizer(own), section)
 
 
 def verify_fleet(
@@ -332,13 +197,6 @@ def check_name_and_size(config: FleetConfig, entry: AdapterEntry, bundle: Bundle
             f"{bundle.path}: its |D| is {num_samples:,}, max_num_samples is {config.max_num_samples:,}; set "
             "num_samples for this adapter, or raise max_num_samples"
         )
-
-
-def context_of(settings: BaseModelConfig, base: BaseInfo) -> int | None:
-    """Tokens that a base takes as its engine holds it; None where nothing is said."""
-    context: int | None = base.config.get("max_position_embeddings")
-    own = (settings.vllm or {}).get("max_model_len", -1)
-    return own if own > 0 else context
 
 
 def check_prompts(run: Run, bundle: Bundle) -> None:
