@@ -30,7 +30,7 @@ bundles that the hop before wrote; only the owner's adapter has seen real data. 
 items, the bare base beside it, in brackets 95 % intervals (Wilson). *agreement* is the gate's: with the adapter of the
 hop before, on invented prompts. The gate is open here: below `gate.min_agreement`, {min_agreement} in this file, a
 `translora migrate` would have tried once more with twice the samples, and withheld what still was below.
-Made by `python -m benchmarks.hops {config} --arm {arm} --third ...`.
+Made by `python -m benchmarks.hops {config} --arm {arm} --third {third}`.
 """
 
 
@@ -102,6 +102,7 @@ def main() -> None:
         num_samples=config.num_samples,
         config=arguments.config,
         arm=arm,
+        third=arguments.third.replace(str(Path.home()), "~"),
         min_agreement=config.gate.min_agreement,
     )
     columns = [f"{task.name}: {what}" for task in config.tasks for what in ("bare base", "adapter", "agreement")]

@@ -114,6 +114,12 @@ def test_samples_that_were_too_long_are_not_counted_as_trained_on() -> None:
     assert "20 of 120 samples are longer than distill.max\\_length, and were not trained on" in " ".join(text.split())
 
 
+@pytest.mark.parametrize("screen", ["discriminator", "excess", "confidence", "none"])
+def test_a_discriminator_is_spoken_of_where_there_is_one(screen: str) -> None:
+    text = card(state(synthesis=SynthesisStats(screen=screen)))
+    assert ("example inputs and a\ndiscriminator" in text) is (screen in ("discriminator", "excess"))
+
+
 def test_it_depends_on_the_migration_alone() -> None:
     later = state(seconds={"gate": 5.0}, bundle="/elsewhere/routing", output="bundles/routing")
     assert card(state()) == card(later)

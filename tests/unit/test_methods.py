@@ -143,6 +143,26 @@ def test_training_gives_the_losses_of_a_plain_training_with_peft(base: Path, tmp
             "rank_pattern: 3000 entries, the limit is 2000",
         ),
         ({"peft_type": "LORA", "use_dora": True, "lora_alpha": float("nan")}, "lora_alpha is nan"),
+        (
+            {"peft_type": "LORA", "use_dora": True, "lora_alpha": 0},
+            "lora_alpha is 0, expected a positive number; correct",
+        ),
+        ({"peft_type": "lora", "r": -4}, "r is -4, expected a positive number; correct it"),
+        ({"peft_type": "LORA", "init_lora_weights": "pissa"}, "leave it out, or use distill.lora with init: eva"),
+        ({"peft_type": "LORA", "bias": "all"}, "only bias='none' is supported; train it without biases"),
+        (
+            {"peft_type": "IA3", "task_type": "SEQ_CLS"},
+            "task_type: 'SEQ_CLS'; what is trained writes answers, leave it",
+        ),
+        (
+            {
+                "peft_type": "PROMPT_TUNING",
+                "num_virtual_tokens": 4,
+                "prompt_tuning_init": "TEXT",
+                "prompt_tuning_init_text": 5,
+            },
+            "prompt_tuning_init_text: 5 is no text",
+        ),
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4, "prompt_tuning_init": "TEXT"}, "PEFT refuses it"),
         ({"peft_type": "IA3", "target_modules": "(a*)*b"}, "target_modules has the key"),
         ({"peft_type": "LORA", "use_dora": True, "rank_pattern": {"(a*)*b": 2}}, "rank_pattern has the key"),
@@ -169,9 +189,27 @@ def test_settings_that_cannot_be_used_are_refused(settings: dict[str, Any], mess
 
 def test_what_could_not_be_read_again_is_refused_before_it_is_trained(tmp_path: Path) -> None:
     info = inspect_base(str(make_base(tmp_path / "base", std=0.1)))
-    settings = {"peft_type": "LORA", "target_modules": ["q_proj", "embed_tokens"]}
-    with pytest.raises(ValueError, match=r"distill.peft: what it makes: unexpected tensor .*lora_embedding"):
-        check_section(TrainConfig.model_validate({"peft": settings}), info, "distill")
+    for kind in ("LORA", "lora"):
+        settings = {"peft_type": kind, "target_modules": r".*\.(q_proj|embed_tokens)"}
+        with pytest.raises(ValueError, match=r"distill.peft: what it makes: unexpected tensor .*lora_embedding"):
+            check_section(TrainConfig.model_validate({"peft": settings}), info, "distill")
+
+
+def test_each_module_that_is_named_must_be_there(base: Path) -> None:
+    """PEFT is content with one of them: a name of another family would be left out without a word."""
+    info = inspect_base(str(base))
+    for settings, option, missing in (
+        ({"peft_type": "LORA", "use_dora": True, "target_modules": ["q_proj", "query"]}, "target_modules", "query"),
+        (
+            {"peft_type": "IA3", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["fc2"]},
+            "feedforward_modules",
+            "fc2",
+        ),
+    ):
+        with pytest.raises(ValueError, match=rf"distill.peft.{option}: {missing} not in .*; it has "):
+            check_section(TrainConfig.model_validate({"peft": settings}), info, "distill")
+    ends = {"peft_type": "LORA", "use_dora": True, "target_modules": ["self_attn.q_proj", "down_proj"]}
+    check_section(TrainConfig.model_validate({"peft": ends}), info, "distill")
 
 
 def test_a_text_that_the_virtual_tokens_have_no_room_for_is_warned_of(

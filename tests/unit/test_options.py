@@ -313,6 +313,7 @@ def test_without_options_nothing_is_scaled() -> None:
         ({"chain": {"links": 3}, "gradient": "riemannian", "use_rslora": True}, 3),
         ({"init": "eva", "flat_sigma": 0.05}, 1),
         ({"init": "eva", "chain": {"links": 2}}, 2),
+        ({"gradient": "lora-pro", "chain": {"links": 2}}, 2),
     ],
 )
 def test_a_student_is_exported_as_one_lora_and_goes_on_from_a_checkpoint(

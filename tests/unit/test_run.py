@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.tiny import make_base, make_bundle
 from translora.bundle import BaseInfo, Bundle, inspect_base
 from translora.config import AdapterEntry, BaseModelConfig, FleetConfig, GateConfig, TrainConfig, load_config
-from translora.distill.phase import warm_start
+from translora.distill.phase import train_jobs, warm_start
 from translora.engine.loading import load_tokenizer
 from translora.gate.phase import fail
 from translora.report.table import note
@@ -23,7 +25,7 @@ from translora.run.member import Member, Run, attempt_sizes, expand_entries
 from translora.run.recipes import Seals, recipes
 from translora.run.resume import continue_state, sent_back
 from translora.run.rundir import check_free, open_run
-from translora.run.state import AdapterState, GateResult, Phase, load_state, save_state
+from translora.run.state import AdapterState, GateResult, Phase, SynthesisStats, load_state, save_state
 from translora.run.tracker import Tracker
 from translora.run.verify import check_copy, refused, verify, verify_fleet
 
@@ -280,6 +282,13 @@ def test_a_copy_is_not_tried_again_and_what_cannot_be_copied_is_refused(
     bundle = dataclasses.replace(bundle, path=shutil.copytree(bundle.path, tmp_path / "copy"))
     settings = json.loads((bundle.path / "adapter_config.json").read_text())
     check_copy(run, bundle, AdapterEntry(bundle="x"))
+    cut = TrainConfig.model_validate({"warm_start": True, "epochs": 0, "lora": {"rank": 1}})
+    small = dataclasses.replace(run, config=run.config.model_copy(update={"distill": cut}))
+    with pytest.raises(
+        ValueError, match=rf"rank {settings['r']}, .* with 1, and is no copy then; set distill.lora.rank"
+    ):
+        check_copy(small, bundle, AdapterEntry(bundle="x"))
+    check_copy(small, bundle, AdapterEntry(bundle="x", epochs=2))
     (bundle.path / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
     check_copy(run, bundle, AdapterEntry(bundle="x", epochs=2))
     with pytest.raises(ValueError, match=r"is no plain LoRA: .* 0 epochs train nothing; give it epochs of its own"):
@@ -610,6 +619,25 @@ def test_jsonl_faults_name_file_and_line(tmp_path: Path) -> None:
     write_json(path, {"input": ""})
     with pytest.raises(ValueError, match=r"data\.jsonl"):
         read_jsonl(path, required=("input",))
+
+
+@pytest.mark.parametrize(("screen", "left"), [("discriminator", True), ("excess", True), ("confidence", False)])
+def test_a_discriminator_is_trained_where_inputs_were_refused(
+    tmp_path: Path, run: Run, bundle: Bundle, screen: str, left: bool
+) -> None:
+    """Confidence ranks inputs and refuses none: there would be nothing to learn the difference from."""
+    state = AdapterState(name="a", bundle="x", task_name="boxes", synthesis=SynthesisStats(screen=screen))
+    member = Member(bundle, state, tmp_path / "adapters/a", 4, 2, [], AdapterEntry(bundle="x"))
+    member.directory.mkdir(parents=True, exist_ok=True)
+    split = ["train"] * 12 + ["heldout"] * 4 + ["refused"] * 4
+    rows = [
+        {"split": kind, "input": f"send box {index}", "answer": "yes", "score": 1.0 if kind != "refused" else -1.0}
+        for index, kind in enumerate(split)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), member.directory / "synthetic.parquet")
+    jobs = train_jobs(run, member, None)
+    assert [job.name for job in jobs] == ["a/student", "a/discriminator"][: 1 + left]
+    assert (member.directory / "train/discriminator").exists() is left
 
 
 @pytest.mark.parametrize(

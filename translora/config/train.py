@@ -161,9 +161,7 @@ class TrainConfig(Strict):
     @field_validator("peft")
     @classmethod
     def _names_a_method(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        if value is not None:
-            check_kind(value.get("peft_type"), "")
-        return value
+        return None if value is None else {**value, "peft_type": check_kind(value.get("peft_type"), "")}
 
     @model_validator(mode="after")
     def _begins_in_one_way(self) -> Self:

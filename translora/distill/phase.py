@@ -1,4 +1,4 @@
-"""The phase of a fleet that trains every adapter's student, and a discriminator for its next hop."""
+"""The phase of a fleet that trains every adapter's student, and discriminators for the next hop."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from translora.bundle.adapter import is_in_bank
 from translora.bundle.base import linear_modules
+from translora.config import DiscriminatorConfig, TrainConfig
 from translora.distill.data import num_too_long
 from translora.distill.job import FAILURE, TrainJob, make_job
 from translora.distill.launch import train_adapters
@@ -38,26 +39,30 @@ def discriminator_inputs(run: Run, member: Member) -> tuple[Inputs, Inputs | Non
 
 
 def train_jobs(run: Run, member: Member, teacher: Sequence[Teacher] | None) -> list[TrainJob]:
-    """The two trainings of an adapter on the target base: the student, and a discriminator for the next hop.
+    """The trainings of an adapter on the target base: its student, and a discriminator if it leaves one.
 
     Args:
         teacher: what it thinks of each training sample, where the loss needs it.
     """
     config, directory, entry = run.config, member.directory, member.entry
-    known, _ = discriminator_inputs(run, member)
-    questions = discriminator_rows(
-        known.real,
-        known.invented,
-        member.state.task_name,
-        config.discriminator.max_samples,
-        derive_seed(config.seed, member.name, DISCRIMINATOR),
-    )
     answers: list[dict[str, Any]] = [
         {"input": row["input"], "answer": row["answer"]} for row in member.samples("train")
     ]
     for row, thought in zip(answers, teacher or (), strict=teacher is not None):
         row["teacher"] = thought
     start = warm_start(run, member)
+    trainings: list[tuple[str, list[dict[str, Any]], TrainConfig | DiscriminatorConfig]]
+    trainings = [(STUDENT, answers, config.distill)]
+    if member.state.synthesis.leaves_discriminator:
+        known, _ = discriminator_inputs(run, member)
+        questions = discriminator_rows(
+            known.real,
+            known.invented,
+            member.state.task_name,
+            config.discriminator.max_samples,
+            derive_seed(config.seed, member.name, DISCRIMINATOR),
+        )
+        trainings.append((DISCRIMINATOR, questions, config.discriminator))
     return [
         make_job(
             member.name,
@@ -74,10 +79,7 @@ def train_jobs(run: Run, member: Member, teacher: Sequence[Teacher] | None) -> l
             peft=config.distill.peft if kind == STUDENT else None,
             start=start if kind == STUDENT else None,
         )
-        for kind, rows, settings in (
-            (STUDENT, answers, config.distill),
-            (DISCRIMINATOR, questions, config.discriminator),
-        )
+        for kind, rows, settings in trainings
     ]
 
 
@@ -100,13 +102,16 @@ def student_start(run: Run, path: Path) -> tuple[Path | None, str]:
     own = resolve_targets(linear_modules(run.target), settings.lora.target_modules, run.target.name, "distill.lora")
     if not source.modules.keys() & set(own):
         return None, "adapts none of the student's modules: its student begins without it"
+    remarks = []
     if lost := ", ".join(not_copied(source, own)):
-        return path, f"adapts {lost}, which distill.lora.target_modules does not: its student begins without these"
-    return path, ""
+        remarks = [f"adapts {lost}, which distill.lora.target_modules does not: its student begins without these"]
+    if source.max_rank > settings.lora.rank:
+        remarks.append(f"has rank {source.max_rank}, of which its student begins with {settings.lora.rank}")
+    return path, "; ".join(remarks)
 
 
 def distill_phase(run: Run, members: list[Member]) -> None:
-    """Train all students and discriminators on one worker group that holds the target base."""
+    """Train all students, and what discriminators they leave, on one worker group that holds the target base."""
     config = run.config
     teachers = ask_teachers(run, members)  # of the whole cohort: a rerun finds the same batches again
     members = [member for member in members if member.waits_for("distill")]
@@ -148,4 +153,5 @@ def distill_phase(run: Run, members: list[Member]) -> None:
             continue
         member.state.losses = json.loads((member.directory / STUDENT / "losses.json").read_text())
         member.state.step = member.state.num_steps = len(member.state.losses)
-        run.advance(member, "gate", member.directory / STUDENT, member.directory / DISCRIMINATOR)
+        made = (STUDENT, DISCRIMINATOR) if member.state.synthesis.leaves_discriminator else (STUDENT,)
+        run.advance(member, "gate", *(member.directory / kind for kind in made))

@@ -48,7 +48,8 @@ def gate_phase(run: Run, members: list[Member]) -> None:
             batch_size=config.synthesis.batch_size,
             hosts=hosts,
             run_dir=config.run_dir,
-            digests=artifacts(run, members, DISCRIMINATOR) | bases,
+            digests=artifacts(run, [one for one in members if one.state.synthesis.leaves_discriminator], DISCRIMINATOR)
+            | bases,
         )
         results, faults = run_gate(
             gate_members,
@@ -119,7 +120,7 @@ def artifacts(run: Run, members: list[Member], kind: str) -> dict[str, str]:
 def judges(run: Run, members: list[Member]) -> dict[str, Judge]:
     """The next hop's discriminators for which inputs were held out."""
     found = {}
-    for member in members:
+    for member in (one for one in members if one.state.synthesis.leaves_discriminator):
         _, unseen = discriminator_inputs(run, member)
         if unseen is not None:
             template = member.template(run.config)
@@ -138,7 +139,7 @@ def publish(run: Run, member: Member, quality: DiscriminatorQuality | None) -> N
     write_bundle(
         output,
         adapter_dir=member.directory / STUDENT,
-        discriminator_dir=member.directory / DISCRIMINATOR,
+        discriminator_dir=member.directory / DISCRIMINATOR if member.state.synthesis.leaves_discriminator else None,
         seeds=member.bundle.seeds,
         task_name=manifest.task_name,
         base=run.target,

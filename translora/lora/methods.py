@@ -35,6 +35,7 @@ from translora.lora.peft_io import (
     MAX_PATTERNS,
     LoraWeights,
     check_init,
+    check_numbers,
     check_pattern,
     read_lora,
     read_tensors,
@@ -83,13 +84,22 @@ def parse_method(settings: Mapping[str, Any], where: str, base_path: Path | str 
     for name, value in settings.items():
         if name.endswith("dropout") and value:
             raise ValueError(f"{where}.{name}: {value}; students are trained without dropout, leave it out")
+    if settings.get("task_type") not in (None, "CAUSAL_LM"):
+        raise ValueError(f"{where}.task_type: {settings['task_type']!r}; what is trained writes answers, leave it out")
+    if kind == "LORA":
+        check_init(settings.get("init_lora_weights"), where, "leave it out, or use distill.lora with init: eva")
+        check_numbers({"r": 8, "lora_alpha": 8, **settings}, where, "correct it")
+        if str(settings.get("init_lora_weights")).lower() == "eva":
+            raise ValueError(
+                f"{where}.init_lora_weights: PEFT needs the data for eva; use distill.lora.init: eva instead"
+            )
     check_settings({**settings, "peft_type": kind}, where)
-    if kind == "LORA" and str(settings.get("init_lora_weights")).lower() == "eva":
-        raise ValueError(f"{where}.init_lora_weights: PEFT needs the data for eva; use distill.lora.init: eva instead")
     if (init := settings.get("prompt_tuning_init")) is not None:
         settings = {**settings, "prompt_tuning_init": str(init).upper()}  # PEFT takes others for RANDOM, unsaid
         if settings["prompt_tuning_init"] not in (choices := [one.value for one in PromptTuningInit]):
             raise ValueError(f"{where}.prompt_tuning_init: {init!r}; expected {', '.join(choices)}")
+    if not isinstance(text := settings.get("prompt_tuning_init_text"), str | None):
+        raise ValueError(f"{where}.prompt_tuning_init_text: {text!r} is no text; put it in quotation marks")
     if settings.get("prompt_tuning_init_text") and settings.get("prompt_tuning_init") != "TEXT":
         raise ValueError(f"{where}.prompt_tuning_init_text: is read for prompt_tuning_init: TEXT alone; set that too")
     own = {"tokenizer_name_or_path": str(base_path)} if "tokenizer_name_or_path" in known else {}

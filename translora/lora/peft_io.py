@@ -86,7 +86,7 @@ def check_pattern(key: str, option: str, path: Path | str) -> bool:
     return re.search(r"[*+?{(|]", key) is not None
 
 
-def _check_numbers(config: dict[str, Any], path: Path) -> None:
+def check_numbers(config: Mapping[str, Any], path: Path | str, remedy: str = "restore the adapter's config") -> None:
     """Refuse ranks and alphas that are no positive numbers, and name patterns that could take for ever to match."""
     values = {option: config.get(option) for option in ("r", "lora_alpha")}
     num_patterns = 0
@@ -106,11 +106,15 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
         integral = not option.endswith("alpha") and not option.startswith("alpha")
         kinds = (int,) if integral else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 1e9:
-            raise ValueError(f"{path}: {option} is {value!r}, expected a positive number; restore the adapter's config")
+            raise ValueError(f"{path}: {option} is {value!r}, expected a positive number; {remedy}")
 
 
-def check_init(init: object, path: Path | str) -> None:
-    """Refuse an initialisation that changes the base's weights: PEFT does it again at loading, the bank does not."""
+def check_init(init: object, path: Path | str, remedy: str | None = None) -> None:
+    """Refuse an initialisation that changes the base's weights: PEFT does it again at loading, the bank does not.
+
+    Args:
+        remedy: of whoever is yet to train the adapter.
+    """
     if not isinstance(init, str) or init.lower() in _PLAIN_INITS:
         return
     convert = "convert it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
@@ -118,7 +122,7 @@ def check_init(init: object, path: Path | str) -> None:
     raise ValueError(
         f"{path}: init_lora_weights is {init[:80]!r}; initialisations that change (or may change) the base's weights "
         "are not supported; "
-        f"{convert if init.lower().startswith(_CONVERTIBLE_INITS) else retrain}"
+        f"{remedy or (convert if init.lower().startswith(_CONVERTIBLE_INITS) else retrain)}"
     )
 
 
@@ -137,7 +141,7 @@ def refuse_options(config: Mapping[str, Any], where: Path | str, *, through_peft
         if config.get(option):
             raise ValueError(f"{where}: {option} is set: {meaning} is not supported; retrain the adapter without it")
     if config.get("bias", "none") != "none":
-        raise ValueError(f"{where}: bias is {config['bias']!r}; only bias='none' is supported")
+        raise ValueError(f"{where}: bias is {config['bias']!r}; only bias='none' is supported; train it without biases")
 
 
 def lora_config(directory: Path) -> dict[str, Any]:
@@ -151,7 +155,7 @@ def lora_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be read here")
     refuse_options(config, path)
     check_init(config.get("init_lora_weights"), path)
-    _check_numbers(config, path)
+    check_numbers(config, path)
     return config
 
 

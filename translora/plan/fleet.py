@@ -15,6 +15,7 @@ from translora.plan.inference import gate_calls, generate_calls, label_calls
 from translora.plan.shape import Shape, Shapes
 from translora.plan.training import TrainingPlan, is_offloaded, plan_training
 from translora.plan.work import Work, training_sizes
+from translora.run.state import REFUSING
 
 
 @dataclass
@@ -102,6 +103,7 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
         file_bytes=max(one.adapter_bytes or 4 * num_weights for one in work.adapters),
     )
     judges = sum(one.screen == "discriminator" for one in work.adapters)
+    trained = num_adapters + sum(one.screen in REFUSING for one in work.adapters)
     batch = config.synthesis.batch_size
     on_source = num_adapters + judges
     stages = [
@@ -135,7 +137,7 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
         one.num_wanted(config) / work.acceptance * (one.input_tokens + one.answer_tokens) for one in work.adapters
     )
     disk = {
-        "students and discriminators": 2 * num_adapters * 4.0 * num_weights,
+        "students and discriminators": trained * 4.0 * num_weights,
         "checkpoints of the gangs": training.checkpointed * 12.0 * num_weights,
         "synthetic sets and blocks": 3 * 4 * rows,
     }

@@ -17,7 +17,7 @@ from translora.distill.data import num_steps
 from translora.distill.plan import JobSize
 from translora.engine.memory import weights_bytes
 from translora.run.member import expand_entries, heldout_size
-from translora.run.state import ScreenName
+from translora.run.state import REFUSING, ScreenName
 from translora.synthesis.pool import choose_screen
 
 CHARACTERS_PER_TOKEN = 4
@@ -113,12 +113,14 @@ def num_weights(bundle: Bundle) -> int:
 
 
 def training_sizes(config: FleetConfig, work: Work) -> list[JobSize]:
-    """The two trainings of each adapter, as the run measures them."""
+    """The trainings of each adapter, as the run measures them."""
     sizes = []
     for one in work.adapters:
         train, judge = config.distill, config.discriminator
         tokens = min(train.max_length, one.input_tokens + QUESTION_TOKENS + one.answer_tokens)
         sizes.append(JobSize(num_steps(one.num_samples, one.epochs or train.epochs, train.batch_size), tokens, tokens))
+        if one.screen not in REFUSING:
+            continue
         count = min(judge.max_samples, 2 * (one.num_samples + heldout_size(config.gate, one.num_samples)))
         tokens = min(train.max_length, one.input_tokens + 2 * QUESTION_TOKENS)
         sizes.append(JobSize(num_steps(count, judge.epochs, train.batch_size), tokens, tokens))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from translora.bundle import BaseInfo
 from translora.bundle.base import ENCODER_DECODERS, info_of, linear_modules, refuse_encoder_decoder, refuse_quantised
@@ -120,7 +122,21 @@ def check_section(settings: TrainConfig, base: BaseInfo, section: str) -> None:
                 f"{section}.lora: init, lora_plus_ratio, gradient, random_half, chain and flat_sigma are not for "
                 f"{section}.peft"
             )
+        check_targets(settings.peft, linears, base, f"{section}.peft")
         check_method(settings, base, f"{section}.peft")
+
+
+def check_targets(settings: Mapping[str, Any], linears: Iterable[str], base: BaseInfo, section: str) -> None:
+    """Whether the base has each module that a method of PEFT is to adapt: PEFT asks for one of them alone.
+
+    Raises:
+        ValueError: it has not; names the module.
+    """
+    for option in ("target_modules", "feedforward_modules"):
+        named = settings.get(option)
+        if isinstance(named, list) and named:  # a text is a pattern, or all-linear
+            lasts = [str(target).rpartition(".")[2] for target in named]
+            resolve_targets(linears, lasts, base.name, f"{section}.{option}")
 
 
 def check_method(settings: TrainConfig, base: BaseInfo, section: str) -> None:

@@ -16,6 +16,8 @@ from translora.run.redact import printable, redact
 
 Phase = Literal["verify", "synthesis", "distill", "gate", "done"]
 ScreenName = Literal["discriminator", "confidence", "excess", "none"]
+REFUSING: frozenset[str] = frozenset({"discriminator", "excess"})
+"""Screens that refuse inputs; confidence only ranks them."""
 SYNTHETIC, STUDENT, DISCRIMINATOR, BUNDLES = "synthetic.parquet", "student", "discriminator", "bundles"
 """An adapter's files and directories below RUN/adapters/NAME, and where what passed the gate lies in the run."""
 PHASES: tuple[Phase, ...] = ("verify", "synthesis", "distill", "gate", "done")
@@ -54,6 +56,11 @@ class SynthesisStats(BaseModel):
     def acceptance(self) -> float:
         """Accepted share of what was generated."""
         return self.accepted / self.generated if self.generated else 0.0
+
+    @property
+    def leaves_discriminator(self) -> bool:
+        """Whether one is trained for the next hop: without refused inputs it would have nothing to learn from."""
+        return self.screen in REFUSING
 
     @property
     def only_answer(self) -> str | None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 
 from translora.bundle import Bundle, BundleError, read_bundle, verify_bundle
-from translora.bundle.adapter import highest_rank, is_in_bank
+from translora.bundle.adapter import highest_rank, is_in_bank, read_adapter_config
 from translora.bundle.remote import fetch_all, is_remote
 from translora.config import AdapterEntry, FleetConfig
 from translora.distill.data import check_links, num_steps
@@ -14,6 +14,7 @@ from translora.distill.phase import student_start
 from translora.engine.prompts import prompt_format
 from translora.engine.protocol import check_answers
 from translora.engine.vllm_settings import check_rank
+from translora.lora.peft_io import read_lora
 from translora.run.check import check_target_context, context_of
 from translora.run.files import read_jsonl
 from translora.run.member import MAX_NAME, Member, Run, attempt_sizes, cohort_names, is_name
@@ -143,7 +144,7 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
 
 
 def check_copy(run: Run, bundle: Bundle, entry: AdapterEntry) -> None:
-    """A student that is not trained has to begin as its source adapter.
+    """A student that is not trained has to begin as its source adapter, of no smaller rank.
 
     Raises:
         ValueError: it would not.
@@ -152,6 +153,10 @@ def check_copy(run: Run, bundle: Bundle, entry: AdapterEntry) -> None:
         start, remark = student_start(run, bundle.path)
         if start is None:
             raise ValueError(f"{bundle.path}: {remark}, and 0 epochs train nothing; give it epochs of its own")
+        if (rank := read_lora(start).max_rank) > run.config.distill.lora.rank:
+            raise ValueError(
+                f"{bundle.path}: {remark}, and is no copy then; set distill.lora.rank to {rank}, or give it epochs"
+            )
 
 
 def check_stop(config: FleetConfig, entry: AdapterEntry, screen: str) -> None:
@@ -210,7 +215,8 @@ def check_prompts(run: Run, bundle: Bundle) -> None:
         empty = prompt_format(run.source_tokenizer, bundle.manifest.prompt_template).encode_prompt("")
     except ValueError as error:
         raise ValueError(f"{bundle.path}: {error}") from error
-    num_tokens = len(empty) + synthesis.sampling.max_new_tokens + synthesis.max_answer_tokens
+    virtual = read_adapter_config(bundle.path).get("num_virtual_tokens") or 0
+    num_tokens = virtual + len(empty) + synthesis.sampling.max_new_tokens + synthesis.max_answer_tokens
     context = context_of(run.config.source, run.source)
     if context is not None and num_tokens > context:
         raise ValueError(
