@@ -15,6 +15,7 @@ from typing import cast
 
 import pytest
 
+from benchmarks.methods import with_source
 from examples import bases, tasks
 from translora.bundle import Bundle
 from translora.config import DiscriminatorConfig, FleetConfig, PrepareConfig, load_config
@@ -178,3 +179,16 @@ def test_the_arms_of_the_example_evaluation_share_their_first_round(monkeypatch:
         pool = Pool("a", cast(Bundle, None), needed, 10 * needed, surplus=surplus)
         counts.add(pool.next_count(config.synthesis.oversample))
     assert len(counts) == 1
+
+
+def test_each_method_of_the_example_is_once_that_of_the_source_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SST2", "TICKETS", "UPDATED"):
+        monkeypatch.setenv(name, f"/data/{name}")
+    config = load_config(ROOT / "examples" / "evaluate-methods.yaml", EvaluateConfig)
+    sources = {arm: with_source(config, arm) for arm in config.arms}
+    methods = [source.train.method for source in sources.values()]
+    assert methods == ["LoRA", "DoRA", "PROMPT_TUNING"] == [config.fleet(0, arm).distill.method for arm in config.arms]
+    for arm, source in sources.items():
+        assert source.arms == config.arms and source.seeds == config.seeds
+        assert source.fleet(0, arm).distill == config.fleet(0, arm).distill, "the students are the same in each row"
+    assert len({(source.run_dir, source.output) for source in sources.values()}) == len(sources)
