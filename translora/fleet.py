@@ -15,7 +15,7 @@ from translora.config import FleetConfig
 from translora.distill.phase import distill_phase
 from translora.engine.loading import load_tokenizer
 from translora.gate.phase import gate_phase
-from translora.merge.fleet import entries_before, merge_after, merge_before
+from translora.merge.fleet import entries_before, merge_after, merge_before, warn_of_templates
 from translora.run.check import check_training
 from translora.run.member import Member, Run, cohort, end_cohort, expand_entries
 from translora.run.recipes import Seals, base_settings, keep_to_commits
@@ -60,6 +60,7 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
         unmerged = merge_before(config, source, start_cluster)
         verified = verify_fleet(run, entries, seals, unmerged)
         members = [member for member in verified.values() if isinstance(member, Member)]
+        warn_of_templates(config, members)
         if any(member.state.status == "pending" for member in members):
             start_cluster()
         while any(member.state.status == "pending" for member in members):  # again for what the gate sent back

@@ -198,15 +198,19 @@ def test_what_could_not_be_read_again_is_refused_before_it_is_trained(tmp_path: 
 def test_each_module_that_is_named_must_be_there(base: Path) -> None:
     """PEFT is content with one of them: a name of another family would be left out without a word."""
     info = inspect_base(str(base))
-    for settings, option, missing in (
-        ({"peft_type": "LORA", "use_dora": True, "target_modules": ["q_proj", "query"]}, "target_modules", "query"),
+    wrong = {"peft_type": "LORA", "use_dora": True, "target_modules": ["q_proj", "query"]}
+    with pytest.raises(ValueError, match=r"distill.peft.target_modules: query not in .*; it has "):
+        check_section(TrainConfig.model_validate({"peft": wrong}), info, "distill")
+    for option, names, message in (
         (
-            {"peft_type": "IA3", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["fc2"]},
-            "feedforward_modules",
-            "fc2",
+            "target_modules",
+            ["layers.7.q_proj", "v_proj"],
+            r"target_modules: layers.7.q_proj not in .* named like model",
         ),
+        ("feedforward_modules", "all-linear", "feedforward_modules: PEFT knows no all-linear here; name the modules"),
     ):
-        with pytest.raises(ValueError, match=rf"distill.peft.{option}: {missing} not in .*; it has "):
+        settings = {"peft_type": "IA3", "target_modules": ["q_proj"], "feedforward_modules": [], option: names}
+        with pytest.raises(ValueError, match=message):
             check_section(TrainConfig.model_validate({"peft": settings}), info, "distill")
     ends = {"peft_type": "LORA", "use_dora": True, "target_modules": ["self_attn.q_proj", "down_proj"]}
     check_section(TrainConfig.model_validate({"peft": ends}), info, "distill")

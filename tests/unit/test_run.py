@@ -12,12 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.bad_inputs.workshop import change_json, rehash
 from tests.tiny import make_base, make_bundle
 from translora.bundle import BaseInfo, Bundle, inspect_base
 from translora.config import AdapterEntry, BaseModelConfig, FleetConfig, GateConfig, TrainConfig, load_config
-from translora.distill.phase import train_jobs, warm_start
+from translora.distill.job import TrainJob
+from translora.distill.phase import distill_phase, train_jobs, warm_start
 from translora.engine.loading import load_tokenizer
-from translora.gate.phase import fail
+from translora.gate.phase import fail, gate_phase, judges
+from translora.gate.questions import GateMember
+from translora.merge.fleet import warn_of_templates
 from translora.report.table import note
 from translora.run.check import check_training
 from translora.run.files import read_jsonl, replace_directory, sha256_path, write_json
@@ -417,10 +421,72 @@ def test_students_are_prompted_as_the_fleet_or_their_own_entry_says(run: Run, bu
         assert isinstance(member, Member) and member.template(configured.config) == expected
 
 
+def test_an_empty_template_is_none_and_one_that_yaml_takes_for_a_mapping_is_named() -> None:
+    with pytest.raises(ValueError, match="at least 1 character"):
+        AdapterEntry(bundle="x", prompt_template="")
+    for section in ({"prompt_template": {"input": None}}, {"adapters": [{"bundle": "x", "prompt_template": {"a": 1}}]}):
+        with pytest.raises(ValueError, match="is no text; put it in quotation marks"):
+            config(Path("run"), **section)
+
+
+def test_settings_that_came_later_leave_what_was_made_before_alone(run: Run) -> None:
+    assert "prompt_template" not in run.config.model_dump()
+    assert set(AdapterEntry(bundle="x").model_dump()) == {
+        "bundle", "num_samples", "eval_data", "screen", "epochs", "learning_rate"
+    }  # fmt: skip
+
+
+def test_the_gate_asks_students_in_their_own_template(
+    tmp_path: Path, run: Run, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def run_gate(members: list[GateMember], **rest: object) -> tuple[dict[str, object], dict[str, str]]:
+        asked.extend((member.template, member.teacher_template) for member in members)
+        return {}, {member.name: "enough" for member in members}
+
+    monkeypatch.setattr("translora.gate.phase.run_gate", run_gate)
+    state = AdapterState(name="a", bundle="x", phase="gate", synthesis=SynthesisStats(screen="none"))
+    state.artifacts = {"adapters/a/student": "d"}
+    entry = AdapterEntry(bundle="x", prompt_template="Q: {input}\nA:")
+    member = Member(bundle, state, tmp_path / "adapters/a", 4, 2, [], entry)
+    member.directory.mkdir(parents=True, exist_ok=True)
+    rows = [{"split": "heldout", "input": "send", "answer": "yes", "score": 0.5}]
+    pq.write_table(pa.Table.from_pylist(rows), member.directory / "synthetic.parquet")
+    gate_phase(run, [member])
+    assert asked == [("Q: {input}\nA:", "chat")] and member.state.reason == "enough"
+
+
+def test_virtual_tokens_count_of_adapters_that_have_some(tmp_path: Path, run: Run, bundle: Bundle) -> None:
+    """A LoRA's config may hold anything there: it is not read."""
+    for count in ("16", 100_000, -500):
+        own = Path(shutil.copytree(bundle.path, tmp_path / f"own{count}"))
+        change_json(own / "adapter_config.json", num_virtual_tokens=count)
+        rehash(own)
+        found = verify(run, "a", AdapterEntry(bundle=str(own)))
+        assert isinstance(found, Member), found.reason
+
+
+def test_merges_of_parts_that_are_prompted_in_two_ways_are_warned_of(
+    tmp_path: Path, run: Run, bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    merge = {"name": "desk", "when": "after", "method": "linear", "adapters": ["a", "b"]}
+    merging = config(Path("run"), source=run.config.source, target=run.config.target, merges=[merge])
+
+    def member(name: str, template: str | None) -> Member:
+        entry = AdapterEntry(bundle="x", prompt_template=template)
+        return Member(bundle, AdapterState(name=name, bundle="x"), tmp_path / name, 4, 2, [], entry)
+
+    warn_of_templates(merging, [member("a", None), member("b", "chat")])
+    assert not caplog.messages, "auto is chat where there is a chat template"
+    warn_of_templates(merging, [member("a", None), member("b", "Q: {input}")])
+    assert "desk: cannot be merged after the migration, its parts will have different" in caplog.text
+
+
 def test_a_template_that_the_target_cannot_have_costs_its_adapter_alone(run: Run, bundle: Bundle) -> None:
     for template, reason in (
         ("Question:", "prompt template 'Question:' lacks {input}"),
-        ("{input}" + " a" * 4000, "do not fit its context"),
+        ("{input}" + " a" * 4000, "distill.max_length is 1024; raise it, or shorten the template"),
     ):
         state = verify(run, "a", AdapterEntry(bundle=str(bundle.path), prompt_template=template))
         assert isinstance(state, AdapterState) and state.status == "quarantined" and reason in state.reason
@@ -627,9 +693,10 @@ def test_a_discriminator_is_trained_where_inputs_were_refused(
 ) -> None:
     """Confidence ranks inputs and refuses none: there would be nothing to learn the difference from."""
     state = AdapterState(name="a", bundle="x", task_name="boxes", synthesis=SynthesisStats(screen=screen))
-    member = Member(bundle, state, tmp_path / "adapters/a", 4, 2, [], AdapterEntry(bundle="x"))
+    entry = AdapterEntry(bundle="x", prompt_template="Q: {input}\nA:")
+    member = Member(bundle, state, tmp_path / "adapters/a", 4, 2, [], entry)
     member.directory.mkdir(parents=True, exist_ok=True)
-    split = ["train"] * 12 + ["heldout"] * 4 + ["refused"] * 4
+    split = ["train"] * 60 + ["heldout"] * 20 + ["refused"] * 80
     rows = [
         {"split": kind, "input": f"send box {index}", "answer": "yes", "score": 1.0 if kind != "refused" else -1.0}
         for index, kind in enumerate(split)
@@ -638,6 +705,30 @@ def test_a_discriminator_is_trained_where_inputs_were_refused(
     jobs = train_jobs(run, member, None)
     assert [job.name for job in jobs] == ["a/student", "a/discriminator"][: 1 + left]
     assert (member.directory / "train/discriminator").exists() is left
+    assert {job.template for job in jobs} == {"Q: {input}\nA:"}
+    assert {judge.template for judge in judges(run, [member]).values()} == ({"Q: {input}\nA:"} if left else set())
+
+
+def test_what_a_training_of_before_failed_of_is_forgotten(
+    tmp_path: Path, run: Run, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A discriminator that could not be trained costs nobody anything once none is asked for."""
+
+    def train(base: object, name: str, jobs: list[TrainJob], *rest: object, **more: object) -> None:
+        for job in jobs:
+            write_json(Path(job.output) / "losses.json", [1.0, 0.5])
+
+    state = AdapterState(name="a", bundle="x", phase="distill", synthesis=SynthesisStats(screen="confidence"))
+    member = Member(bundle, state, tmp_path / "adapters/a", 4, 2, [], AdapterEntry(bundle="x"))
+    member.directory.mkdir(parents=True, exist_ok=True)
+    rows = [{"split": "train", "input": "send", "answer": "yes", "score": 0.5}]
+    pq.write_table(pa.Table.from_pylist(rows), member.directory / "synthetic.parquet")
+    for kind in ("student", "discriminator"):
+        write_json(member.directory / "train" / kind / "failure.json", {"reason": "of the run before"})
+    monkeypatch.setattr("translora.distill.phase.train_adapters", train)
+    distill_phase(run, [member])
+    assert member.state.status == "pending" and member.waits_for("gate") and member.state.losses == [1.0, 0.5]
+    assert list(member.state.artifacts) == ["adapters/a/student"]
 
 
 @pytest.mark.parametrize(

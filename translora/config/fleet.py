@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from translora.config.base import BaseModelConfig, ResourceConfig
 from translora.config.synthesis import Screen, SynthesisConfig
@@ -14,8 +14,19 @@ from translora.config_file import ConfigFile, Strict
 from translora.merge.config import MergeEntry
 
 
+def _quoted(value: object) -> object:
+    if isinstance(value, dict):  # what YAML makes of {input}
+        raise ValueError("is no text; put it in quotation marks, as it begins with a brace")
+    return value
+
+
+Template = Annotated[str, Field(min_length=1, max_length=20_000), BeforeValidator(_quoted)]
+
+
 class AdapterEntry(Strict):
     """One bundle, or a glob over bundles."""
+
+    added: ClassVar[frozenset[str]] = frozenset({"min_agreement", "stop", "prompt_template"})
 
     bundle: str
     """Bundle directory or a glob pattern over bundle directories, or a URL of either (s3://bucket/bundles/*)."""
@@ -31,7 +42,7 @@ class AdapterEntry(Strict):
     """This adapter's own distill.learning_rate."""
     min_agreement: float | None = Field(default=None, ge=0, le=1)
     """This adapter's own gate.min_agreement."""
-    prompt_template: str | None = Field(default=None, max_length=20_000)
+    prompt_template: Template | None = None
     """This adapter's own prompt_template."""
     stop: str | None = Field(default=None, min_length=1)
     """Text at which the source adapter's answers end, for one that was never trained to end them."""
@@ -84,6 +95,7 @@ class FleetConfig(ConfigFile):
     """`translora migrate fleet.yaml`: one hop of many bundles."""
 
     command = "migrate"
+    added: ClassVar[frozenset[str]] = frozenset({"prompt_template"})
     run_dir: Path
     """Run directory; a rerun on it continues where it stopped."""
     source: BaseModelConfig
@@ -96,7 +108,7 @@ class FleetConfig(ConfigFile):
     """Bundles that become one adapter, before or after the migration."""
     max_num_samples: int = Field(default=20_000, ge=2)
     """Largest |D| that is taken over from a bundle, whose owner chose it; above it an adapter needs a `num_samples`."""
-    prompt_template: str = Field(default="auto", max_length=20_000)
+    prompt_template: Template = "auto"
     """How the new adapters are prompted: `chat` (the target's chat template), a string that contains {input}, `source`
     (each as its source adapter), or `auto`: chat where the target has a chat template."""
     seed: int = 0
@@ -132,7 +144,7 @@ class FleetConfig(ConfigFile):
 
     def template_of(self, entry: AdapterEntry, source: str) -> str:
         """How an adapter's student is prompted, as in translora.engine.prompts; `source` is its teacher's template."""
-        own = entry.prompt_template or self.prompt_template
+        own = self.prompt_template if entry.prompt_template is None else entry.prompt_template
         return source if own == "source" else own
 
     def epochs_of(self, entry: AdapterEntry) -> float:

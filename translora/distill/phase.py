@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from translora.bundle.adapter import is_in_bank
 from translora.bundle.base import linear_modules
@@ -85,29 +85,42 @@ def train_jobs(run: Run, member: Member, teacher: Sequence[Teacher] | None) -> l
 
 def warm_start(run: Run, member: Member) -> Path | None:
     """The adapter that a student begins as, where the settings ask for it and there is one; says what gets lost."""
-    start, remark = student_start(run, member.bundle.path)
-    if remark:
-        logger.warning("%s: %s", member.name, remark)
-    return start
+    start = student_start(run, member.bundle.path)
+    if start.remark:
+        logger.warning("%s: %s", member.name, start.remark)
+    return start.path
 
 
-def student_start(run: Run, path: Path) -> tuple[Path | None, str]:
-    """As `warm_start`, for the bundle at `path` and with the remark instead of the log."""
+class Start(NamedTuple):
+    """What a student begins as."""
+
+    path: Path | None = None
+    """The adapter's directory; None where the student begins anew."""
+    remark: str = ""
+    """What gets lost of it."""
+    rank: int = 0
+    """The highest of the modules that both adapt."""
+
+
+def student_start(run: Run, path: Path) -> Start:
+    """What the student of the bundle at `path` begins as."""
     settings = run.config.distill
     if not settings.warm_start:
-        return None, ""
+        return Start()
     if not is_in_bank(path):
-        return None, "is no plain LoRA: its student begins without it"
+        return Start(remark="is no plain LoRA: its student begins without it")
     source = read_lora(path)
     own = resolve_targets(linear_modules(run.target), settings.lora.target_modules, run.target.name, "distill.lora")
-    if not source.modules.keys() & set(own):
-        return None, "adapts none of the student's modules: its student begins without it"
+    copied = source.modules.keys() & set(own)
+    if not copied:
+        return Start(remark="adapts none of the student's modules: its student begins without it")
+    rank = max(len(source.modules[name][0]) for name in copied)
     remarks = []
     if lost := ", ".join(not_copied(source, own)):
         remarks = [f"adapts {lost}, which distill.lora.target_modules does not: its student begins without these"]
-    if source.max_rank > settings.lora.rank:
-        remarks.append(f"has rank {source.max_rank}, of which its student begins with {settings.lora.rank}")
-    return path, "; ".join(remarks)
+    if rank > settings.lora.rank:
+        remarks.append(f"has rank {rank}, of which its student begins with {settings.lora.rank}")
+    return Start(path, "; ".join(remarks), rank)
 
 
 def distill_phase(run: Run, members: list[Member]) -> None:
@@ -147,9 +160,9 @@ def distill_phase(run: Run, members: list[Member]) -> None:
         on_step=on_step,
     )
     for member in members:
-        failures = [path for path in (member.directory / "train").glob(f"*/{FAILURE}")]
-        if failures:
-            run.quarantine(member.state, json.loads(failures[0].read_text())["reason"])
+        failures = [Path(job.work_dir) / FAILURE for job in jobs if job.name.rpartition("/")[0] == member.name]
+        if failed := [path for path in failures if path.is_file()]:
+            run.quarantine(member.state, json.loads(failed[0].read_text())["reason"])
             continue
         member.state.losses = json.loads((member.directory / STUDENT / "losses.json").read_text())
         member.state.step = member.state.num_steps = len(member.state.losses)

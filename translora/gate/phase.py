@@ -133,7 +133,7 @@ def publish(run: Run, member: Member, quality: DiscriminatorQuality | None) -> N
     manifest, gate = member.bundle.manifest, member.state.gate
     assert gate is not None
     template = prompt_format(load_tokenizer(run.config.target), member.template(run.config)).template
-    start, _ = student_start(run, member.bundle.path)
+    start = student_start(run, member.bundle.path).path
     began: Began = "fresh" if start is None else "copy" if run.config.epochs_of(member.entry) == 0 else "warm"
     output = run.config.run_dir / "bundles" / member.name
     write_bundle(

@@ -87,12 +87,11 @@ def parse_method(settings: Mapping[str, Any], where: str, base_path: Path | str 
     if settings.get("task_type") not in (None, "CAUSAL_LM"):
         raise ValueError(f"{where}.task_type: {settings['task_type']!r}; what is trained writes answers, leave it out")
     if kind == "LORA":
-        check_init(settings.get("init_lora_weights"), where, "leave it out, or use distill.lora with init: eva")
+        lora = f"{where.rpartition('.')[0]}.lora"
+        check_init(settings.get("init_lora_weights"), where, f"leave it out, or use {lora} with init: eva")
         check_numbers({"r": 8, "lora_alpha": 8, **settings}, where, "correct it")
         if str(settings.get("init_lora_weights")).lower() == "eva":
-            raise ValueError(
-                f"{where}.init_lora_weights: PEFT needs the data for eva; use distill.lora.init: eva instead"
-            )
+            raise ValueError(f"{where}.init_lora_weights: PEFT needs the data for eva; use {lora}.init: eva instead")
     check_settings({**settings, "peft_type": kind}, where)
     if (init := settings.get("prompt_tuning_init")) is not None:
         settings = {**settings, "prompt_tuning_init": str(init).upper()}  # PEFT takes others for RANDOM, unsaid

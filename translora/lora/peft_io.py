@@ -93,7 +93,7 @@ def check_numbers(config: Mapping[str, Any], path: Path | str, remedy: str = "re
     for option in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(option) or {}
         if not isinstance(pattern, dict):
-            raise ValueError(f"{path}: {option} is no object; save the adapter again with PEFT's save_pretrained")
+            raise ValueError(f"{path}: {option} is no object; {remedy}")
         for key, value in pattern.items():
             values[f"{option}.{key}"] = value
             num_patterns += check_pattern(key, option, path)

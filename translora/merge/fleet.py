@@ -15,8 +15,11 @@ from pathlib import Path
 from translora.bundle import BaseInfo, Bundle, BundleError, common_template, read_bundle, verify_bundle, write_bundle
 from translora.bundle.remote import fetch_all, is_remote, name_of_url
 from translora.config import AdapterEntry, BaseModelConfig, FleetConfig
+from translora.engine.loading import load_tokenizer
+from translora.engine.prompts import prompt_format
 from translora.merge.config import MergeConfig, MergeEntry, MergeSettings, merge_config
 from translora.run.files import digest, remove_directory, sha256_file
+from translora.run.member import Member
 from translora.run.redact import first_line, printable, redact
 from translora.run.state import BUNDLES, SYNTHETIC, AdapterState, save_state
 
@@ -110,6 +113,21 @@ def merge_after(
         save_state(config.run_dir, state)
         found.append(state)
     return found
+
+
+def warn_of_templates(config: FleetConfig, members: Sequence[Member]) -> None:
+    """Say before the migration which merges after it will fail, because their parts are prompted in different ways."""
+    tokenizer = load_tokenizer(config.target)
+    templates = {member.name: prompt_format(tokenizer, member.template(config)).template for member in members}
+    for entry in (entry for entry in config.merges if entry.when == "after"):
+        found = sorted({templates[name] for name in entry.adapters if name in templates})
+        if len(found) > 1:
+            logger.warning(
+                "%s: cannot be merged after the migration, its parts will have different prompt templates (%s); give "
+                "them one prompt_template",
+                entry.name,
+                ", ".join(map(repr, found)),
+            )
 
 
 def published(config: FleetConfig, state: AdapterState) -> Bundle:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from translora.bundle import BaseInfo
@@ -45,9 +45,9 @@ def check_training(config: FleetConfig, source: BaseInfo, target: BaseInfo) -> N
     if config.distill.peft is None:
         check_rank(config.distill.lora.total_rank, config.target, "distill.lora")
     check_section(config.distill, target, "distill")
-    template = "auto" if config.prompt_template == "source" else config.prompt_template
-    check_target_context(config, target, template)
-    warn_of_answers(load_tokenizer(config.target), template)
+    if config.prompt_template != "source":  # else it is each adapter's own
+        check_target_context(config, target, config.prompt_template)
+        warn_of_answers(load_tokenizer(config.target), config.prompt_template)
     if config.distill.loss == "kl":
         check_vocabularies(load_tokenizer(config.source), load_tokenizer(config.target))
     if config.distill.token_share < 1:
@@ -86,6 +86,11 @@ def check_target_context(config: FleetConfig, target: BaseInfo, template: str) -
         empty = prompt_format(load_tokenizer(config.target), template).encode_prompt("")
     except ValueError as error:
         raise ValueError(f"prompt_template: {config.target.model}: {error}") from error
+    if len(empty) >= config.distill.max_length:
+        raise ValueError(
+            f"{config.target.model}: the prompt template alone has {len(empty)} tokens, distill.max_length is "
+            f"{config.distill.max_length}; raise it, or shorten the template"
+        )
     virtual = (config.distill.peft or {}).get("num_virtual_tokens") or 0
     num_tokens = virtual + len(empty) + synthesis.sampling.max_new_tokens + synthesis.max_answer_tokens
     if context is not None and num_tokens > context:
@@ -122,21 +127,28 @@ def check_section(settings: TrainConfig, base: BaseInfo, section: str) -> None:
                 f"{section}.lora: init, lora_plus_ratio, gradient, random_half, chain and flat_sigma are not for "
                 f"{section}.peft"
             )
-        check_targets(settings.peft, linears, base, f"{section}.peft")
         check_method(settings, base, f"{section}.peft")
 
 
-def check_targets(settings: Mapping[str, Any], linears: Iterable[str], base: BaseInfo, section: str) -> None:
+def check_targets(settings: Mapping[str, Any], linears: Sequence[str], base: BaseInfo, section: str) -> None:
     """Whether the base has each module that a method of PEFT is to adapt: PEFT asks for one of them alone.
 
     Raises:
         ValueError: it has not; names the module.
     """
-    for option in ("target_modules", "feedforward_modules"):
-        named = settings.get(option)
-        if isinstance(named, list) and named:  # a text is a pattern, or all-linear
-            lasts = [str(target).rpartition(".")[2] for target in named]
-            resolve_targets(linears, lasts, base.name, f"{section}.{option}")
+    if settings.get("feedforward_modules") == ALL_LINEAR:
+        raise ValueError(f"{section}.feedforward_modules: PEFT knows no {ALL_LINEAR} here; name the modules")
+    targets = settings.get("target_modules")
+    if not isinstance(targets, list) or not targets:
+        return  # a text is a pattern, or all-linear
+    targets = [str(target) for target in targets]
+    for target in targets:
+        if "." in target and not any(f".{name}".endswith(f".{target}") for name in linears):
+            raise ValueError(
+                f"{section}.target_modules: {target} not in {base.name}; its modules are named like {linears[0]}"
+            )
+    lasts = [target.rpartition(".")[2] for target in targets]
+    resolve_targets(linears, lasts, base.name, f"{section}.target_modules")
 
 
 def check_method(settings: TrainConfig, base: BaseInfo, section: str) -> None:
@@ -150,6 +162,7 @@ def check_method(settings: TrainConfig, base: BaseInfo, section: str) -> None:
 
     assert settings.peft is not None
     config = parse_method(settings.peft, section, base.path)
+    check_targets(settings.peft, list(linear_modules(base)), base, section)
     if config.peft_type in SOURCES_ONLY:
         raise ValueError(
             f"{section}: {config.peft_type.value} cannot be trained on a partitioned base; take another method"

@@ -38,7 +38,7 @@ def recipes(
         for base, settings in zip(bases, base_settings(config), strict=True)
     )
     gate = config.gate.model_dump()
-    template = entry.prompt_template or config.prompt_template  # `source`: the bundle's, which the synthesis depends on
+    template = config.template_of(entry, "source")  # itself: the bundle's is of its digest, which the synthesis has
     synthesis = config.synthesis.model_dump(exclude={"generator"})
     answers = {key: synthesis[key] for key in ("batch_size", "max_answer_tokens")}
     return {

@@ -16,8 +16,8 @@ from translora.run.redact import printable, redact
 
 Phase = Literal["verify", "synthesis", "distill", "gate", "done"]
 ScreenName = Literal["discriminator", "confidence", "excess", "none"]
-REFUSING: frozenset[str] = frozenset({"discriminator", "excess"})
-"""Screens that refuse inputs; confidence only ranks them."""
+REFUSING: frozenset[str] = frozenset({"discriminator", "excess", ""})
+"""Screens that refuse inputs; confidence only ranks them. Of old runs, which do not say, it was the discriminator."""
 SYNTHETIC, STUDENT, DISCRIMINATOR, BUNDLES = "synthetic.parquet", "student", "discriminator", "bundles"
 """An adapter's files and directories below RUN/adapters/NAME, and where what passed the gate lies in the run."""
 PHASES: tuple[Phase, ...] = ("verify", "synthesis", "distill", "gate", "done")

@@ -14,7 +14,6 @@ from translora.distill.phase import student_start
 from translora.engine.prompts import prompt_format
 from translora.engine.protocol import check_answers
 from translora.engine.vllm_settings import check_rank
-from translora.lora.peft_io import read_lora
 from translora.run.check import check_target_context, context_of
 from translora.run.files import read_jsonl
 from translora.run.member import MAX_NAME, Member, Run, attempt_sizes, cohort_names, is_name
@@ -150,12 +149,13 @@ def check_copy(run: Run, bundle: Bundle, entry: AdapterEntry) -> None:
         ValueError: it would not.
     """
     if run.config.epochs_of(entry) == 0:
-        start, remark = student_start(run, bundle.path)
-        if start is None:
-            raise ValueError(f"{bundle.path}: {remark}, and 0 epochs train nothing; give it epochs of its own")
-        if (rank := read_lora(start).max_rank) > run.config.distill.lora.rank:
+        start = student_start(run, bundle.path)
+        if start.path is None:
+            raise ValueError(f"{bundle.path}: {start.remark}, and 0 epochs train nothing; give it epochs of its own")
+        if start.rank > run.config.distill.lora.rank:
             raise ValueError(
-                f"{bundle.path}: {remark}, and is no copy then; set distill.lora.rank to {rank}, or give it epochs"
+                f"{bundle.path}: {start.remark}, and is no copy then; set distill.lora.rank to {start.rank}, or give "
+                "it epochs of its own"
             )
 
 
@@ -215,13 +215,13 @@ def check_prompts(run: Run, bundle: Bundle) -> None:
         empty = prompt_format(run.source_tokenizer, bundle.manifest.prompt_template).encode_prompt("")
     except ValueError as error:
         raise ValueError(f"{bundle.path}: {error}") from error
-    virtual = read_adapter_config(bundle.path).get("num_virtual_tokens") or 0
+    virtual = 0 if is_in_bank(bundle.path) else read_adapter_config(bundle.path).get("num_virtual_tokens") or 0
     num_tokens = virtual + len(empty) + synthesis.sampling.max_new_tokens + synthesis.max_answer_tokens
     context = context_of(run.config.source, run.source)
     if context is not None and num_tokens > context:
         raise ValueError(
-            f"{bundle.path}: its prompt template makes prompts and answers of {num_tokens} tokens, the source base's "
-            f"context is {context}; ship a shorter template"
+            f"{bundle.path}: its prompt template {'and virtual tokens make' if virtual else 'makes'} prompts and "
+            f"answers of {num_tokens} tokens, the source base's context is {context}; ship a shorter template"
         )
     prompt = generation_prompt(bundle.seeds, 0, 0)
     num_tokens = len(run.generator_tokenizer(prompt)["input_ids"]) + synthesis.sampling.max_new_tokens
