@@ -73,7 +73,8 @@ def page(config: EvaluateConfig, found: Mapping[str, Results], path: Path) -> st
         ["from", "source adapter", "real data on the target", *(f"into {arm}" for arm in arms)],
         [row(arm, found[arm], arms) for arm in arms if arm in found],
     )
-    return "\n".join([head, *lines, ""])
+    missing = ", ".join(arm for arm in arms if arm not in found)
+    return "\n".join([head, *([f"Not measured yet: from {missing}.\n"] if missing else []), *lines, ""])
 
 
 def main() -> None:
