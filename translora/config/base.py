@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from translora.config_file import Attention, DType, Strict
 
@@ -40,6 +40,16 @@ VLLM_COUNTS = (
     "max_cpu_loras",
 )
 """Engine arguments that are counted and planned with here."""
+
+
+def _quoted(value: object) -> object:
+    if isinstance(value, dict):  # what YAML makes of {input}
+        raise ValueError("is no text; put it in quotation marks, as it begins with a brace")
+    return value
+
+
+PromptTemplate = Annotated[str, Field(min_length=1, max_length=20_000), BeforeValidator(_quoted)]
+"""A setting that says how a base is prompted; see translora.engine.prompts."""
 
 
 class BaseModelConfig(Strict):

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from translora.config.base import BaseModelConfig, ResourceConfig
+from translora.config.base import BaseModelConfig, PromptTemplate, ResourceConfig
 from translora.config.synthesis import Screen, SynthesisConfig
 from translora.config.train import DiscriminatorConfig, TrainConfig
 from translora.config_file import ConfigFile, Strict
 from translora.merge.config import MergeEntry
-
-
-def _quoted(value: object) -> object:
-    if isinstance(value, dict):  # what YAML makes of {input}
-        raise ValueError("is no text; put it in quotation marks, as it begins with a brace")
-    return value
-
-
-Template = Annotated[str, Field(min_length=1, max_length=20_000), BeforeValidator(_quoted)]
 
 
 class AdapterEntry(Strict):
@@ -42,7 +33,7 @@ class AdapterEntry(Strict):
     """This adapter's own distill.learning_rate."""
     min_agreement: float | None = Field(default=None, ge=0, le=1)
     """This adapter's own gate.min_agreement."""
-    prompt_template: Template | None = None
+    prompt_template: PromptTemplate | None = None
     """This adapter's own prompt_template."""
     stop: str | None = Field(default=None, min_length=1)
     """Text at which the source adapter's answers end, for one that was never trained to end them."""
@@ -108,7 +99,7 @@ class FleetConfig(ConfigFile):
     """Bundles that become one adapter, before or after the migration."""
     max_num_samples: int = Field(default=20_000, ge=2)
     """Largest |D| that is taken over from a bundle, whose owner chose it; above it an adapter needs a `num_samples`."""
-    prompt_template: Template = "auto"
+    prompt_template: PromptTemplate = "auto"
     """How the new adapters are prompted: `chat` (the target's chat template), a string that contains {input}, `source`
     (each as its source adapter), or `auto`: chat where the target has a chat template."""
     seed: int = 0

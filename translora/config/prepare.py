@@ -8,7 +8,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from translora.config.base import BaseModelConfig, ResourceConfig
+from translora.config.base import BaseModelConfig, PromptTemplate, ResourceConfig
 from translora.config.fleet import TrackingConfig
 from translora.config.synthesis import SynthesisConfig
 from translora.config.train import DiscriminatorConfig, TrainConfig
@@ -48,7 +48,7 @@ class PrepareConfig(ConfigFile):
     """The base of the adapters."""
     tasks: list[PrepareEntry] = Field(min_length=1)
     """The bundles to make."""
-    prompt_template: str = "auto"
+    prompt_template: PromptTemplate = "auto"
     """`chat` (the tokenizer's template), a string that contains {input}, or `auto`: chat where there is a template."""
     num_seeds: int = Field(default=5, ge=2, le=50)
     """Seed examples per bundle."""
