@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from benchmarks.whole import WholeBase
 from tests.tiny import make_adapter, make_tokenizer
-from translora.bundle.base import inspect_base, linear_modules
+from translora.bundle.base import inspect_base
+from translora.bundle.modules import linear_modules
 from translora.config import BaseModelConfig
 from translora.distill.data import Sample, pack
 from translora.distill.zero3 import check_packing

@@ -10,7 +10,7 @@ import argparse
 import itertools
 from pathlib import Path
 
-from translora.bundle.base import name_of_path
+from translora.bundle.hub import name_of_path
 from translora.config import AdapterEntry, BaseModelConfig, load_config
 from translora.evaluate.cells import table
 from translora.evaluate.config import EvaluateConfig, without_gate

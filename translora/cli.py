@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import gc
 import logging
-import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +21,7 @@ from translora.config import FleetConfig, PrepareConfig, ResourceConfig, load_co
 from translora.evaluate.config import EvaluateConfig
 from translora.merge.config import METHODS, merge_config
 from translora.plan.hardware import ACCEPTANCE, GPUS, Hardware
+from translora.run.faults import RunFailedError, cluster_faults
 from translora.run.files import full_disk
 from translora.run.lease import LeaseLostError
 from translora.run.redact import printable, redact
@@ -35,51 +34,11 @@ if TYPE_CHECKING:
     from translora.run.state import AdapterState
 
 logger = logging.getLogger(__name__)
-DISK_FULL = os.strerror(errno.ENOSPC)
 MIGRATED, FAILED, UNUSABLE, BROKEN, CRASHED = 0, 1, 2, 3, 70
 EXIT_CODES = """\
 exit codes: 0 every adapter migrated, 1 some failed the gate or were quarantined, 2 the input cannot be used,
 70 an error that nobody foresaw (with its traceback), 3 a worker or the cluster failed, 130 Ctrl-C, 143 SIGTERM;
 after the last three the same command continues"""
-
-
-class RunFailedError(RuntimeError):
-    """Ray or a worker failed for good; not the user's input, not an adapter."""
-
-
-@contextlib.contextmanager
-def cluster_faults() -> Iterator[None]:
-    """Show the traceback of what Ray could not repair, and end with one line and an exit code of its own."""
-    import ray.exceptions
-    import ray.train
-
-    try:
-        yield
-    except (ray.exceptions.RayError, ray.train.TrainingFailedError, ConnectionError) as error:
-        if DISK_FULL in str(error):
-            raise RunFailedError(f"a worker could not write: {DISK_FULL}; free some space") from error
-        logger.error("the cluster or a worker failed", exc_info=True)
-        if (refusal := worker_refusal(error)) is not None:
-            raise ValueError(str(refusal)) from error
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise RunFailedError(lines[-1] if lines else type(error).__name__) from error
-
-
-def worker_refusal(error: BaseException) -> ValueError | None:
-    """What a worker said of a base that it cannot use: a rerun would not change it. None for faults."""
-    from ray.exceptions import RayError
-
-    from translora.bundle.base import UnusableBaseError
-
-    if isinstance(error, UnusableBaseError) and not isinstance(error, RayError):
-        return error
-    # Of Ray's tasks, of its training's workers and controller, and of what a worker raised (ray 2.60).
-    failures = getattr(error, "worker_failures", {})
-    links = [getattr(error, name, None) for name in ("cause", "controller_failure", "_base_exc", "__cause__")]
-    for link in (*failures.values(), *links):
-        if isinstance(link, BaseException) and (found := worker_refusal(link)) is not None:
-            return found
-    return None
 
 
 def build_parser() -> argparse.ArgumentParser:

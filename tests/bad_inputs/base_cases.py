@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from tests.bad_inputs.workshop import Bench, Case, change_json
 from tests.tiny import SEEDS
 from translora.bundle import inspect_base, write_bundle
-from translora.bundle.base import linear_modules
+from translora.bundle.modules import linear_modules
 from translora.config import BaseModelConfig
 from translora.engine.loading import load_tokenizer
 

@@ -22,7 +22,8 @@ from tests.bad_inputs.workshop import make_untied
 from tests.tiny import Family, make_base
 from translora.bundle import inspect_base
 from translora.bundle.adapter import same_name
-from translora.bundle.base import info_of, linear_modules, output_head, pinned
+from translora.bundle.base import info_of, pinned
+from translora.bundle.modules import linear_modules, output_head
 from translora.bundle.reading import read_header
 from translora.config import BaseModelConfig
 
@@ -153,7 +154,7 @@ def test_hub_that_never_answers_gives_one_error(tmp_path: Path) -> None:
         with (
             patch.object(constants, "ENDPOINT", address),
             patch.object(constants, "HF_HUB_CACHE", str(tmp_path)),
-            patch("translora.bundle.base.HUB_TIMEOUT_SECONDS", 0.5),
+            patch("translora.bundle.hub.HUB_TIMEOUT_SECONDS", 0.5),
             pytest.raises(ValueError, match="the hub cannot be reached"),
         ):
             inspect_base("nobody/no-such-model")

@@ -160,6 +160,7 @@ def test_a_refusal_of_a_worker_is_unusable_input_and_its_death_is_not(capsys: py
     from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
     from translora.bundle.base import UnusableBaseError
+    from translora.run.faults import cluster_faults
 
     refusal = UnusableBaseError("model: this base cannot be packed; take another")
     task = ray.exceptions.RayTaskError("run", "Traceback ...", refusal).as_instanceof_cause()
@@ -175,7 +176,7 @@ def test_a_refusal_of_a_worker_is_unusable_input_and_its_death_is_not(capsys: py
     ):
 
         def work(_: object, error: Exception = error) -> int:
-            with cli.cluster_faults():
+            with cluster_faults():
                 raise error
 
         with pytest.MonkeyPatch.context() as patch:

@@ -21,7 +21,7 @@ from tests.methods import METHODS
 from tests.tiny import make_base, make_bundle
 from translora.bundle import BaseInfo, Bundle, BundleError, inspect_base, read_bundle, verify_bundle
 from translora.bundle import base as base_module
-from translora.bundle.base import linear_modules
+from translora.bundle.modules import linear_modules
 from translora.config import BaseModelConfig
 from translora.engine.loading import load_model, load_tokenizer
 from translora.engine.transformers import TransformersEngine

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from translora.bundle.base import BaseInfo, linear_modules, name_of_path, output_head
+from translora.bundle.base import BaseInfo
+from translora.bundle.hub import name_of_path
+from translora.bundle.modules import linear_modules, output_head
 from translora.bundle.reading import FLOATS, MAX_ADAPTER_HEADER_BYTES, read_header, read_json_object
 from translora.lora.kinds import MAX_RANK
 from translora.run.files import write_json

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from translora.bundle.adapter import is_in_bank
-from translora.bundle.base import linear_modules
+from translora.bundle.modules import linear_modules
 from translora.config import DiscriminatorConfig, TrainConfig
 from translora.distill.data import num_too_long
 from translora.distill.job import FAILURE, TrainJob, make_job

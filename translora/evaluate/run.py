@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from translora.bundle import BaseInfo
-from translora.bundle.base import info_of, name_of_path
+from translora.bundle.base import info_of
+from translora.bundle.hub import name_of_path
 from translora.bundle.task import check_owned
 from translora.config import TrainConfig
 from translora.distill.job import make_job, refuse_failures

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from translora.bundle.base import adaptable, linears
+from translora.bundle.modules import adaptable, linears
 from translora.lora.peft_io import LoraWeights
 from translora.lora.targets import resolve_targets
 

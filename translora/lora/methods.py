@@ -29,7 +29,8 @@ from peft.utils import set_peft_model_state_dict
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from translora.bundle.adapter import CONFIG, WEIGHTS, is_in_bank, read_adapter_config
-from translora.bundle.base import BaseInfo, meta_model, output_head
+from translora.bundle.base import BaseInfo
+from translora.bundle.modules import meta_model, output_head
 from translora.lora.kinds import MAX_RANK, VIRTUAL_TOKENS, check_kind
 from translora.lora.peft_io import (
     MAX_PATTERNS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from translora.bundle import BaseInfo
-from translora.bundle.base import linear_modules
+from translora.bundle.modules import linear_modules
 from translora.lora.bank import Factors
 from translora.lora.peft_io import LoraWeights, truncated
 from translora.lora.targets import resolve_targets

@@ -16,8 +16,9 @@ import torch
 
 from translora.bundle import common_template, inspect_base, read_bundle, verify_bundle
 from translora.bundle.adapter import check_adapter, check_recorded_base, recorded_base
-from translora.bundle.base import BaseInfo, linear_modules, refuse_encoder_decoder
+from translora.bundle.base import BaseInfo, refuse_encoder_decoder
 from translora.bundle.manifest import MANIFEST
+from translora.bundle.modules import linear_modules
 from translora.config import BaseModelConfig
 from translora.engine.loading import device, load_model, load_tokenizer, resolve_dtype
 from translora.engine.memory import is_out_of_memory

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from translora.bundle.base import adaptable, meta_model, name_of_path, refuse_quantised
+from translora.bundle.base import refuse_quantised
+from translora.bundle.hub import name_of_path
+from translora.bundle.modules import adaptable, meta_model
 from translora.config import BaseModelConfig, FleetConfig
 from translora.distill.memory import BaseWeights, weights_of
 from translora.engine.fake import attention_shape, num_layers

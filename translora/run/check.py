@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from translora.bundle import BaseInfo
-from translora.bundle.base import ENCODER_DECODERS, info_of, linear_modules, refuse_encoder_decoder, refuse_quantised
+from translora.bundle.base import ENCODER_DECODERS, info_of, refuse_encoder_decoder, refuse_quantised
+from translora.bundle.modules import linear_modules
 from translora.config import BaseModelConfig, FleetConfig, TrainConfig
 from translora.distill.ds_config import check_partitions, read_ds_config
 from translora.distill.teacher import check_vocabularies
