@@ -31,8 +31,8 @@ from transformers import (
 
 from translora.config import TrainConfig
 from translora.distill.data import Sample, pack
-from translora.distill.linear import keep_no_inputs
-from translora.distill.memory import PassSize, open_zero_students, pass_bytes, recompute
+from translora.distill.frozen import keep_no_inputs, recompute
+from translora.distill.pass_memory import PassSize, open_zero_students, pass_bytes
 from translora.engine.attention import PACKED
 from translora.engine.head import Head, cross_entropy
 from translora.engine.loading import multiplies_bfloat16

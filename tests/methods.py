@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from translora.config import TrainConfig
 from translora.distill.data import Sample, batch_indices, num_steps
-from translora.lora.methods import parse_method
+from translora.lora.method_settings import parse_method
 
 LINEARS = ["q_proj", "v_proj"]
 TEXT = "Answer the following question correctly:"

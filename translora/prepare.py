@@ -24,8 +24,8 @@ from translora.run.check import check_section, check_source
 from translora.run.files import derive_seed, digest, sha256_path
 from translora.run.rundir import open_run
 from translora.run.tracker import Tracker
-from translora.synthesis.actors import Hosts
 from translora.synthesis.discriminator import Inputs, Judge, discriminator_rows, measure
+from translora.synthesis.hosts import Hosts
 from translora.synthesis.negatives import invent_negatives, part_inputs
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,9 @@ from translora.config import BaseModelConfig, ResourceConfig
 from translora.engine.transformers import TransformersEngine
 from translora.run.files import write_parquet
 from translora.synthesis import actors
-from translora.synthesis.actors import Hosts, run_blocks
+from translora.synthesis.actors import run_blocks
 from translora.synthesis.discriminator import Inputs, Judge, measure, quality
+from translora.synthesis.hosts import Hosts
 from translora.synthesis.stages import judge_block
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]

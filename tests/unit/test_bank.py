@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import make_adapter, make_base
 from translora.engine.attention import PACKED, packed_inputs
-from translora.lora.bank import AdapterBank, Segment, SegmentLora, Slot, initial_weights, load_bank, new_bank
+from translora.lora.bank import AdapterBank, initial_weights, load_bank, new_bank
+from translora.lora.banked import Segment, SegmentLora, Slot
 from translora.lora.peft_io import read_lora, write_lora
 
 OPTIONS = {

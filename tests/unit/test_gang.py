@@ -24,15 +24,15 @@ from translora.distill.checkpoint import (
     write_checkpoint,
 )
 from translora.distill.data import Sample, encode_samples, pack
+from translora.distill.frozen import recompute
 from translora.distill.gang import Gang
 from translora.distill.job import FAILURE, TrainJob
-from translora.distill.memory import recompute
 from translora.distill.plan import GangBytes, JobSize, Layout, choose_gang_size, lay_out
 from translora.distill.shrink import read_notes
 from translora.distill.train import run_pass, train, train_on
 from translora.engine.loading import load_model
 from translora.engine.prompts import prompt_format
-from translora.lora.bank import BASE_SLOT, Segment
+from translora.lora.banked import BASE_SLOT, Segment
 from translora.lora.peft_io import read_lora
 from translora.run.files import sha256_path, write_json, write_jsonl
 

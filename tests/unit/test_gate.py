@@ -17,7 +17,7 @@ from translora.gate.questions import GateMember, answer_rows, token_rows
 from translora.gate.verdict import chance_agreement, chance_gain, chance_likelihood, informedness, judge, share_equal
 from translora.report.table import remarks
 from translora.run.state import Accuracy, AdapterState, GateResult
-from translora.synthesis.actors import Hosts
+from translora.synthesis.hosts import Hosts
 from translora.synthesis.stages import token_block
 
 COLOURS = ["red", "blue", "green", "black"]

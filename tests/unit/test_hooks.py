@@ -16,7 +16,7 @@ from translora.distill.hooks import InputSketch, ModuleHook, WeightNoise, row_no
 from translora.distill.job import TrainJob
 from translora.distill.memory import student_bytes
 from translora.distill.train import run_pass
-from translora.lora.bank import BankedLinear, Route, Segment, Slot
+from translora.lora.banked import BankedLinear, Route, Segment, Slot
 from translora.run.files import write_jsonl
 
 CPU = torch.device("cpu")

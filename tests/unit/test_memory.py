@@ -9,8 +9,9 @@ from transformers import Gemma3TextConfig, LlamaConfig, PreTrainedConfig, Qwen3M
 
 from benchmarks.memory import compare
 from translora.config import LoraSettings, TrainConfig
-from translora.distill.linear import FrozenLinear, keep_no_inputs
-from translora.distill.memory import PassSize, _run_pass, estimated_gang_bytes, gang_bytes, pass_bytes, student_bytes
+from translora.distill.frozen import FrozenLinear, keep_no_inputs
+from translora.distill.memory import estimated_gang_bytes, gang_bytes, student_bytes
+from translora.distill.pass_memory import PassSize, _run_pass, pass_bytes
 from translora.engine.fake import LiveBytes, depths_to_run, fake_base
 
 DEEP = LlamaConfig(

@@ -15,7 +15,8 @@ from tests.tiny import make_adapter, make_base
 from translora.lora.bank import load_bank
 from translora.lora.peft_io import LoraWeights, read_lora
 from translora.merge.config import IterisSettings
-from translora.merge.features import collect, run_iteris, shared_inputs
+from translora.merge.features import run_iteris
+from translora.merge.grams import collect, shared_inputs
 from translora.merge.iteris import Grams, adaptive_weights, gram_update, solve_module
 
 NUM_IN, NUM_OUT = 12, 7

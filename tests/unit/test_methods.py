@@ -25,7 +25,7 @@ from translora.engine.prompts import prompt_format
 from translora.engine.transformers import TransformersEngine
 from translora.lora.kinds import METHODS as KINDS
 from translora.lora.kinds import SOURCES_ONLY
-from translora.lora.methods import parse_method
+from translora.lora.method_settings import parse_method
 from translora.run.check import check_section
 from translora.run.files import write_jsonl
 

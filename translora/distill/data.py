@@ -15,7 +15,7 @@ import torch
 
 from translora.engine.attention import packed_inputs
 from translora.engine.prompts import PromptFormat
-from translora.lora.bank import Segment
+from translora.lora.banked import Segment
 from translora.run.files import derive_seed
 
 logger = logging.getLogger(__name__)

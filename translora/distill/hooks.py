@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from translora.config import LoraSettings
-from translora.lora.bank import AdapterBank, Factors
+from translora.lora.bank import AdapterBank
+from translora.lora.banked import Factors
 from translora.run.files import derive_seed
 
 OVERSAMPLED = 8

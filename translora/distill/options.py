@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from translora.config import ChainSettings, LoraSettings
-from translora.lora.bank import Factors
+from translora.lora.banked import Factors
 from translora.run.files import derive_seed
 
 DAMPING = 1e-2

@@ -25,8 +25,9 @@ from translora.distill.data import Packed, pack
 from translora.distill.hooks import StudentHooks
 from translora.distill.slots import ResidentBase, Shard
 from translora.distill.student import Student
-from translora.lora.bank import Factors
-from translora.lora.methods import parse_method, put_on, saved_tensors, take_off
+from translora.lora.banked import Factors
+from translora.lora.method_settings import parse_method
+from translora.lora.methods import put_on, saved_tensors, take_off
 from translora.run.files import write_json
 
 

@@ -14,7 +14,8 @@ from translora.config import LoraSettings
 from translora.distill.data import Packed, Sample, pack
 from translora.distill.hooks import StudentHooks, row_norms, student_hooks
 from translora.engine.head import Head
-from translora.lora.bank import AdapterBank, Factors, initial_weights
+from translora.lora.bank import AdapterBank, initial_weights
+from translora.lora.banked import Factors
 from translora.lora.peft_io import write_lora
 
 if TYPE_CHECKING:

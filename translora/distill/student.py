@@ -19,7 +19,7 @@ from translora.distill.hooks import StudentHooks
 from translora.distill.job import RECIPE, TrainJob
 from translora.distill.options import LoraProAdamW, riemannian, update_rates
 from translora.distill.slots import Slots
-from translora.lora.bank import Factors
+from translora.lora.banked import Factors
 from translora.run.files import replace_directory
 
 logger = logging.getLogger(__name__)

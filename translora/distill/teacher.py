@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from translora.run.member import Member, Run
 from translora.run.state import SYNTHETIC
-from translora.synthesis.actors import Hosts, run_rows
+from translora.synthesis.actors import run_rows
+from translora.synthesis.hosts import Hosts
 from translora.synthesis.stages import teach_block
 
 Teacher = dict[str, Any]

@@ -27,16 +27,17 @@ from translora.config import BaseModelConfig, TrainConfig
 from translora.distill.build_lock import free_build_locks
 from translora.distill.data import Sample, pack
 from translora.distill.ds_config import read_ds_config
-from translora.distill.linear import keep_no_inputs
+from translora.distill.frozen import keep_no_inputs, recompute
 from translora.distill.loading import load_partitioned
-from translora.distill.memory import gathered_weights, known_gang_bytes, recompute, weights_of
+from translora.distill.memory import gathered_weights, known_gang_bytes, weights_of
 from translora.distill.plan import GangBytes
 from translora.distill.slots import ResidentBase
 from translora.engine.attention import PACKED
 from translora.engine.head import Head
 from translora.engine.loading import caps_attention, device, load_tokenizer, resolve_dtype
 from translora.engine.memory import release_memory
-from translora.lora.bank import BASE_SLOT, new_bank
+from translora.lora.bank import new_bank
+from translora.lora.banked import BASE_SLOT
 
 logger = logging.getLogger(__name__)
 PACKING_TOLERANCE = 0.05

@@ -20,8 +20,8 @@ from translora.gate.questions import Answers, Logliks, answer_rows, run_answers,
 from translora.gate.verdict import judge
 from translora.run.files import digest, sha256_path, write_parquet
 from translora.run.state import SYNTHETIC, AdapterState
-from translora.synthesis.actors import Hosts
 from translora.synthesis.calls import Row
+from translora.synthesis.hosts import Hosts
 from translora.synthesis.prompts import normalise
 from translora.synthesis.quality import num_seen
 

@@ -15,16 +15,9 @@ from translora.evaluate.calibration import calibration_page
 from translora.evaluate.cells import MISSING, counted_noun, points, ratio, table
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, TARGET_BASE
 from translora.evaluate.plot import draw_calibration
-from translora.evaluate.results import SCHEMA, ArmResult, BaseSize, Migration, Results, Setup, TaskResult
-from translora.report.markdown import escape
+from translora.evaluate.results import SCHEMA, BaseSize, Results, Setup, TaskResult
+from translora.evaluate.tables import ARM_WORDS, UNDEFINED, accuracies, arms_side_by_side, remarks, retentions
 from translora.run.files import write_bytes, write_json
-
-ARM_WORDS = {
-    "source_base": "source base",
-    SOURCE_ADAPTER: "source adapter",
-    TARGET_BASE: "target base",
-    REAL: "real-data LoRA on the target",
-}
 
 
 def write_results(results: Results, output: Path) -> None:
@@ -71,7 +64,7 @@ def to_markdown(results: Results, name: str) -> str:
     lines = ["# What a migration keeps", "", *_setup(setup, results.tasks, f"{name}.json"), "", "## Headline", ""]
     lines += _headline(results, len(counted))
     if counted:
-        lines += ["", "## Task by task", "", *_accuracies(setup, counted), "", *_retentions(setup, counted)]
+        lines += ["", "## Task by task", "", *accuracies(setup, counted), "", *retentions(setup, counted)]
     if apart:
         lines += [
             "",
@@ -80,15 +73,15 @@ def to_markdown(results: Results, name: str) -> str:
             "Here the source adapter does not beat the majority class beyond its interval: there is no skill whose "
             "survival could be measured, and none of these tasks is part of the headline.",
             "",
-            *_accuracies(setup, apart),
+            *accuracies(setup, apart),
             "",
-            *_retentions(setup, apart),
+            *retentions(setup, apart),
         ]
-    lines += ["", "## The arms side by side", "", *_arms(results)]
+    lines += ["", "## The arms side by side", "", *arms_side_by_side(results)]
     lines += ["", "## What the gate's agreement says about real accuracy", ""]
     lines += calibration_page(results.calibration, GateConfig(**setup.gate), f"{name}.svg")
-    if remarks := [one for one in results.migrations if one.note]:
-        lines += ["", "## Remarks on single adapters", "", *_remarks(remarks)]
+    if noted := [one for one in results.migrations if one.note]:
+        lines += ["", "## Remarks on single adapters", "", *remarks(noted)]
     return "\n".join(lines) + "\n"
 
 
@@ -226,102 +219,3 @@ def _headline(results: Results, num_counted: int) -> list[str]:
         arms = ", ".join(f"{counted_noun(number, 'adapter')} of {arm}" for arm, number in lost.items())
         lines += ["", f"Not made, and counted as the bare target base, which their owners are left with: {arms}."]
     return lines
-
-
-UNDEFINED = (
-    "ρ is left undefined where the real-data LoRA does not beat the target base (or the majority class) beyond its "
-    "interval: there is no gain of which a share could be kept."
-)
-
-
-def _accuracies(setup: Setup, tasks: Sequence[TaskResult]) -> list[str]:
-    arms = [*REFERENCE_ARMS, *setup.arms]
-    headers = ["accuracy", "chance", "majority", *(ARM_WORDS.get(arm, arm) for arm in arms)]
-    rows = [
-        [task.name, f"{100 * task.chance:.1f}", f"{100 * task.majority:.1f}"]
-        + [points(task.accuracy.get(arm)) for arm in arms]
-        for task in tasks
-    ]
-    return table(headers, rows)
-
-
-def _retentions(setup: Setup, tasks: Sequence[TaskResult]) -> list[str]:
-    arms = [SOURCE_ADAPTER, *setup.arms]
-    headers = ["retention ρ", "gain of the real-data LoRA", ARM_WORDS[SOURCE_ADAPTER], *setup.arms]
-    rows = []
-    for task in tasks:
-        for word, kept in (("", task.retention), (", above the majority class", task.skill)):
-            gain = MISSING if word else points(task.gain, signed=True)
-            rows.append([task.name + word, gain, *(ratio(kept[arm], "undefined") for arm in arms)])
-    lines = table(headers, rows)
-    undefined = any(None in (*task.retention.values(), *task.skill.values()) for task in tasks)
-    return [*lines, "", UNDEFINED] if undefined else lines
-
-
-def _arms(results: Results) -> list[str]:
-    first = next(iter(results.arms))
-    headers = [
-        "arm",
-        "settings",
-        "measured",
-        "accepted of generated",
-        "agreement",
-        "passes the gate",
-        "accuracy",
-        "retention ρ",
-        f"accuracy − {first}",
-    ]
-    rows = []
-    for arm, found in results.arms.items():
-        own = [one for one in results.migrations if one.arm == arm]
-        rows.append([f"`{arm}`", _settings(results.setup.arms[arm]), *_migration_cells(own), *_arm_cells(found)])
-    return [
-        "Every arm migrates the same bundles. Counts and agreement are of all adapters (tasks × seeds), accuracy and "
-        "retention of the tasks that count; the last column is paired by test item"
-        + (f", each of its {len(rows) - 1} intervals by itself." if len(rows) > 2 else "."),
-        "",
-        *table(headers, rows, num_text=2),
-        *_seen(results),
-    ]
-
-
-def _seen(results: Results) -> list[str]:
-    """Test items that were invented, too: what an arm has right of these may be by heart."""
-    sizes = {task.name: task.num_test for task in results.tasks}
-    found = [
-        f"{one.num_seen} of {sizes[one.task]} of {one.task} (seed {one.seed}, {one.arm})"
-        for one in results.migrations
-        if one.num_seen
-    ]
-    return (
-        ["", f"Test items whose input was invented word for word, and trained on: {'; '.join(found)}."] if found else []
-    )
-
-
-def _settings(overrides: dict[str, object]) -> str:
-    return f"`{json.dumps(overrides)}`" if overrides else "as configured"
-
-
-def _migration_cells(migrations: Sequence[Migration]) -> list[str]:
-    accepted = sum(one.synthesis.accepted for one in migrations)
-    generated = sum(one.synthesis.generated for one in migrations)
-    gates = [one.gate for one in migrations if one.gate is not None]
-    agreement = f"{100 * sum(gate.agreement_student for gate in gates) / len(gates):.1f}" if gates else MISSING
-    return [
-        f"{sum(one.accuracy is not None for one in migrations)} of {len(migrations)}",
-        f"{accepted}/{generated} ({100 * accepted / generated:.0f} %)" if generated else MISSING,
-        agreement,
-        f"{sum(gate.passed for gate in gates)} of {len(gates)}",
-    ]
-
-
-def _arm_cells(found: ArmResult) -> list[str]:
-    return [points(found.accuracy), ratio(found.retention), points(found.against_first, signed=True)]
-
-
-def _remarks(migrations: Sequence[Migration]) -> list[str]:
-    rows = [
-        [one.task, str(one.seed), one.arm, "yes" if one.accuracy is not None else MISSING, escape(one.note)]
-        for one in migrations
-    ]
-    return table(["task", "seed", "arm", "measured", "remark"], rows, num_text=5)

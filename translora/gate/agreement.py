@@ -28,8 +28,8 @@ from translora.gate.questions import (
 )
 from translora.gate.verdict import chance_agreement, chance_gain, chance_likelihood, informedness, judge, share_equal
 from translora.run.state import Accuracy, GateResult
-from translora.synthesis.actors import Hosts
 from translora.synthesis.calls import Row
+from translora.synthesis.hosts import Hosts
 from translora.synthesis.quality import majority_share, num_seen
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from translora.gate.questions import GateMember
 from translora.report.card import Began, model_card
 from translora.run.member import Member, Run, relative_to
 from translora.run.state import DISCRIMINATOR, STUDENT
-from translora.synthesis.actors import Hosts
 from translora.synthesis.discriminator import Judge, measure
+from translora.synthesis.hosts import Hosts
 
 logger = logging.getLogger(__name__)
 

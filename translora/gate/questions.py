@@ -9,8 +9,9 @@ from statistics import fmean, median
 from typing import Any
 
 from translora.config import BaseModelConfig, GateConfig
-from translora.synthesis.actors import Hosts, run_rows
+from translora.synthesis.actors import run_rows
 from translora.synthesis.calls import Row
+from translora.synthesis.hosts import Hosts
 from translora.synthesis.prompts import LINE_END, answer_stop
 from translora.synthesis.stages import choice_block, gate_block, token_block
 

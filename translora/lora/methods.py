@@ -9,174 +9,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import (
-    PeftConfig,
-    PeftModel,
-    PromptTuningInit,
-    get_peft_config,
-    get_peft_model,
-    get_peft_model_state_dict,
-)
+from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import set_peft_model_state_dict
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel
 
 from translora.bundle.adapter import CONFIG, WEIGHTS, is_in_bank, read_adapter_config
 from translora.bundle.base import BaseInfo
 from translora.bundle.modules import meta_model, output_head
-from translora.lora.kinds import MAX_RANK, VIRTUAL_TOKENS, check_kind
-from translora.lora.peft_io import (
-    MAX_PATTERNS,
-    LoraWeights,
-    check_init,
-    check_numbers,
-    check_pattern,
-    read_lora,
-    read_tensors,
-    refuse_options,
-)
+from translora.lora.method_settings import OF_THE_PLACE, SIZES_OF_THE_BASE, check_settings
+from translora.lora.peft_io import LoraWeights, read_lora, read_tensors
 from translora.run.redact import first_line
-
-logger = logging.getLogger(__name__)
-MAX_NAMES = 2000
-"""Module names with a rank of their own, say: PEFT compares each with every module."""
-MAX_SIZE = 1 << 16
-"""Of a number in a config, which may become a tensor's size."""
-SIZES_OF_THE_BASE = ("token_dim", "num_layers", "num_attention_heads")
-LIMITS = {"num_virtual_tokens": 4096, "r": MAX_RANK, "rank_pattern": MAX_RANK}
-PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
-"""Settings that are regular expressions where they are strings."""
-OF_THE_PLACE = (
-    "tokenizer_name_or_path",
-    "tokenizer_kwargs",
-    "base_model_name_or_path",
-    "revision",
-    "auto_mapping",
-    "megatron_core",
-    "runtime_config",
-)
-"""Settings that name something outside the adapter; they are never followed."""
-
-
-def parse_method(settings: Mapping[str, Any], where: str, base_path: Path | str = "") -> PeftConfig:
-    """PEFT's config for settings that a user wrote.
-
-    Args:
-        settings: `peft_type`, and what the method's config class of PEFT takes.
-        where: what they are called in an error.
-        base_path: directory of the base, whose tokenizer reads the text that prompt tuning begins with.
-
-    Raises:
-        ValueError: no such method or setting, or one that cannot be used here; names it and the remedy.
-    """
-    kind = check_kind(settings.get("peft_type"), f"{where}.")
-    known = inspect.signature(PEFT_TYPE_TO_CONFIG_MAPPING[kind].__init__).parameters
-    if strange := sorted(settings.keys() - known.keys()):
-        raise ValueError(f"{where}.{strange[0]}: PEFT's {kind} has no such setting; see its config in PEFT's reference")
-    if outside := sorted(settings.keys() & {*OF_THE_PLACE, *SIZES_OF_THE_BASE, "inference_mode"}):
-        raise ValueError(f"{where}.{outside[0]}: is set by translora; leave it out")
-    for name, value in settings.items():
-        if name.endswith("dropout") and value:
-            raise ValueError(f"{where}.{name}: {value}; students are trained without dropout, leave it out")
-    if settings.get("task_type") not in (None, "CAUSAL_LM"):
-        raise ValueError(f"{where}.task_type: {settings['task_type']!r}; what is trained writes answers, leave it out")
-    if kind == "LORA":
-        lora = f"{where.rpartition('.')[0]}.lora"
-        check_init(settings.get("init_lora_weights"), where, f"leave it out, or use {lora} with init: eva")
-        check_numbers({"r": 8, "lora_alpha": 8, **settings}, where, "correct it")
-        if str(settings.get("init_lora_weights")).lower() == "eva":
-            raise ValueError(f"{where}.init_lora_weights: PEFT needs the data for eva; use {lora}.init: eva instead")
-    check_settings({**settings, "peft_type": kind}, where)
-    if (init := settings.get("prompt_tuning_init")) is not None:
-        settings = {**settings, "prompt_tuning_init": str(init).upper()}  # PEFT takes others for RANDOM, unsaid
-        if settings["prompt_tuning_init"] not in (choices := [one.value for one in PromptTuningInit]):
-            raise ValueError(f"{where}.prompt_tuning_init: {init!r}; expected {', '.join(choices)}")
-    if not isinstance(text := settings.get("prompt_tuning_init_text"), str | None):
-        raise ValueError(f"{where}.prompt_tuning_init_text: {text!r} is no text; put it in quotation marks")
-    if settings.get("prompt_tuning_init_text") and settings.get("prompt_tuning_init") != "TEXT":
-        raise ValueError(f"{where}.prompt_tuning_init_text: is read for prompt_tuning_init: TEXT alone; set that too")
-    own = {"tokenizer_name_or_path": str(base_path)} if "tokenizer_name_or_path" in known else {}
-    try:
-        return get_peft_config({**settings, **own, "peft_type": kind, "task_type": "CAUSAL_LM"})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: PEFT refuses it ({error})") from error
-
-
-def check_text(config: PeftConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Warn where the virtual tokens have no room for the text that they begin with.
-
-    Raises:
-        ValueError: the text has no token.
-    """
-    text, count = getattr(config, "prompt_tuning_init_text", None), getattr(config, "num_virtual_tokens", None)
-    if text is None or not count:
-        return
-    if (length := len(tokenizer(text)["input_ids"])) == 0:
-        raise ValueError(f"{where}.prompt_tuning_init_text: {text!r} has no token; give a text, or leave it out")
-    if length > count:
-        logger.warning("%s: prompt_tuning_init_text has %d tokens, its first %d are taken", where, length, count)
-
-
-def check_settings(settings: Mapping[str, Any], where: str | Path) -> str:
-    """Refuse what changes the base's own weights, runs or fetches something, or takes time or memory without bound.
-
-    Returns:
-        The method's `peft_type`.
-
-    Raises:
-        ValueError: names the setting and the remedy.
-    """
-    kind = check_kind(settings.get("peft_type"), f"{where}: ")
-    refuse_options(settings, where, through_peft=True)
-    if kind == "LORA":
-        check_init(settings.get("init_lora_weights"), where)
-    count = settings.get("num_virtual_tokens")
-    if kind in VIRTUAL_TOKENS and (not isinstance(count, int) or count < 1):
-        raise ValueError(f"{where}: num_virtual_tokens is {count!r}, expected a positive number")
-    if settings.get("num_transformer_submodules") not in (None, 1):
-        raise ValueError(
-            f"{where}: num_transformer_submodules is for the virtual tokens of encoder-decoders, which are not "
-            "supported; leave it out, or take an adapter that changes layers"
-        )
-    num_patterns = 0
-    for name, value in settings.items():
-        if name in OF_THE_PLACE:
-            continue
-        if isinstance(value, dict) and not name.endswith("_pattern") and value:
-            # Some name files that PEFT unpickles, or modules that it imports (megatron_core).
-            raise ValueError(f"{where}: {name} is set, which is not supported; train the adapter without it")
-        limit = LIMITS.get(name, MAX_SIZE)
-        numbers = value.values() if isinstance(value, dict) else [value]
-        is_size = not name.endswith(("seed", "key"))
-        if is_size and any(isinstance(number, (int, float)) and not number <= limit for number in numbers):
-            raise ValueError(f"{where}: {name} is {value}, the limit is {limit}; use a smaller one")
-        num_patterns += sum(check_pattern(str(pattern), name, where) for pattern in patterns_of(name, value))
-    if num_patterns > MAX_PATTERNS:
-        raise ValueError(f"{where}: {num_patterns} patterns, the limit is {MAX_PATTERNS}; use plain module names")
-    return kind
-
-
-def patterns_of(name: str, value: Any) -> list[str]:
-    """What PEFT takes for regular expressions in a setting.
-
-    Raises:
-        ValueError: there are too many.
-    """
-    found = []
-    if isinstance(value, dict) or (name == "layers_pattern" and isinstance(value, list)):
-        found = list(value)
-    elif name in PATTERNS and isinstance(value, str):
-        found = [value]
-    if len(found) > MAX_NAMES:
-        raise ValueError(f"{name}: {len(found)} entries, the limit is {MAX_NAMES}; use a pattern")
-    return found
 
 
 def method_config(directory: str | Path) -> PeftConfig:

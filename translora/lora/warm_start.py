@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from translora.bundle import BaseInfo
 from translora.bundle.modules import linear_modules
-from translora.lora.bank import Factors
+from translora.lora.banked import Factors
 from translora.lora.peft_io import LoraWeights, truncated
 from translora.lora.targets import resolve_targets
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from translora.config import TrainConfig
 from translora.distill.ds_config import check_partitions
-from translora.distill.memory import PassSize, gathered_weights, known_activations, known_gang_bytes, student_bytes
+from translora.distill.memory import gathered_weights, known_activations, known_gang_bytes, student_bytes
+from translora.distill.pass_memory import PassSize
 from translora.distill.plan import TOKENS_PER_PASS, GangBytes, JobSize, choose_gang_size, lay_out
 from translora.plan.hardware import LINK_SHARE, Hardware
 from translora.plan.shape import Shape

@@ -158,7 +158,8 @@ def check_method(settings: TrainConfig, base: BaseInfo, section: str) -> None:
     Raises:
         ValueError: it cannot, or its virtual keys and values would get lost; names the setting.
     """
-    from translora.lora.methods import check_text, expected_shapes, parse_method
+    from translora.lora.method_settings import check_text, parse_method
+    from translora.lora.methods import expected_shapes
     from translora.lora.peft_io import check_name
 
     assert settings.peft is not None

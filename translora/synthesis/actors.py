@@ -10,13 +10,10 @@ to them. The tasks import this module: it loads no torch.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -26,98 +23,19 @@ import ray.data
 import ray.exceptions
 from ray.data import TaskPoolStrategy
 
-from translora.config import BaseModelConfig, ResourceConfig
+from translora.config import BaseModelConfig
 from translora.run.files import digest, write_parquet
 from translora.run.progress import Progress
-from translora.synthesis.calls import (
-    FAULT,
-    RETRY_SECONDS,
-    STANDING_SECONDS,
-    TRIES,
-    Computed,
-    Row,
-    Work,
-    call_host,
-    isolate,
-)
+from translora.synthesis.calls import FAULT, TRIES, Computed, Row, Work, call_host, isolate
+from translora.synthesis.hosts import Hosts
 
 if TYPE_CHECKING:
     from translora.engine.host import BlockFunction
 
 logger = logging.getLogger(__name__)
 OnBlock = Callable[[int, int], None]
-WAIT_SECONDS = 30.0
-"""How long the first host that is ready waits for the others; those that come later join at the next stage."""
 MAX_SUSPECTS = 8
 """Blocks that actors died of: more of them are no accident of a row, but of the settings or of the machine."""
-
-
-class Hosts:
-    """Actors of the cluster that each hold bases; started when first needed, ended with the `with` block.
-
-    Args:
-        resources: number and size of the actors.
-    """
-
-    def __init__(self, resources: ResourceConfig) -> None:
-        self.resources = resources
-        self._actors: list[Any] = []
-        self._standing: list[Any] = []
-        """Those that have had room on the cluster."""
-
-    def __enter__(self) -> Hosts:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with contextlib.suppress(Exception):  # the cluster may be gone
-            if kind is None:  # what an engine has beside its actor, processes and files, would outlive it
-                ray.get([actor.close.remote() for actor in self._standing], timeout=WAIT_SECONDS)
-        for actor in self._actors:
-            with contextlib.suppress(Exception):
-                ray.kill(actor)
-        self._actors.clear()
-        self._standing.clear()
-
-    def get(self, most: int) -> list[Any]:
-        """Handles of the hosts that stand, `most` of them at most; waits for the first."""
-        from translora.engine.host import EngineHost
-
-        resources = self.resources
-        on_cpu = resources.gpus_per_actor == 0
-        remote = ray.remote(EngineHost).options(
-            num_gpus=resources.gpus_per_actor,
-            num_cpus=resources.cpus_per_actor,
-            max_restarts=-1,  # what ends an actor again and again is looked for in its rows, see calls
-        )
-        wanted = min(resources.num_actors, most)
-        while len(self._actors) < wanted:
-            num_threads = max(1, int(resources.cpus_per_actor)) if on_cpu else None
-            limit = resources.worker_timeout_seconds
-            self._actors.append(remote.remote(num_threads, resources.num_actors, limit))
-        deadline = None  # from the first death on: a cluster may take long to make room
-        while True:
-            asked = {actor.ready.remote(): actor for actor in self._actors[:wanted]}
-            ray.wait(list(asked), num_returns=1)
-            ready, waiting = ray.wait(list(asked), num_returns=wanted, timeout=WAIT_SECONDS)
-            standing, fault = [], None
-            for reference in ready:
-                try:
-                    ray.get(reference)
-                    standing.append(asked[reference])
-                except ray.exceptions.RayActorError as error:  # it died a moment ago and starts again
-                    fault = error
-            if standing:
-                break
-            deadline = deadline or time.monotonic() + STANDING_SECONDS
-            if time.monotonic() > deadline and fault is not None:
-                raise fault
-            time.sleep(RETRY_SECONDS)
-        if waiting:
-            logger.warning("%d of %d actors stand, the cluster has no room for the others yet", len(standing), wanted)
-        self._standing += [actor for actor in standing if actor not in self._standing]
-        return standing
 
 
 def cut_blocks(rows: Sequence[Row], batch_size: int, order: Callable[[Row], Any]) -> list[list[Row]]:

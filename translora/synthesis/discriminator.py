@@ -12,8 +12,9 @@ import numpy as np
 
 from translora.bundle.manifest import DiscriminatorQuality
 from translora.config import BaseModelConfig
-from translora.synthesis.actors import Hosts, run_rows
+from translora.synthesis.actors import run_rows
 from translora.synthesis.calls import Row
+from translora.synthesis.hosts import Hosts
 from translora.synthesis.prompts import discriminator_question, normalise
 from translora.synthesis.stages import judge_block
 

@@ -6,9 +6,10 @@ from translora.bundle.base import BaseInfo
 from translora.bundle.task import Task
 from translora.config import PrepareConfig
 from translora.run.files import derive_seed
-from translora.synthesis.actors import Hosts, run_rows
+from translora.synthesis.actors import run_rows
 from translora.synthesis.calls import Row
 from translora.synthesis.discriminator import UNSEEN_SHARE, Inputs, hold_out
+from translora.synthesis.hosts import Hosts
 from translora.synthesis.prompts import generation_order, generation_row, normalise
 from translora.synthesis.stages import generate_block
 

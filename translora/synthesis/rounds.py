@@ -12,8 +12,9 @@ from pathlib import Path
 
 from translora.config import BaseModelConfig, ResourceConfig, SynthesisConfig
 from translora.run.files import digest
-from translora.synthesis.actors import Hosts, run_rows
+from translora.synthesis.actors import run_rows
 from translora.synthesis.calls import Row
+from translora.synthesis.hosts import Hosts
 from translora.synthesis.pool import Pool, admit, close, read_outcomes, restore, write_outcomes
 from translora.synthesis.prompts import answer_stop, generation_order, generation_row, normalise
 from translora.synthesis.quality import SeedCopies, own_cutoff

@@ -1,8 +1,8 @@
-"""The linear map of a frozen base under ZeRO-3, whose backward pass keeps no activations.
+"""A frozen base in training: linear maps that keep no inputs for the backward pass, and activations computed again.
 
-Autograd's own would hold on to the weights that were gathered for it. DeepSpeed (0.19) therefore puts a function of its
-own in the place of torch.nn.functional.linear, for good; that one keeps its input as well, for the gradient of the
-weight, which a frozen weight has not.
+Under ZeRO-3 autograd's own linear map would hold on to the weights that were gathered for it. DeepSpeed (0.19)
+therefore puts a function of its own in the place of torch.nn.functional.linear, for good; that one keeps its input as
+well, for the gradient of the weight, which a frozen weight has not.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 Linear = Callable[..., torch.Tensor]
 
@@ -56,3 +57,22 @@ def keep_no_inputs() -> Linear:
 
     torch.nn.functional.linear = linear
     return before
+
+
+def recompute(model: PreTrainedModel) -> None:
+    """Have a frozen base compute its activations again in the backward pass, without dropout.
+
+    transformers recomputes in training mode only, in which it would switch on dropout in some bases. A student's result
+    must not depend on the random numbers that its neighbours draw.
+    """
+    # Before transformers 5.23 it has its old name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.train()
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, 0.0)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
