@@ -117,6 +117,8 @@ CASES = [
         arms={"hot": {"distill": {"epochs": "many"}}}), "arms.hot.distill.epochs: Input should be a valid number"),
     Case("an arm that overrides what it may not", loaded(
         arms={"hot": {"target": {"model": "x"}}}), "arms.hot.target: an arm overrides settings of synthesis, distill"),
+    Case("one sample in an arm", loaded(
+        arms={"few": {"num_samples": 1}}), "arms.few.num_samples: Input should be greater than or equal to 2"),
     Case("an arm that is text", loaded(arms={"hot": "fast"}), "arms.hot: Input should be a valid dictionary"),
     Case("an arm of a reserved name", loaded(arms={"real": {}}), "arms.real: not a name for an arm"),
     Case("an arm whose name is a path", loaded(arms={"../hot": {}}), "arms.../hot: not a name for an arm"),

@@ -58,6 +58,13 @@ def test_an_arm_overrides_its_own_settings_and_no_others(tmp_path: Path) -> None
     assert {entry.num_samples for entry in plain.adapters} == {100}
 
 
+def test_an_arm_may_have_more_samples(tmp_path: Path) -> None:
+    config = load(tmp_path, num_samples=40, arms={"few": {}, "many": {"num_samples": 120, "distill": {"epochs": 6}}})
+    few, many = config.fleet(0, "few"), config.fleet(0, "many")
+    assert [entry.num_samples for entry in (*few.adapters, *many.adapters)] == [40, 40, 120, 120]
+    assert (few.distill.epochs, many.distill.epochs) == (20, 6)
+
+
 RAW_NAMES = [task["name"] for task in RAW["tasks"]]
 
 
@@ -93,6 +100,7 @@ def test_seeds_have_bundles_of_their_own(tmp_path: Path) -> None:
         ({"arms": {"x": {"synthesis": {"batch_size": 0}}}}, "arms.x.synthesis.batch_size: Input should be greater"),
         ({"arms": {"x": {"synthesis": 3}}}, "arms.x.synthesis: Input should be"),
         ({"arms": {"x": {"target": {"model": "y"}}}}, "arms.x.target: an arm overrides settings of synthesis, distill"),
+        ({"arms": {"x": {"num_samples": 1}}}, "arms.x.num_samples: Input should be greater than or equal to 2"),
         ({"arms": {"real": {}}}, "arms.real: not a name for an arm"),
         ({"arms": {"a/b": {}}}, "arms.a/b: not a name for an arm"),
         ({"seeds": [0, 1, 0]}, "seeds: [0, 1, 0] names one twice"),

@@ -232,6 +232,10 @@ def test_the_page_says_what_was_measured(results: Results) -> None:
         "**old-base (135 M parameters) → new-base (268 M parameters), 3 tasks, 2 seeds (0, 1), \\|D_syn\\| = 100.**"
         in text
     )
+    more = setup().model_copy(update={"arms": {"plain": {}, "other": {"num_samples": 200}}})
+    assert "\\|D_syn\\| = 100 unless an arm says otherwise.**" in to_markdown(
+        results.model_copy(update={"setup": more}), "results"
+    )
     assert "60 training rows and 50 test items" in text
     assert "2 of 3 tasks count" in text
     headline = text.split("## Headline")[1].split("## Task by task")[0]

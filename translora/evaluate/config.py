@@ -31,8 +31,8 @@ from translora.config_file import NAME_PATTERN, ConfigFile, Strict, fault_text
 SOURCE_BASE, SOURCE_ADAPTER, TARGET_BASE, REAL = "source_base", "source_adapter", "target_base", "real"
 REFERENCE_ARMS = (SOURCE_BASE, SOURCE_ADAPTER, TARGET_BASE, REAL)
 """What the migrations are compared with; `real` is a LoRA trained on the target base with the real data."""
-SECTIONS = ("synthesis", "distill", "gate")
-"""Sections of a fleet file that an arm may override."""
+OVERRIDDEN = ("synthesis", "distill", "gate", "num_samples")
+"""What an arm may override."""
 _UNUSED_DISCRIMINATOR = {"epochs": 1, "max_samples": 4}
 
 
@@ -89,9 +89,10 @@ class EvaluateConfig(ConfigFile):
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
     """One whole repetition each: split of the data, seed examples, source adapter, migrations."""
     arms: dict[str, dict[str, Any]] = Field(min_length=1)
-    """Migrations of the same bundles by name; values override sections of the fleet file: synthesis, distill, gate."""
+    """Migrations of the same bundles by name; values override `num_samples` and sections of the fleet file: synthesis,
+    distill, gate."""
     num_samples: int = Field(default=100, ge=2)
-    """|D_syn| of every adapter."""
+    """|D_syn| of every adapter, where an arm has no other."""
     train: TrainConfig = TrainConfig()
     """Training of the source adapters, and of the real-data LoRAs on the target base."""
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
@@ -165,21 +166,26 @@ class EvaluateConfig(ConfigFile):
         """
         overrides = self.arms[arm]
         for section in overrides:
-            if section not in SECTIONS:
-                raise ValueError(f"arms.{arm}.{section}: an arm overrides settings of {', '.join(SECTIONS)} alone")
-        bundles = [self.bundle_dir(seed, task.name) for task in self.tasks]
+            if section not in OVERRIDDEN:
+                raise ValueError(f"arms.{arm}.{section}: an arm overrides settings of {', '.join(OVERRIDDEN)} alone")
         whole = {
             "run_dir": self.arm_dir(seed, arm),
             "source": self.source.model_dump(),
             "target": self.target.model_dump(),
-            "adapters": [AdapterEntry(bundle=str(path), num_samples=self.num_samples) for path in bundles],
             "seed": seed,
             "discriminator": _UNUSED_DISCRIMINATOR,
             "resources": self.resources.model_dump(),
         }
-        own = {section: getattr(self, section).model_dump() for section in SECTIONS}
+        own = merge({name: self.model_dump()[name] for name in OVERRIDDEN}, overrides)
+        num_samples = own.pop("num_samples")
         try:
-            return FleetConfig.model_validate(whole | merge(own, overrides))
+            entries = [
+                AdapterEntry.model_validate(
+                    {"bundle": str(self.bundle_dir(seed, task.name)), "num_samples": num_samples}
+                )
+                for task in self.tasks
+            ]
+            return FleetConfig.model_validate(whole | own | {"adapters": entries})
         except ValidationError as error:
             faults = "; ".join(f"arms.{arm}.{fault_text(FleetConfig, fault)}" for fault in error.errors())
             raise ValueError(faults) from error

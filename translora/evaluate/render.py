@@ -89,9 +89,10 @@ def _setup(setup: Setup, tasks: Sequence[TaskResult], json_name: str) -> list[st
     sizes = sorted({(task.num_train, task.num_test) for task in tasks})
     rows = "; ".join(f"{num_train} training rows and {num_test} test items" for num_train, num_test in sizes)
     seeds = ", ".join(map(str, setup.seeds))
+    unless = " unless an arm says otherwise" if any("num_samples" in arm for arm in setup.arms.values()) else ""
     return [
         f"**{_base(setup.source)} → {_base(setup.target)}, {counted_noun(len(tasks), 'task')}, "
-        f"{counted_noun(len(setup.seeds), 'seed')} ({seeds}), \\|D_syn\\| = {setup.num_samples}.** "
+        f"{counted_noun(len(setup.seeds), 'seed')} ({seeds}), \\|D_syn\\| = {setup.num_samples}{unless}.** "
         f"Per task and seed: {rows}, no input in both, and a source adapter, seed examples and migrations of its own.",
         "",
         f"Accuracy is exact match, case and white space aside, in percent{_harness(tasks)}; a bare base is cut at its "
