@@ -69,6 +69,22 @@ def test_merged_before_is_a_bundle_with_the_seeds_of_all_parts(root: Path) -> No
         torch.testing.assert_close(merged.scaling[name] * B @ A, sum(parts, torch.zeros(())) / 2)
 
 
+def test_what_is_merged_before_has_settings_of_its_own_and_they_merge_nothing_again(root: Path) -> None:
+    own = {"epochs": 3.0, "stop": "###", "screen": "none", "min_agreement": 0.4, "prompt_template": "Mail: {input}"}
+    plain, config = fleet(root, before(root)), fleet(root, before(root, **own))
+    (entry,) = entries_before(config, []).values()
+    assert entry.model_dump(include=set(own)) == own
+    assert plain.merges[0].model_dump().keys().isdisjoint(own), "an older run's settings are still the same"
+    assert merge_before(plain, base_of(root), no_cluster) == {}
+    made = (root / "run" / "merges" / "desk" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert merge_before(config, base_of(root), no_cluster) == {}
+    assert (root / "run" / "merges" / "desk" / "adapter_model.safetensors").stat().st_mtime_ns == made
+    for name, value in own.items():
+        late = {"name": "late", "when": "after", "method": "static_cat", "adapters": ["a", "b"], name: value}
+        with pytest.raises(ValueError, match=f"{name}: what is merged after the migration is not trained or judged"):
+            fleet(root, late)
+
+
 def test_parts_may_lie_behind_urls(root: Path) -> None:
     urls = [f"file://{root}/orders", f"file://{root}/mails"]
     config = fleet(root, before(root) | {"adapters": urls})

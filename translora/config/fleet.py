@@ -8,35 +8,20 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from translora.config.base import BaseModelConfig, PromptTemplate, ResourceConfig
-from translora.config.synthesis import Screen, SynthesisConfig
+from translora.config.own import OwnSettings
+from translora.config.synthesis import SynthesisConfig
 from translora.config.train import DiscriminatorConfig, TrainConfig
 from translora.config_file import ConfigFile, Strict
 from translora.merge.config import MergeEntry
 
 
-class AdapterEntry(Strict):
+class AdapterEntry(OwnSettings):
     """One bundle, or a glob over bundles."""
 
     added: ClassVar[frozenset[str]] = frozenset({"min_agreement", "stop", "prompt_template"})
 
     bundle: str
     """Bundle directory or a glob pattern over bundle directories, or a URL of either (s3://bucket/bundles/*)."""
-    num_samples: int | None = Field(default=None, ge=2)
-    """|D_syn|; the bundle's own |D| when unset."""
-    eval_data: str | None = None
-    """JSONL with `input` and `target`: real held-out data, only measured on, never trained on."""
-    screen: Screen | None = None
-    """This adapter's own synthesis.screen."""
-    epochs: float | None = Field(default=None, gt=0)
-    """This adapter's own distill.epochs."""
-    learning_rate: float | None = Field(default=None, gt=0)
-    """This adapter's own distill.learning_rate."""
-    min_agreement: float | None = Field(default=None, ge=0, le=1)
-    """This adapter's own gate.min_agreement."""
-    prompt_template: PromptTemplate | None = None
-    """This adapter's own prompt_template."""
-    stop: str | None = Field(default=None, min_length=1)
-    """Text at which the source adapter's answers end, for one that was never trained to end them."""
 
 
 OPEN_GATE = {"min_agreement": 0.0, "min_gain": -1.0}

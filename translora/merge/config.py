@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from translora.config.own import OwnSettings
 from translora.config_file import NAME_PATTERN, Attention, DType, Strict, fault_text
 
 Combination = Literal[
@@ -197,8 +198,17 @@ class MergeConfig(MergeSettings):
         return self
 
 
-class MergeEntry(MergeSettings):
-    """Adapters of a fleet that become one."""
+class MergeEntry(MergeSettings, OwnSettings):
+    """Adapters of a fleet that become one; what is merged before the migration may have settings of its own for it."""
+
+    added: ClassVar[frozenset[str]] = MergeSettings.added | {
+        "screen",
+        "epochs",
+        "learning_rate",
+        "min_agreement",
+        "prompt_template",
+        "stop",
+    }
 
     name: str = Field(pattern=NAME_PATTERN)
     """Name of the merged adapter within the run."""
@@ -210,10 +220,6 @@ class MergeEntry(MergeSettings):
     data: list[str] = []
     """As in `translora merge`. Before, cat, iteris and regmean need it; after, they take the adapters' synthetic sets
     when it is unset."""
-    num_samples: int | None = Field(default=None, ge=2)
-    """|D| of the merged bundle; the sum of its parts' when unset."""
-    eval_data: str | None = None
-    """Before: as for any adapter."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -221,8 +227,9 @@ class MergeEntry(MergeSettings):
             raise ValueError("adapters: one is named twice; give it a larger weight instead")
         synthetic = len(self.adapters) if self.when == "after" and self.needs_data else 0
         self.check(len(self.adapters), len(self.data) or synthetic)
-        if self.when == "after" and self.eval_data is not None:
-            raise ValueError("eval_data: what is merged after the migration does not pass the gate; leave it out")
+        for name in OwnSettings.model_fields.keys() - {"num_samples"} if self.when == "after" else ():
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: what is merged after the migration is not trained or judged; leave it out")
         return self
 
 

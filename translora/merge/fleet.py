@@ -15,6 +15,7 @@ from pathlib import Path
 from translora.bundle import BaseInfo, Bundle, BundleError, common_template, read_bundle, verify_bundle, write_bundle
 from translora.bundle.remote import fetch_all, is_remote, name_of_url
 from translora.config import AdapterEntry, BaseModelConfig, FleetConfig
+from translora.config.own import OwnSettings
 from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
 from translora.merge.config import MergeConfig, MergeEntry, MergeSettings, merge_config
@@ -43,7 +44,7 @@ def entries_before(config: FleetConfig, names: Sequence[str]) -> dict[str, Adapt
         taken.add(merge.name)
     found = {
         merge.name: AdapterEntry(
-            bundle=str(config.run_dir / MERGES / merge.name), num_samples=merge.num_samples, eval_data=merge.eval_data
+            bundle=str(config.run_dir / MERGES / merge.name), **merge.model_dump(include=set(OwnSettings.model_fields))
         )
         for merge in config.merges
         if merge.when == "before"
@@ -161,8 +162,9 @@ def merge_bundles(
     for path in data:
         if not path.is_file():
             raise ValueError(f"{path}: no such file; correct `data` of the merge {entry.name}")
+    others = {"adapters", "data", "when", *OwnSettings.model_fields} - {"num_samples"}
     recipe = digest(
-        entry.model_dump(mode="json", exclude={"adapters", "data", "eval_data", "when"}),
+        entry.model_dump(mode="json", exclude=others),
         [part.digest for part in parts],
         [sha256_file(path) for path in data],
         (settings.dtype, base.identity, config.seed),
