@@ -21,6 +21,7 @@ from translora.config import FleetConfig, PrepareConfig, ResourceConfig, load_co
 from translora.evaluate.config import EvaluateConfig
 from translora.merge.config import METHODS, merge_config
 from translora.plan.hardware import ACCEPTANCE, GPUS, Hardware
+from translora.run.cluster import BROKEN
 from translora.run.faults import RunFailedError, cluster_faults
 from translora.run.files import full_disk
 from translora.run.lease import LeaseLostError
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from translora.run.state import AdapterState
 
 logger = logging.getLogger(__name__)
-MIGRATED, FAILED, UNUSABLE, BROKEN, CRASHED = 0, 1, 2, 3, 70
+MIGRATED, FAILED, UNUSABLE, CRASHED = 0, 1, 2, 70
 EXIT_CODES = """\
 exit codes: 0 every adapter migrated, 1 some failed the gate or were quarantined, 2 the input cannot be used,
 70 an error that nobody foresaw (with its traceback), 3 a worker or the cluster failed, 130 Ctrl-C, 143 SIGTERM;
@@ -196,14 +197,20 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     begin(arguments)
     config = load_config(arguments.config, PrepareConfig)
     check_free(config.run_dir)
-    from translora.prepare import prepare
+    from translora.prepare import TasksFailedError, prepare
 
-    with cluster_faults():
-        num_workers = config.train.num_workers
-        bundles = prepare(config, lambda: start_cluster(config.resources, num_workers, arguments.verbose))
+    reasons: list[str] = []
+    try:
+        with cluster_faults():
+            num_workers = config.train.num_workers
+            bundles = prepare(config, lambda: start_cluster(config.resources, num_workers, arguments.verbose))
+    except TasksFailedError as error:
+        bundles, reasons = error.bundles, list(error.reasons.values())
     for bundle in bundles:
         sys.stdout.write(f"{bundle.path}\n")
-    return MIGRATED
+    for reason in reasons:
+        say(reason)
+    return MIGRATED if not reasons else FAILED if bundles else UNUSABLE
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:

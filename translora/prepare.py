@@ -7,14 +7,14 @@ apart -> bundle. Where the data is gone: adapter and seeds -> bundle.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
-from translora.bundle import Bundle, read_bundle, write_bundle
+from translora.bundle import Bundle, BundleError, read_bundle, write_bundle
 from translora.bundle.base import BaseInfo, info_of, pinned, refuse_encoder_decoder
 from translora.bundle.manifest import SEEDS, DiscriminatorQuality
 from translora.bundle.task import Task, check_owned, is_made, provenance, read_task
 from translora.config import DiscriminatorConfig, PrepareConfig, TrainConfig
-from translora.distill.job import TrainJob, make_job, refuse_failures
+from translora.distill.job import TrainJob, make_job
 from translora.distill.launch import train_adapters
 from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
@@ -31,6 +31,14 @@ from translora.synthesis.negatives import invent_negatives, part_inputs
 logger = logging.getLogger(__name__)
 
 
+class TasksFailedError(ValueError):
+    """Tasks that could not be made; the bundles of the others are written."""
+
+    def __init__(self, reasons: Mapping[str, str], bundles: Sequence[Bundle]) -> None:
+        super().__init__("; ".join(reasons.values()))
+        self.reasons, self.bundles = dict(reasons), list(bundles)
+
+
 def prepare(config: PrepareConfig, start_cluster: Callable[[], None] = lambda: None) -> list[Bundle]:
     """Make the bundles; those whose directory is already a sound bundle of the same data and settings are skipped.
 
@@ -38,25 +46,23 @@ def prepare(config: PrepareConfig, start_cluster: Callable[[], None] = lambda: N
         start_cluster: called before the first training.
 
     Raises:
-        ValueError: the config, the base or the data of a task cannot be used.
+        ValueError: the config, the base or what tasks are made from cannot be used: names all of it, nothing was begun.
+        TasksFailedError: what was begun failed for some tasks.
     """
-    tasks = [read_task(config, entry) for entry in config.tasks]
     base = info_of(config.source)
     check_source(config.source, base)
+    tasks = read_tasks(config, base)
     # An encoder reads the input as it is, by its owners' habit.
     wanted = "{input}" if base.is_encoder_decoder and config.prompt_template == "auto" else config.prompt_template
     template = prompt_format(load_tokenizer(config.source), wanted).template
     check_engine(config.source)
-    for task in tasks:
-        check_owned(task.entry.adapter, base)
+    faults: dict[str, str] = {}
     with (
         open_run(config.run_dir, config),
         Tracker(config.run_dir, config.tracking, config.model_dump(mode="json"), config.run_dir.name) as tracker,
     ):
         todo = [task for task in tasks if not is_made(config, task, base)]
-        for task in todo:
-            if not task.rows:
-                make_bundle(config, task, base, template, None)
+        make_bundles(config, [task for task in todo if not task.rows], base, template, {}, faults)
         if learnt := [task for task in todo if task.rows]:
             refuse_encoder_decoder(base, "train is for", "give no `data`, but `adapter` and `seeds`")
             check_section(config.train, base, "train")
@@ -64,14 +70,34 @@ def prepare(config: PrepareConfig, start_cluster: Callable[[], None] = lambda: N
             warn_of_shipped_rows(learnt)
             start_cluster()
             config = config.model_copy(update={"source": pinned(config.source, base)})
-            # Of all tasks with data: a rerun finds the same batches again.
-            negatives = invent_negatives(config, [task for task in tasks if task.rows], base)
-            known, unseen = part_inputs(config, learnt, negatives)
-            train(config, learnt, known, base, template, tracker)
+            known, unseen = part_inputs(config, learnt, invent_negatives(config, learnt, base))
+            faults |= train(config, learnt, known, base, template, tracker)
+            trained = [task for task in learnt if task.entry.name not in faults]
+            unseen = {task.entry.name: unseen[task.entry.name] for task in trained if task.entry.name in unseen}
             found = measure_discriminators(config, unseen, base, template)
-            for task in learnt:
-                make_bundle(config, task, base, template, found.get(task.entry.name))
-    return [read_bundle(task.output) for task in tasks]
+            make_bundles(config, trained, base, template, found, faults)
+    bundles = [read_bundle(task.output) for task in tasks if task.entry.name not in faults]
+    if faults:
+        raise TasksFailedError(faults, bundles)
+    return bundles
+
+
+def read_tasks(config: PrepareConfig, base: BaseInfo) -> list[Task]:
+    """Read what every task is made from.
+
+    Raises:
+        ValueError: some of it cannot be used; names all of that.
+    """
+    tasks, faults = [], []
+    for entry in config.tasks:
+        try:
+            check_owned(entry.adapter, base)
+            tasks.append(read_task(config, entry))
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError("; ".join(faults))
+    return tasks
 
 
 def warn_of_shipped_rows(tasks: list[Task]) -> None:
@@ -132,13 +158,19 @@ def train(
     base: BaseInfo,
     template: str,
     tracker: Tracker,
-) -> None:
+) -> dict[str, str]:
     """Train missing adapters and all discriminators on one worker group that holds the source base.
 
-    Raises:
-        ValueError: the data of a task cannot be trained on.
+    Returns:
+        Why tasks cannot be trained, by name.
     """
-    jobs = [job for task in tasks for job in train_jobs(config, task, known[task.entry.name], template)]
+    jobs: list[TrainJob] = []
+    faults: dict[str, str] = {}
+    for task in tasks:
+        try:
+            jobs += train_jobs(config, task, known[task.entry.name], template)
+        except ValueError as error:
+            faults[task.entry.name] = str(error)
 
     def on_step(job_name: str, row: dict[str, float]) -> None:
         name, _, kind = job_name.rpartition("/")
@@ -147,7 +179,7 @@ def train(
     train_adapters(
         config.source, base.name, jobs, config.train, config.resources, config.run_dir, label="train", on_step=on_step
     )
-    refuse_failures(jobs)
+    return faults | {job.name.rpartition("/")[0]: reason for job in jobs if (reason := job.failure()) is not None}
 
 
 def measure_discriminators(
@@ -176,6 +208,22 @@ def measure_discriminators(
                 name,
             )
     return found
+
+
+def make_bundles(
+    config: PrepareConfig,
+    tasks: Sequence[Task],
+    base: BaseInfo,
+    template: str,
+    found: Mapping[str, DiscriminatorQuality],
+    faults: dict[str, str],
+) -> None:
+    """Write the tasks' bundles; `faults` gets the reasons, by name, of those that cannot be written."""
+    for task in tasks:
+        try:
+            make_bundle(config, task, base, template, found.get(task.entry.name))
+        except BundleError as error:
+            faults[task.entry.name] = str(error)
 
 
 def make_bundle(

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from translora.cli import main
-from translora.evaluate.answers import trained_inputs
+from translora.evaluate.answers import inputs_trained_on
 from translora.evaluate.plot import draw_calibration
 from translora.evaluate.render import read_results, to_markdown, write_results
 from translora.evaluate.results import BaseSize, Migration, Results, Setup, TaskItems, summarise
@@ -265,9 +265,9 @@ def test_test_items_that_were_invented_are_named(results: Results, tmp_path: Pat
     assert "invented word for word, and trained on: 1 of 50 of skill (seed 1, plain)." in text
     columns = {"input": ["A  b", "c", "d"], "split": ["train", "heldout", "train"]}
     write_parquet(tmp_path / "synthetic.parquet", pa.table(columns))
-    trained = trained_inputs(tmp_path / "synthetic.parquet")
+    trained = inputs_trained_on(tmp_path / "synthetic.parquet")
     assert num_seen(trained, [{"input": text} for text in ("a B", "c", "d", "e")]) == 2
-    assert num_seen(trained_inputs(tmp_path / "none.parquet"), [{"input": "a"}]) == 0
+    assert num_seen(inputs_trained_on(tmp_path / "none.parquet"), [{"input": "a"}]) == 0
 
 
 def test_without_a_task_that_counts_there_is_no_headline() -> None:

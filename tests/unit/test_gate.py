@@ -11,14 +11,20 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score
 
 from translora.config import OPEN_GATE, BaseModelConfig, FleetConfig, GateConfig, ResourceConfig
-from translora.gate import questions
+from translora.gate import agreement, questions
 from translora.gate.agreement import _judge_member, run_gate
-from translora.gate.questions import GateMember, answer_rows, token_rows
+from translora.gate.questions import GateMember, answer_limit, answer_rows, token_rows
 from translora.gate.verdict import chance_agreement, chance_gain, chance_likelihood, informedness, judge, share_equal
 from translora.report.table import remarks
 from translora.run.state import Accuracy, AdapterState, GateResult
 from translora.synthesis.hosts import Hosts
 from translora.synthesis.stages import token_block
+
+
+@pytest.fixture(autouse=True)
+def bases_without_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "answer_limit", lambda least, *_: least)
+
 
 COLOURS = ["red", "blue", "green", "black"]
 RIGHT = {"source_base": 0, "source_adapter": 4, "target_base": 1, "migrated": 3}
@@ -72,6 +78,18 @@ def gate_of(
 
 def measured(student: float, base: float, **more: Any) -> GateResult:
     return GateResult(num_heldout=20, agreement_student=student, agreement_base=base, passed=False, **more)
+
+
+def test_a_student_has_room_for_the_teachers_answers_in_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tokenizer(base: BaseModelConfig) -> Any:
+        cut = {"words": str.split, "letters": list}[base.model]
+        return lambda text, add_special_tokens: {"input_ids": cut(text)}
+
+    monkeypatch.setattr(questions, "load_tokenizer", tokenizer)
+    words, letters = BaseModelConfig(model="words"), BaseModelConfig(model="letters")
+    answers = ["send the box", "one two three four five", "ok"]
+    assert answer_limit(4, words, letters, answers) == len("send the box") + 2, "the second is too long for the teacher"
+    assert answer_limit(12, letters, words, answers) == 12 and answer_limit(4, words, letters, []) == 4
 
 
 def test_the_gate_names_each_limit_that_was_missed() -> None:

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from tests.tiny import make_adapter, make_base
+from translora import cli
 from translora import prepare as module
 from translora.bundle import inspect_base, read_bundle, verify_bundle
 from translora.bundle.task import read_task
 from translora.config import PrepareConfig
-from translora.prepare import prepare, train_jobs
+from translora.prepare import TasksFailedError, prepare, train_jobs
+from translora.synthesis import negatives
 from translora.synthesis.negatives import part_inputs
 
 INPUTS = [f"send the {word} box to me" for word in "abcdefgh"]
@@ -34,16 +36,24 @@ class Owner:
 
     def __init__(self, root: Path, parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root, self.parts, self.trainings = root, parts, 0
+        self.diverging: set[str] = set()
         self.write_rows("boxes.jsonl", INPUTS)
-        monkeypatch.setattr(module, "invent_negatives", lambda config, tasks, base: {"boxes": []})
+        monkeypatch.setattr(
+            module, "invent_negatives", lambda config, tasks, base: {task.entry.name: [] for task in tasks}
+        )
         monkeypatch.setattr(module, "train", self.train)
 
-    def train(self, config: PrepareConfig, tasks: list[Any], *rest: object) -> None:
+    def train(self, config: PrepareConfig, tasks: list[Any], *rest: object) -> dict[str, str]:
         self.trainings += 1
         for task in tasks:
             for kind in ("adapter", "discriminator"):
                 target = config.run_dir / "adapters" / task.entry.name / kind
                 shutil.copytree(self.parts / "adapter", target, dirs_exist_ok=True)
+        return {
+            task.entry.name: f"{task.entry.name}: its loss is not finite"
+            for task in tasks
+            if task.entry.name in self.diverging
+        }
 
     def write_rows(self, name: str, inputs: list[str]) -> str:
         rows = [{"input": text, "target": text.split()[-1]} for text in inputs]
@@ -195,6 +205,45 @@ def test_without_data_an_adapter_and_its_seeds_become_a_bundle_and_nothing_is_tr
         prepare(owner.config(task={**gone, "seeds": str(owner.root / "shelf.jsonl")}))
 
 
+def test_a_task_that_cannot_be_trained_costs_the_others_nothing(
+    owner: Owner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    owner.diverging = {"jars"}
+    entry = {"name": "jars", "data": owner.write_rows("jars.jsonl", INPUTS[:6])}
+    config = owner.config()
+    config = config.model_copy(update={"tasks": [*config.tasks, config.tasks[0].model_copy(update=entry)]})
+    with pytest.raises(TasksFailedError, match="jars: its loss is not finite") as failed:
+        prepare(config)
+    assert [bundle.path for bundle in failed.value.bundles] == [owner.bundle]
+    verify_bundle(read_bundle(owner.bundle), inspect_base(str(owner.parts / "old-base")))
+    owner.diverging = set()
+    assert [bundle.path.name for bundle in prepare(config)] == ["boxes", "jars"] and owner.trainings == 2
+    places = {"run_dir": str(owner.root / "cli"), "output_dir": str(owner.root / "made")}
+    settings = {**places, "source": {"model": str(owner.parts / "old-base")}}
+    owner.diverging = {"jars"}
+    tasks = [{"name": "boxes", "data": str(owner.root / "boxes.jsonl")}, {"name": "jars", "data": entry["data"]}]
+    (owner.root / "prepare.yaml").write_text(json.dumps({**settings, "tasks": tasks}))
+    assert cli.main(["prepare", str(owner.root / "prepare.yaml")]) == cli.FAILED
+    shown = capsys.readouterr()
+    assert shown.out.split() == [str(owner.root / "made" / "boxes")] and "jars: its loss is not finite" in shown.err
+
+
+def test_every_task_that_cannot_be_read_is_named_before_anything_begins(owner: Owner) -> None:
+    bad = [{"name": name, "data": str(owner.root / f"{name}.jsonl")} for name in ("jars", "tins")]
+    config = owner.config()
+    tasks = [*config.tasks, *(config.tasks[0].model_copy(update=entry) for entry in bad)]
+    with pytest.raises(ValueError, match=r"jars\.jsonl: cannot be read.*; .*tins\.jsonl: cannot be read"):
+        prepare(config.model_copy(update={"tasks": tasks}))
+    assert owner.trainings == 0 and not owner.bundle.exists()
+
+
+def test_too_many_seeds_are_refused_before_the_training(owner: Owner) -> None:
+    seeds = owner.write_rows("seeds.jsonl", [f"send box {number}" for number in range(201)])
+    with pytest.raises(ValueError, match=r"seeds\.jsonl: 201 seeds, the limit is 200; about five are usual"):
+        prepare(owner.config(task={"seeds": seeds}))
+    assert owner.trainings == 0
+
+
 def test_what_is_no_bundle_is_not_replaced_and_found_at_once(owner: Owner) -> None:
     owner.bundle.mkdir(parents=True)
     read_task(owner.config(), owner.config().tasks[0])
@@ -202,6 +251,32 @@ def test_what_is_no_bundle_is_not_replaced_and_found_at_once(owner: Owner) -> No
     with pytest.raises(ValueError, match="boxes: exists and is not a bundle, so it is not replaced; move it away"):
         prepare(owner.config())
     assert owner.trainings == 0 and (owner.bundle / "notes.txt").read_text() == "mine"
+
+
+def test_negatives_are_invented_once_for_each_task(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def run_rows(label: str, rows: list[dict[str, Any]], *_: object, **__: object) -> list[dict[str, Any]]:
+        asked.extend(row["adapter"] for row in rows)
+        texts = [" Send the A box to me", "new one", "New  one", "cut", ""]
+        finished = [True, True, True, False, True]
+        found = [
+            {**row, "text": texts[row["sample_id"] % 5], "finished": finished[row["sample_id"] % 5]} for row in rows
+        ]
+        return found[::-1]
+
+    monkeypatch.setattr(negatives, "run_rows", run_rows)
+    config = owner.config()
+    other = {"name": "jars", "data": owner.write_rows("jars.jsonl", INPUTS[:6])}
+    base = inspect_base(str(owner.parts / "old-base"))
+    both = [read_task(config, entry) for entry in (config.tasks[0], config.tasks[0].model_copy(update=other))]
+    first = negatives.invent_negatives(config, both[:1], base)
+    assert first == {"boxes": ["new one"]}, "neither a real input nor the same twice"
+    assert negatives.invent_negatives(config, both, base) == first | {"jars": ["new one"]}
+    assert asked == ["boxes"] * 8 + ["jars"] * 6, "what was invented for a task is kept"
+    warmer = owner.config(synthesis={"sampling": {"temperature": 1.5}})
+    negatives.invent_negatives(warmer, both[:1], base)
+    assert asked[14:] == ["boxes"] * 8
 
 
 def test_a_discriminator_without_negatives_is_refused(owner: Owner) -> None:

@@ -76,6 +76,25 @@ def test_a_bundle_is_copied_again_when_it_changed_and_not_before(store: Path, tm
     assert copied_at() > second and not (directory / "README.md").exists()
 
 
+@pytest.mark.parametrize("version", [{"blob_id": "{}", "xet_hash": "x"}, {"ETag": "{}"}, {}], ids=str)
+def test_a_change_that_keeps_every_size_is_seen(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: dict[str, str]
+) -> None:
+    """As the hub's store and S3 describe a file; one that tells no version is copied every time."""
+    counts = {"number": 1}
+
+    def find(_: object, root: str, detail: bool) -> dict[str, dict[str, object]]:
+        own = {key: value.format(counts["number"]) for key, value in version.items()}
+        return {f"{root}/README.md": {"name": f"{root}/README.md", "size": 4, "type": "file", **own}}
+
+    monkeypatch.setattr(type(STORE), "find", find)
+    for number, text in enumerate((b"one.", b"two."), 1):
+        counts["number"] = number
+        STORE.pipe("/bucket/bundles/a/README.md", text)
+        fetch("memory://bucket/bundles/a", tmp_path / "a")
+        assert (tmp_path / "a" / "README.md").read_bytes() == text
+
+
 def test_a_bundle_that_is_not_there_or_damaged_is_quarantined_alone(store: Path, base: Path, tmp_path: Path) -> None:
     STORE.pipe("/bucket/bundles/b/adapter_model.safetensors", b"damaged")
     found = verified(tmp_path / "run", base, "memory://bucket/bundles/*", "memory://bucket/bundles/gone")

@@ -18,8 +18,11 @@ from translora.run.redact import first_line
 
 TRIES = 3
 NUM_THREADS = 8
-_VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")
-"""What file systems call the version of a file; the first one that is there is compared."""
+_VERSION_KEYS = (
+    *("ETag", "etag", "md5Hash", "content_md5", "blob_id", "xet_hash"),
+    *("LastModified", "last_modified", "mtime", "created"),
+)
+"""What file systems call the version of a file, its contents' first; the first one that is there is compared."""
 
 
 def is_remote(path: str) -> bool:
@@ -58,6 +61,8 @@ def name_of_url(url: str) -> str:
 def fetch(url: str, directory: Path) -> None:
     """Copy a remote bundle to `directory`, if it is not there already in the version that the store has now.
 
+    A store that tells no version is copied from every time.
+
     Raises:
         BundleError: it cannot be read; names the URL.
     """
@@ -67,7 +72,8 @@ def fetch(url: str, directory: Path) -> None:
             fs, root = _open(url)
             files = _list(fs, root, url)
             listing = digest(url, [[name, size, version] for name, _, size, version in files])
-            if directory.is_dir() and read_object(record).get("listing") == listing:
+            known = all(version for _, _, _, version in files)
+            if known and directory.is_dir() and read_object(record).get("listing") == listing:
                 return
             with replace_directory(directory) as temporary:
                 for name, remote, _, _ in files:

@@ -11,7 +11,7 @@ from typing import Any
 
 from translora.bundle.adapter import check_adapter, check_recorded_base
 from translora.bundle.base import BaseInfo
-from translora.bundle.bundle import MIN_SEEDS, is_foreign, read_bundle, verify_bundle
+from translora.bundle.bundle import MAX_SEEDS, MIN_SEEDS, is_foreign, read_bundle, verify_bundle
 from translora.bundle.manifest import MANIFEST, BundleError
 from translora.config import PrepareConfig, PrepareEntry
 from translora.run.files import derive_seed, digest, read_jsonl, sha256_file, sha256_path
@@ -64,6 +64,8 @@ def read_task(config: PrepareConfig, entry: PrepareEntry) -> Task:
             raise ValueError(
                 f"{entry.seeds}: {len(set(seeds))} different seed(s); give {MIN_SEEDS} or more (five is usual)"
             )
+        if len(seeds) > MAX_SEEDS:
+            raise ValueError(f"{entry.seeds}: {len(seeds)} seeds, the limit is {MAX_SEEDS}; about five are usual")
     else:
         seeds = choose_seeds(rows, config.num_seeds, derive_seed(config.seed, entry.name, "seeds"))
         if len(seeds) < config.num_seeds:

@@ -112,7 +112,7 @@ class InputSketch:
 
 
 class ModuleHook:
-    """What a student has in one module; see translora.lora.bank.SegmentHook."""
+    """What a student has in one module; see translora.lora.banked.SegmentHook."""
 
     def __init__(self, noise: WeightNoise | None, sketch: InputSketch | None) -> None:
         self.noise, self.sketch = noise, sketch

@@ -87,6 +87,11 @@ class TrainJob:
             rows, prompts, config.max_length, self.name, with_end=self.with_end, token_share=config.token_share
         )
 
+    def failure(self) -> str | None:
+        """Why it was given up, if it was."""
+        path = Path(self.work_dir) / FAILURE
+        return str(json.loads(path.read_text(encoding="utf-8"))["reason"]) if path.is_file() else None
+
     def expected_steps(self, batch_size: int) -> int:
         """Optimizer steps if no sample is too long; for progress only."""
         num_samples = Path(self.data).read_bytes().count(b"\n")
@@ -143,6 +148,5 @@ def refuse_failures(jobs: Sequence[TrainJob]) -> None:
         ValueError: why the first of these jobs was given up.
     """
     for job in jobs:
-        failure = Path(job.work_dir) / FAILURE
-        if failure.is_file():
-            raise ValueError(json.loads(failure.read_text(encoding="utf-8"))["reason"])
+        if (reason := job.failure()) is not None:
+            raise ValueError(reason)

@@ -128,7 +128,7 @@ def train_adapters(
         if on_step is not None:
             on_step(name, row)
 
-    total = sum(job.expected_steps(config.batch_size) for job in jobs)
+    total = sum(job.expected_steps(config.batch_size) for job in missing)
     with Progress(label, total, run_dir) as progress, Follower(jobs, after_step):
         fit(trainer, directory, most_notes=len(jobs) + MAX_NOTES)
     remove_directory(directory)

@@ -36,7 +36,7 @@ class PeftSlot:
 
     Args:
         base: resident; its bank must be aside.
-        settings: PEFT's own, see translora.lora.methods.parse_method.
+        settings: PEFT's own, see translora.lora.method_settings.parse_method.
     """
 
     dtype = torch.float32

@@ -1,4 +1,4 @@
-"""A process that keeps bases resident from one call to the next: the actor behind `translora.synthesis.actors`."""
+"""A process that keeps bases resident from one call to the next: the actor behind `translora.synthesis.hosts`."""
 
 from __future__ import annotations
 

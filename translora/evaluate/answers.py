@@ -16,7 +16,7 @@ from translora.bundle import BaseInfo, read_bundle
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, SOURCE_BASE, TARGET_BASE, EvaluateConfig
 from translora.evaluate.data import Split
 from translora.evaluate.results import Migration, TaskItems
-from translora.gate.questions import Answers, Logliks, answer_rows, run_answers, run_choices
+from translora.gate.questions import Answers, Logliks, answer_limit, answer_rows, run_answers, run_choices
 from translora.gate.verdict import judge
 from translora.run.files import digest, sha256_path, write_parquet
 from translora.run.state import SYNTHETIC, AdapterState
@@ -72,6 +72,7 @@ def answer(
     """
     bundles = {task: read_bundle(config.bundle_dir(seed, task)) for task in splits}
     paths = {**{f"{SOURCE_ADAPTER}/{task}": bundle.path for task, bundle in bundles.items()}, **adapters}
+    expected = [row for part in splits.values() for row in part.test]
     answers: Answers = {}
     logliks: Logliks = {}
     with Hosts(config.resources) as hosts:
@@ -96,6 +97,8 @@ def answer(
             label = f"seed {seed}: test items, {arm}"
             if texts := [row for row in rows if "choices" not in row]:
                 most = config.synthesis.max_answer_tokens
+                if not on_source:
+                    most = answer_limit(most, config.source, config.target, [row["target"] for row in expected])
                 answers |= run_answers(label, texts, max_answer_tokens=most, digests=weights, **where)[0]
             if choices := [row for row in rows if "choices" in row]:
                 logliks |= run_choices(label, choices, weights=weights, **where)
@@ -156,7 +159,7 @@ def is_commonest(targets: Sequence[str]) -> list[float]:
     return [float(text == most) for text in texts]
 
 
-def trained_inputs(synthetic: Path) -> list[str]:
+def inputs_trained_on(synthetic: Path) -> list[str]:
     """What a student was trained on; nothing where there is no synthetic set."""
     if not synthetic.is_file():
         return []
@@ -182,7 +185,7 @@ def migrations(config: EvaluateConfig, repetition: Repetition) -> list[Migration
                     accuracy=sum(good) / len(good) if good else None,
                     source_accuracy=sum(source) / len(source),
                     num_seen=num_seen(
-                        trained_inputs(fleet.run_dir / "adapters" / state.name / SYNTHETIC),
+                        inputs_trained_on(fleet.run_dir / "adapters" / state.name / SYNTHETIC),
                         repetition.splits[state.name].test if fleet.distill.epochs > 0 else [],
                     ),
                 )

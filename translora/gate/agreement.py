@@ -19,6 +19,7 @@ from translora.gate.questions import (
     GateMember,
     Logliks,
     Shares,
+    answer_limit,
     answer_rows,
     class_rows,
     run_answers,
@@ -52,6 +53,7 @@ def run_gate(
     be computed leaves an adapter without an accuracy, and says so.
 
     Args:
+        max_answer_tokens: of the teachers' answers, in tokens of the source base.
         digests: content hashes of the students and teachers, and fingerprints of the bases: a rerun reuses the answers
             of the same weights only.
     """
@@ -85,6 +87,9 @@ def run_gate(
         "weights": dict(digests),
         "faults": faults,
     }
+    expected = [row["answer"] for one in members for row in one.heldout]
+    expected += [row["target"] for one in members for row in one.eval_rows]
+    on_target = answer_limit(max_answer_tokens, source, target, expected)
     shares: Shares = {}
     likely: Logliks = {}
     if by_tokens:
@@ -106,7 +111,7 @@ def run_gate(
             base=base,
             adapters=adapters,
             batch_size=batch_size,
-            max_answer_tokens=max_answer_tokens,
+            max_answer_tokens=max_answer_tokens if base is source else on_target,
             hosts=hosts,
             run_dir=run_dir,
             digests=digests,

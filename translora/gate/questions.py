@@ -9,6 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 from translora.config import BaseModelConfig, GateConfig
+from translora.engine.loading import load_tokenizer
 from translora.synthesis.actors import run_rows
 from translora.synthesis.calls import Row
 from translora.synthesis.hosts import Hosts
@@ -78,6 +79,20 @@ def answer_rows(
         {**common, "index": index, "input": text, "stop": end, "reference": reference if with_likelihood else None}
         for index, (text, reference) in enumerate(samples)
     ]
+
+
+def answer_limit(least: int, source: BaseModelConfig, target: BaseModelConfig, answers: Sequence[str]) -> int:
+    """Tokens that an answer may have on the target base: `least`, or what says as much as `least` tokens of the source.
+
+    Tokenizers cut one text into more tokens or fewer, and `synthesis.max_answer_tokens` is counted on the source base.
+
+    Args:
+        answers: expected ones; those within the limit on the source base count.
+    """
+    ours, theirs = load_tokenizer(source), load_tokenizer(target)
+    fitting = [text for text in set(answers) if len(ours(text, add_special_tokens=False)["input_ids"]) <= least]
+    # A space before it, and its end.
+    return max([least, *(len(theirs(text, add_special_tokens=False)["input_ids"]) + 2 for text in fitting)])
 
 
 def by_arm(rows: Sequence[Row], key: str) -> dict[tuple[str, str], list[Any]]:

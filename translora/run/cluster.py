@@ -19,12 +19,12 @@ from translora.run.signals import TERMINATED, exit_code, unwind_on_sigterm
 
 logger = logging.getLogger(__name__)
 
-# Ray 2.60 logs "has constructor arguments in the object store" as an error whenever Ray Data starts an actor
-# (ray #53727); its C++ log has no finer switch than the level. Failures reach the driver as exceptions all the same.
 RAY_PROCESSES = ("gcs_server", "raylet")
 BROKEN = 3
 """Exit code: the cluster failed."""
 WATCH_SECONDS = 2.0
+# Ray 2.60 logs "has constructor arguments in the object store" as an error whenever Ray Data starts an actor
+# (ray #53727); its C++ log has no finer switch than the level. Failures reach the driver as exceptions all the same.
 _CORE_LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 _CORE_LOG_NOTICE = b"Set ray log level from environment variable"
 

@@ -16,8 +16,9 @@ from translora.run.state import AdapterState, Phase
 HELD_OUT = {"holdout_fraction", "min_holdout"}
 """Of the gate's settings: they decide the size of the synthetic set."""
 SEALS = "seals.json"
-GATE_RULES = 2
-"""Of the gate's verdict: a run of others judges again. 2: few answers are told from chance by their likelihood."""
+GATE_RULES = 3
+"""Of the gate's verdict: a run of others judges again. 2: few answers are told from chance by their likelihood.
+3: a student has room for the teacher's answers, in however many tokens of its own."""
 
 
 def recipes(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 from translora.bundle.base import BaseInfo
 from translora.bundle.task import Task
 from translora.config import PrepareConfig
-from translora.run.files import derive_seed
+from translora.run.files import derive_seed, digest, write_json
 from translora.synthesis.actors import run_rows
 from translora.synthesis.calls import Row
 from translora.synthesis.discriminator import UNSEEN_SHARE, Inputs, hold_out
@@ -15,36 +17,56 @@ from translora.synthesis.stages import generate_block
 
 
 def invent_negatives(config: PrepareConfig, tasks: list[Task], base: BaseInfo) -> dict[str, list[str]]:
-    """Inputs invented by the source base from the seeds: the discriminator's negatives."""
-    rows: list[Row] = []
+    """Inputs invented by the source base from the seeds: the discriminator's negatives, by task.
+
+    What was invented for a task is kept in RUN/negatives: tasks that come later do not have it invented again.
+    """
+    settings = {"sampling": config.synthesis.sampling.model_dump()}
+    identity = base.identity
+    rows = {task.entry.name: negative_rows(config, task) for task in tasks}
+    files = {
+        name: config.run_dir / "negatives" / f"{name}-{digest(own, settings, config.source.decides(), identity)}.json"
+        for name, own in rows.items()
+    }
+    missing = [name for name, path in files.items() if not path.is_file()]
+    if missing:
+        with Hosts(config.resources) as hosts:
+            generated = run_rows(
+                "invent negatives",
+                [row for name in missing for row in rows[name]],
+                generate_block,
+                base=config.source,
+                hosts=hosts,
+                batch_size=config.synthesis.batch_size,
+                run_dir=config.run_dir,
+                place="negatives/invented",
+                weights=identity,
+                settings=settings,
+                order=generation_order,
+            )
+        generated.sort(key=lambda row: row["sample_id"])
+        for name in missing:
+            write_json(files[name], [row["text"] for row in generated if row["adapter"] == name and row["finished"]])
+    negatives: dict[str, list[str]] = {}
     for task in tasks:
-        most = config.discriminator.max_samples // 2 * UNSEEN_SHARE // (UNSEEN_SHARE - 1)
-        count = min(len(task.rows), most)
-        for sample_id in range(count):
-            orderings = config.synthesis.num_orderings
-            rows.append(generation_row(task.entry.name, task.seeds, sample_id, config.seed, sample_id % orderings))
-    with Hosts(config.resources) as hosts:
-        generated = run_rows(
-            "invent negatives",
-            rows,
-            generate_block,
-            base=config.source,
-            hosts=hosts,
-            batch_size=config.synthesis.batch_size,
-            run_dir=config.run_dir,
-            place="negatives/invented",
-            weights=base.identity,
-            settings={"sampling": config.synthesis.sampling.model_dump()},
-            order=generation_order,
-        )
-    real = {task.entry.name: {normalise(row["input"]) for row in task.rows} for task in tasks}
-    negatives: dict[str, list[str]] = {task.entry.name: [] for task in tasks}
-    for row in sorted(generated, key=lambda row: (row["adapter"], row["sample_id"])):
-        key = normalise(row["text"])
-        if row["finished"] and key and key not in real[row["adapter"]]:
-            real[row["adapter"]].add(key)
-            negatives[row["adapter"]].append(row["text"])
+        known = {normalise(row["input"]) for row in task.rows} | {""}
+        invented = json.loads(files[task.entry.name].read_text(encoding="utf-8"))
+        negatives[task.entry.name] = []
+        for text in invented:
+            if (key := normalise(text)) not in known:
+                known.add(key)
+                negatives[task.entry.name].append(text)
     return negatives
+
+
+def negative_rows(config: PrepareConfig, task: Task) -> list[Row]:
+    """Rows of `generate_block`: as many as the discriminator is trained and measured on."""
+    most = config.discriminator.max_samples // 2 * UNSEEN_SHARE // (UNSEEN_SHARE - 1)
+    orderings = config.synthesis.num_orderings
+    return [
+        generation_row(task.entry.name, task.seeds, sample_id, config.seed, sample_id % orderings)
+        for sample_id in range(min(len(task.rows), most))
+    ]
 
 
 def part_inputs(

@@ -9,9 +9,8 @@ from translora.config import SamplingConfig
 from translora.engine.decode import Request
 from translora.engine.prompts import prompt_format, raw_prompt
 from translora.engine.protocol import Engine
+from translora.synthesis.calls import Row
 from translora.synthesis.prompts import discriminator_question
-
-Row = dict[str, Any]
 
 
 def generate_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
