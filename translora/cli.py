@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import gc
 import logging
+import os
 import shutil
 import sys
 import time
@@ -172,11 +173,12 @@ def begin(arguments: argparse.Namespace) -> None:
 
 
 def start_cluster(resources: ResourceConfig, num_workers: int, verbose: bool) -> None:
-    """Start or join Ray and refuse what it could never give."""
+    """Start or join Ray and refuse what it could never give; the nodes of launch/migrate.sbatch are all there is."""
     from translora.run.cluster import check_resources, start_ray
 
     is_local = start_ray(address=resources.ray_address, on_gpu=resources.gpus_per_actor > 0, verbose=verbose)
-    check_resources(resources, num_workers, may_grow=not is_local)
+    is_fixed = is_local or "TRANSLORA_FIXED_CLUSTER" in os.environ
+    check_resources(resources, num_workers, may_grow=not is_fixed)
 
 
 def run_migrate(arguments: argparse.Namespace) -> int:

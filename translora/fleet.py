@@ -7,23 +7,27 @@ and skips. The merges are those that the fleet file asks for.
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 
-from translora.bundle.base import info_of
 from translora.config import FleetConfig
 from translora.distill.phase import distill_phase
 from translora.engine.loading import load_tokenizer
 from translora.gate.phase import gate_phase
 from translora.merge.fleet import entries_before, merge_after, merge_before, warn_of_templates
 from translora.run.check import check_training
+from translora.run.commits import info_as_begun, note_commits
 from translora.run.member import Member, Run, cohort, end_cohort, expand_entries
-from translora.run.recipes import Seals, base_settings, keep_to_commits
+from translora.run.recipes import Seals, at_commits, base_settings
 from translora.run.rundir import open_run
 from translora.run.state import AdapterState, Phase
 from translora.run.tracker import Tracker
 from translora.run.verify import verify_fleet
 from translora.synthesis.phase import synthesis_phase
+
+logger = logging.getLogger(__name__)
 
 
 def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: None) -> list[AdapterState]:
@@ -38,14 +42,15 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
     """
     entries = expand_entries(config.adapters, config.run_dir)
     entries |= entries_before(config, list(entries))
-    source, target, generator = map(info_of, base_settings(config))
+    source, target, generator = (info_as_begun(config.run_dir, base) for base in base_settings(config))
     if source.fingerprint == target.fingerprint:
         raise ValueError(f"source and target are the same base ({source.path}); set `target` to the new base")
     with (
         open_run(config.run_dir, config, settings_may_change=True),
         Tracker(config.run_dir, config.tracking, config.model_dump(mode="json"), config.run_dir.name) as tracker,
     ):
-        config = keep_to_commits(config, (source, target, generator))
+        note_commits(config.run_dir, *zip(base_settings(config), (source, target, generator), strict=True))
+        config = at_commits(config, (source, target, generator))
         run = Run(
             config=config,
             source=source,
@@ -61,11 +66,15 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
         verified = verify_fleet(run, entries, seals, unmerged)
         members = [member for member in verified.values() if isinstance(member, Member)]
         warn_of_templates(config, members)
-        if any(member.state.status == "pending" for member in members):
+        if todo := [member for member in members if member.state.status == "pending"]:
             start_cluster()
-        while any(member.state.status == "pending" for member in members):  # again for what the gate sent back
+        while any(member.state.status == "pending" for member in todo):  # again for what the gate sent back
             for phase in PHASE_WORK:
                 run_phase(run, phase, members)
+        if todo:
+            outcomes = Counter(member.state.status for member in todo)
+            found = ", ".join(f"{count} {status}" for status, count in sorted(outcomes.items()))
+            logger.info("worked on %d of %d adapters: %s", len(todo), len(verified), found)
         for phase in PHASE_WORK:
             end_cohort(config.run_dir, phase)  # of a driver that was killed after the last of its adapters
         for member in members:

@@ -1,16 +1,17 @@
 """`translora prepare`: the owner's side, run once while the data is at hand (arXiv 2405.17258, section 3).
 
 seeds -> negatives (invented by the source base) -> adapter where there is none, discriminator -> what it can tell
-apart -> bundle. Where the data is gone: adapter and seeds -> bundle.
+apart -> bundle. An adapter that is there is tried on some of its data. Where that is gone: adapter and seeds -> bundle.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
 from translora.bundle import Bundle, BundleError, read_bundle, write_bundle
-from translora.bundle.base import BaseInfo, info_of, pinned, refuse_encoder_decoder
+from translora.bundle.base import BaseInfo, pinned, refuse_encoder_decoder
 from translora.bundle.manifest import SEEDS, DiscriminatorQuality
 from translora.bundle.task import Task, check_owned, is_made, provenance, read_task
 from translora.config import DiscriminatorConfig, PrepareConfig, TrainConfig
@@ -20,7 +21,9 @@ from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
 from translora.engine.protocol import warn_of_answers
 from translora.engine.vllm_settings import check_engine
+from translora.gate.owned import try_adapters
 from translora.run.check import check_section, check_source
+from translora.run.commits import info_as_begun, note_commits
 from translora.run.files import derive_seed, digest, sha256_path
 from translora.run.rundir import open_run
 from translora.run.tracker import Tracker
@@ -49,33 +52,32 @@ def prepare(config: PrepareConfig, start_cluster: Callable[[], None] = lambda: N
         ValueError: the config, the base or what tasks are made from cannot be used: names all of it, nothing was begun.
         TasksFailedError: what was begun failed for some tasks.
     """
-    base = info_of(config.source)
+    base = info_as_begun(config.run_dir, config.source)
     check_source(config.source, base)
     tasks = read_tasks(config, base)
-    # An encoder reads the input as it is, by its owners' habit.
-    wanted = "{input}" if base.is_encoder_decoder and config.prompt_template == "auto" else config.prompt_template
-    template = prompt_format(load_tokenizer(config.source), wanted).template
     check_engine(config.source)
     faults: dict[str, str] = {}
     with (
         open_run(config.run_dir, config),
         Tracker(config.run_dir, config.tracking, config.model_dump(mode="json"), config.run_dir.name) as tracker,
     ):
+        note_commits(config.run_dir, (config.source, base))
         todo = [task for task in tasks if not is_made(config, task, base)]
-        make_bundles(config, [task for task in todo if not task.rows], base, template, {}, faults)
+        make_bundles(config, [task for task in todo if not task.rows], base, {}, faults)
         if learnt := [task for task in todo if task.rows]:
             refuse_encoder_decoder(base, "train is for", "give no `data`, but `adapter` and `seeds`")
             check_section(config.train, base, "train")
-            warn_of_answers(load_tokenizer(config.source), template)
+            for template in sorted({task.template for task in learnt}):
+                warn_of_answers(load_tokenizer(config.source), template)
             warn_of_shipped_rows(learnt)
             start_cluster()
             config = config.model_copy(update={"source": pinned(config.source, base)})
+            try_adapters(config, learnt, base)
             known, unseen = part_inputs(config, learnt, invent_negatives(config, learnt, base))
-            faults |= train(config, learnt, known, base, template, tracker)
+            faults |= train(config, learnt, known, base, tracker)
             trained = [task for task in learnt if task.entry.name not in faults]
-            unseen = {task.entry.name: unseen[task.entry.name] for task in trained if task.entry.name in unseen}
-            found = measure_discriminators(config, unseen, base, template)
-            make_bundles(config, trained, base, template, found, faults)
+            found = measure_discriminators(config, trained, unseen, base)
+            make_bundles(config, trained, base, found, faults)
     bundles = [read_bundle(task.output) for task in tasks if task.entry.name not in faults]
     if faults:
         raise TasksFailedError(faults, bundles)
@@ -83,20 +85,25 @@ def prepare(config: PrepareConfig, start_cluster: Callable[[], None] = lambda: N
 
 
 def read_tasks(config: PrepareConfig, base: BaseInfo) -> list[Task]:
-    """Read what every task is made from.
+    """Read what every task is made from, and how its adapter is prompted.
 
     Raises:
         ValueError: some of it cannot be used; names all of that.
     """
-    tasks, faults = [], []
+    tokenizer, tasks, faults = load_tokenizer(config.source), [], []
     for entry in config.tasks:
+        wanted = config.template_of(entry)
+        if base.is_encoder_decoder and wanted == "auto":
+            wanted = "{input}"  # an encoder reads the input as it is, by its owners' habit
         try:
+            template = prompt_format(tokenizer, wanted).template
             check_owned(entry.adapter, base)
-            tasks.append(read_task(config, entry))
+            tasks.append(dataclasses.replace(read_task(config, entry), template=template))
         except ValueError as error:
-            faults.append(str(error))
+            own = f"{entry.name}: " if entry.prompt_template is not None else ""
+            faults.append(f"{own}{error}")
     if faults:
-        raise ValueError("; ".join(faults))
+        raise ValueError("; ".join(dict.fromkeys(faults)))
     return tasks
 
 
@@ -114,7 +121,7 @@ def warn_of_shipped_rows(tasks: list[Task]) -> None:
             )
 
 
-def train_jobs(config: PrepareConfig, task: Task, known: Inputs, template: str) -> list[TrainJob]:
+def train_jobs(config: PrepareConfig, task: Task, known: Inputs) -> list[TrainJob]:
     """What is to be trained for one bundle: a discriminator, and the adapter where there is none.
 
     Raises:
@@ -144,7 +151,7 @@ def train_jobs(config: PrepareConfig, task: Task, known: Inputs, template: str) 
             work_dir=config.run_dir / "tasks" / f"{name}-{digest(rows)}" / kind,
             root_seed=config.seed,
             with_end=kind == "adapter",
-            template=template,
+            template=task.template,
             peft=config.train.peft if kind == "adapter" else None,
         )
         for kind, rows, settings in parts
@@ -156,7 +163,6 @@ def train(
     tasks: list[Task],
     known: dict[str, Inputs],
     base: BaseInfo,
-    template: str,
     tracker: Tracker,
 ) -> dict[str, str]:
     """Train missing adapters and all discriminators on one worker group that holds the source base.
@@ -168,7 +174,7 @@ def train(
     faults: dict[str, str] = {}
     for task in tasks:
         try:
-            jobs += train_jobs(config, task, known[task.entry.name], template)
+            jobs += train_jobs(config, task, known[task.entry.name])
         except ValueError as error:
             faults[task.entry.name] = str(error)
 
@@ -183,12 +189,13 @@ def train(
 
 
 def measure_discriminators(
-    config: PrepareConfig, unseen: dict[str, Inputs], base: BaseInfo, template: str
+    config: PrepareConfig, tasks: list[Task], unseen: dict[str, Inputs], base: BaseInfo
 ) -> dict[str, DiscriminatorQuality]:
     """Whether the discriminators tell inputs apart that they were not trained on, by task; says what was found."""
     judges = {
-        name: Judge(config.run_dir / "adapters" / name / "discriminator", name, template, inputs)
-        for name, inputs in unseen.items()
+        name: Judge(config.run_dir / "adapters" / name / "discriminator", name, task.template, unseen[name])
+        for task in tasks
+        if (name := task.entry.name) in unseen
     }
     with Hosts(config.resources) as hosts:
         found = measure(
@@ -214,21 +221,18 @@ def make_bundles(
     config: PrepareConfig,
     tasks: Sequence[Task],
     base: BaseInfo,
-    template: str,
     found: Mapping[str, DiscriminatorQuality],
     faults: dict[str, str],
 ) -> None:
     """Write the tasks' bundles; `faults` gets the reasons, by name, of those that cannot be written."""
     for task in tasks:
         try:
-            make_bundle(config, task, base, template, found.get(task.entry.name))
+            make_bundle(config, task, base, found.get(task.entry.name))
         except BundleError as error:
             faults[task.entry.name] = str(error)
 
 
-def make_bundle(
-    config: PrepareConfig, task: Task, base: BaseInfo, template: str, found: DiscriminatorQuality | None
-) -> None:
+def make_bundle(config: PrepareConfig, task: Task, base: BaseInfo, found: DiscriminatorQuality | None) -> None:
     """Write one bundle."""
     trained = config.run_dir / "adapters" / task.entry.name
     write_bundle(
@@ -239,7 +243,7 @@ def make_bundle(
         task_name=task.entry.name,
         base=base,
         num_samples=task.num_samples,
-        prompt_template=template,
+        prompt_template=task.template,
         provenance={**provenance(config, task), "seed": config.seed},
         discriminator_quality=found,
     )

@@ -20,12 +20,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.bad_inputs.workshop import make_untied
 from tests.tiny import Family, make_base
-from translora.bundle import inspect_base
+from translora.bundle import hub, inspect_base
 from translora.bundle.adapter import same_name
 from translora.bundle.base import info_of, pinned
 from translora.bundle.modules import linear_modules, output_head
 from translora.bundle.reading import read_header
 from translora.config import BaseModelConfig
+from translora.run.commits import COMMITS, info_as_begun, note_commits
+from translora.run.files import read_object
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +174,14 @@ def test_hub_cache_is_used_when_the_hub_is_away(base: Path, tmp_path: Path) -> N
         base_of_a_run = pinned(BaseModelConfig(model="org/tiny"), info)
         (repository / "refs" / "main").write_text("f" * 40)
         assert info_of(base_of_a_run).path == info.path, "though the hub's main is another one by now"
+        setting, run_dir = BaseModelConfig(model="org/tiny"), tmp_path / "run"
+        assert info_as_begun(run_dir, setting).path == info.path
+        note_commits(run_dir, (setting, info), (BaseModelConfig(model=str(base)), inspect_base(str(base))))
+        hub._find_on_hub.cache_clear()  # as in another process
+        assert info_as_begun(run_dir, setting).path == info.path, "a run goes on with what it began with"
+        with pytest.raises(ValueError, match="org/tiny: not a directory here"):
+            info_as_begun(tmp_path / "new", setting)
+        assert read_object(run_dir / COMMITS) == {"org/tiny@": commit}, "a directory has no commit"
         with pytest.raises(ValueError, match=r"org/tiny: not a directory here, not in the hub's cache"):
             inspect_base("org/tiny", revision="other")
     assert info.revision == base_of_a_run.revision == commit

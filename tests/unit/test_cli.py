@@ -8,8 +8,12 @@ import pytest
 
 from translora import cli
 from translora.cli import build_parser, main, print_report
+from translora.config import ResourceConfig
 from translora.report import html
+from translora.run import cluster
 from translora.run.state import AdapterState, save_state
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_help_and_configs_load_neither_torch_nor_ray() -> None:
@@ -183,3 +187,21 @@ def test_a_refusal_of_a_worker_is_unusable_input_and_its_death_is_not(capsys: py
             patch.setattr(cli, "run_status", work)
             assert cli.main(["status", "run"]) == code, error
         assert ("take another" in capsys.readouterr().err) is (code == cli.UNUSABLE)
+
+
+@pytest.mark.parametrize(
+    ("is_local", "variable", "may_grow"), [(True, None, False), (False, None, True), (False, "1", False)]
+)
+def test_what_the_nodes_lack_is_waited_for_only_where_nodes_can_come(
+    monkeypatch: pytest.MonkeyPatch, is_local: bool, variable: str | None, may_grow: bool
+) -> None:
+    """On Slurm, whose nodes are all there is, a fleet that asks for more would wait until its time is over."""
+    told: list[bool] = []
+    monkeypatch.setattr(cluster, "start_ray", lambda **_: is_local)
+    monkeypatch.setattr(cluster, "check_resources", lambda *_, may_grow: told.append(may_grow))
+    monkeypatch.delenv("TRANSLORA_FIXED_CLUSTER", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("TRANSLORA_FIXED_CLUSTER", variable)
+    cli.start_cluster(ResourceConfig(), 1, verbose=False)
+    assert told == [may_grow]
+    assert "TRANSLORA_FIXED_CLUSTER=1" in (ROOT / "launch" / "migrate.sbatch").read_text()

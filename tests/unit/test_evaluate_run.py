@@ -17,6 +17,7 @@ from translora.evaluate.config import EvaluateConfig
 from translora.evaluate.data import Split
 from translora.evaluate.run import evaluate, share_blocks, without_places
 from translora.gate import questions
+from translora.run.rundir import open_run
 from translora.run.state import AdapterState, GateResult, SynthesisStats
 
 COLOURS = ["red", "blue", "green", "black", "white", "grey", "pink"]
@@ -213,3 +214,19 @@ def test_results_say_nothing_of_this_machine() -> None:
     arms = {"own": {"synthesis": {"generator": {"model": "/home/me/bases/writer"}, "screen": "none"}, "distill": {}}}
     shown = {"own": {"synthesis": {"generator": {"model": "writer"}, "screen": "none"}, "distill": {}}}
     assert without_places(arms) == shown
+
+
+def test_other_settings_of_the_source_adapters_are_refused_before_anything_starts(
+    config: EvaluateConfig, tmp_path: Path
+) -> None:
+    mine = config.model_copy(update={"run_dir": tmp_path / "run"})
+    prepared = mine.prepare(3)
+    with open_run(prepared.run_dir, prepared):
+        (prepared.run_dir / "tasks").mkdir()
+
+    def no_cluster() -> None:
+        raise AssertionError("the settings come first")
+
+    longer = mine.model_copy(update={"train": mine.train.model_copy(update={"epochs": 7.0})})
+    with pytest.raises(ValueError, match=r"seed-3/prepare: was made with other settings \(train.epochs 20.0 -> 7.0\)"):
+        evaluate(longer, no_cluster)

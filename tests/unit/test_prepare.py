@@ -42,6 +42,7 @@ class Owner:
             module, "invent_negatives", lambda config, tasks, base: {task.entry.name: [] for task in tasks}
         )
         monkeypatch.setattr(module, "train", self.train)
+        monkeypatch.setattr(module, "try_adapters", lambda config, tasks, base: None)
 
     def train(self, config: PrepareConfig, tasks: list[Any], *rest: object) -> dict[str, str]:
         self.trainings += 1
@@ -205,6 +206,24 @@ def test_without_data_an_adapter_and_its_seeds_become_a_bundle_and_nothing_is_tr
         prepare(owner.config(task={**gone, "seeds": str(owner.root / "shelf.jsonl")}))
 
 
+def test_a_task_may_have_a_prompt_template_of_its_own(owner: Owner) -> None:
+    shared, own = "Q: {input}\nA:", "Box? {input}"
+    (first,) = prepare(owner.config(task={"prompt_template": own}, prompt_template=shared))
+    assert first.manifest.prompt_template == own
+    assert prepare(owner.config("two", prompt_template=own)) == [first] and owner.trainings == 1, "it is the same"
+    assert prepare(owner.config("two", prompt_template=shared))[0].manifest.prompt_template == shared
+    with pytest.raises(ValueError, match=r"boxes: .*'Box\?' lacks \{input\}|boxes: .*contains \{input\}"):
+        prepare(owner.config(task={"prompt_template": "Box?"}))
+    (training,) = train_jobs_of(owner.config(task={"prompt_template": own}), owner)
+    assert training.template == own
+
+
+def train_jobs_of(config: PrepareConfig, owner: Owner) -> list[Any]:
+    (task,) = module.read_tasks(config, inspect_base(str(owner.parts / "old-base")))
+    known = part_inputs(config, [task], {"boxes": ["a b", "c d", "e f", "g h"]})[0]["boxes"]
+    return train_jobs(config, task, known)[:1]
+
+
 def test_a_task_that_cannot_be_trained_costs_the_others_nothing(
     owner: Owner, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -284,7 +303,7 @@ def test_a_discriminator_without_negatives_is_refused(owner: Owner) -> None:
     config = owner.config()
     task = read_task(config, config.tasks[0])
     with pytest.raises(ValueError, match=r"boxes: no negatives for its discriminator.*give longer inputs in .*boxes"):
-        train_jobs(config, task, part_inputs(config, [task], {"boxes": []})[0]["boxes"], "chat")
+        train_jobs(config, task, part_inputs(config, [task], {"boxes": []})[0]["boxes"])
     known, _ = part_inputs(config, [task], {"boxes": ["a", "b", "c", "d", "e"]})
-    jobs = train_jobs(config, task, known["boxes"], "chat")
+    jobs = train_jobs(config, task, known["boxes"])
     assert [job.name for job in jobs] == ["boxes/adapter", "boxes/discriminator"]

@@ -35,6 +35,8 @@ class Task:
     """None of them where the data is gone."""
     seeds: list[str]
     output: Path
+    template: str = "auto"
+    """How its adapter is prompted; see translora.engine.prompts."""
 
     @property
     def num_samples(self) -> int:
@@ -138,7 +140,7 @@ def is_made(config: PrepareConfig, task: Task, base: BaseInfo) -> bool:
 def recipe(config: PrepareConfig, task: Task) -> str:
     """Hash of the settings that decide what a bundle is, given its base and its data; the same on every machine."""
     if not task.rows:
-        return digest(config.prompt_template)
+        return digest(config.template_of(task.entry))
     ds_config = Path(config.train.ds_config).name
     return digest(
         config.train.model_dump(exclude=EXECUTION_ONLY) | {"ds_config": ds_config},
@@ -147,7 +149,7 @@ def recipe(config: PrepareConfig, task: Task) -> str:
         config.synthesis.num_orderings,
         config.num_seeds,
         config.seed,
-        config.prompt_template,
+        config.template_of(task.entry),
     )
 
 

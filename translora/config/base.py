@@ -60,7 +60,8 @@ class BaseModelConfig(Strict):
     model: str
     """Local directory (config.json, *.safetensors, tokenizer) or hub id."""
     revision: str | None = None
-    """Commit, tag or branch of a hub id; main when unset. A run keeps to the commit that it began with."""
+    """Commit, tag or branch of a hub id; main when unset. A run keeps to the commit that it began with, which is in
+    RUN/commits.json."""
     dtype: DType = "auto"
     """Weights' dtype in synthesis and gate; `auto` is bfloat16 where the device multiplies it natively."""
     attn_implementation: Attention = "auto"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,8 @@ from translora.config_file import NAME_PATTERN, ConfigFile, Strict
 class PrepareEntry(Strict):
     """One bundle to make, from task data or, where the data is gone, from `adapter` and `seeds`."""
 
+    added: ClassVar[frozenset[str]] = frozenset({"prompt_template"})
+
     name: str = Field(pattern=NAME_PATTERN)
     """Task name: the <NAME> of the discriminator's question, and the bundle's directory."""
     data: str | None = None
@@ -28,6 +30,9 @@ class PrepareEntry(Strict):
     """JSONL with five (cleaned) `input` lines to ship as seeds; chosen from `data` when unset."""
     num_samples: int | None = Field(default=None, ge=1)
     """|D|, how many samples a migration synthesises; unset, the rows of `data`, or 250 (a task of BIG-Bench-Hard)."""
+
+    prompt_template: PromptTemplate | None = None
+    """This adapter's own prompt_template."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -64,6 +69,10 @@ class PrepareConfig(ConfigFile):
     """Metrics."""
     resources: ResourceConfig = ResourceConfig()
     """Actors."""
+
+    def template_of(self, entry: PrepareEntry) -> str:
+        """How an adapter is prompted."""
+        return entry.prompt_template or self.prompt_template
 
     @model_validator(mode="after")
     def _check(self) -> Self:

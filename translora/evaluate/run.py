@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from translora.bundle import BaseInfo
-from translora.bundle.base import info_of
+from translora.bundle.base import pinned
 from translora.bundle.hub import name_of_path
 from translora.bundle.task import check_owned
 from translora.config import TrainConfig
@@ -29,8 +29,9 @@ from translora.evaluate.statistics import NUM_REPLICATES
 from translora.fleet import migrate
 from translora.prepare import prepare
 from translora.run.check import check_section, check_training
+from translora.run.commits import info_as_begun, note_commits
 from translora.run.files import check_writable, digest, sha256_path, write_bytes, write_jsonl
-from translora.run.rundir import open_run, versions
+from translora.run.rundir import open_run, refuse_other_settings, versions
 from translora.run.state import STUDENT, AdapterState
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
     """
     data = [load_task(task) for task in config.tasks]
     splits = {seed: {one.entry.name: split(one, seed) for one in data} for seed in config.seeds}
-    source, target = (info_of(base) for base in (config.source, config.target))
+    source, target = (info_as_begun(config.run_dir, base) for base in (config.source, config.target))
     if source.fingerprint == target.fingerprint:
         raise ValueError(f"source and target are the same base ({source.path}); set `target` to another base")
     for base in (source, target):
@@ -59,8 +60,13 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
         check_owned(task.adapter, source)
     for arm in config.arms:
         check_training(config.fleet(config.seeds[0], arm), source, target)
+    for seed in config.seeds:
+        refuse_other_settings((prepared := config.prepare(seed)).run_dir, prepared)
     check_writable(config.output, "change `output`")
     with open_run(config.run_dir, config):
+        note_commits(config.run_dir, (config.source, source), (config.target, target))
+        commits = {"source": pinned(config.source, source), "target": pinned(config.target, target)}
+        config = config.model_copy(update=commits)
         start_cluster()
         repetitions = [repeat(config, seed, splits[seed], source, target) for seed in config.seeds]
     setup = Setup(

@@ -75,7 +75,7 @@ def recipes(
     }
 
 
-def keep_to_commits(config: FleetConfig, bases: tuple[BaseInfo, BaseInfo, BaseInfo]) -> FleetConfig:
+def at_commits(config: FleetConfig, bases: tuple[BaseInfo, BaseInfo, BaseInfo]) -> FleetConfig:
     """The fleet file with the commits that its bases' hub ids were found to stand for, as every worker is to load them.
 
     Args:

@@ -52,19 +52,35 @@ def open_run(run_dir: Path, config: BaseModel, *, settings_may_change: bool = Fa
         LeaseLostError: another driver took it over.
     """
     with _locked(run_dir):
-        resolved = without_secrets(json.loads(config.model_dump_json()))
-        path = run_dir / CONFIG
-        if path.is_file() and _holds_work(run_dir):
-            changed = changed_settings(_read_config(path), resolved)
-            if changed and not settings_may_change:
-                raise ValueError(f"{run_dir}: was made with other settings ({changed}); give another run_dir")
-            if changed:
-                logger.warning("%s: settings changed (%s): what they touch is done again", run_dir, changed)
+        if not settings_may_change:
+            refuse_other_settings(run_dir, config)
+        elif changed := _changed_since(run_dir, config):
+            logger.warning("%s: settings changed (%s): what they touch is done again", run_dir, changed)
         remove_temporaries(run_dir)
-        write_json(path, resolved)
+        write_json(run_dir / CONFIG, _resolved(config))
         write_json(run_dir / "versions.json", versions())
         yield
         remove_temporaries(run_dir)  # of workers that outlived a killed driver for a moment
+
+
+def refuse_other_settings(run_dir: Path, config: BaseModel) -> None:
+    """Whether what lies in a run directory, if anything does, was made with these settings.
+
+    Raises:
+        ValueError: it was not; names them.
+    """
+    if changed := _changed_since(run_dir, config):
+        raise ValueError(f"{run_dir}: was made with other settings ({changed}); give another run_dir")
+
+
+def _changed_since(run_dir: Path, config: BaseModel) -> str:
+    path = run_dir / CONFIG
+    made = path.is_file() and _holds_work(run_dir)
+    return changed_settings(_read_config(path), _resolved(config)) if made else ""
+
+
+def _resolved(config: BaseModel) -> dict[str, Any]:
+    return without_secrets(json.loads(config.model_dump_json()))
 
 
 def check_free(run_dir: Path) -> None:
@@ -144,13 +160,17 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def changed_settings(earlier: dict[str, Any], now: dict[str, Any]) -> str:
-    """The settings that differ and decide a result, as `key before -> now`; empty where there is none."""
+    """The settings that differ and decide a result, as `key before -> now`; empty where there is none.
+
+    A base's revision decides none: what it stands for is compared by its weights.
+    """
     before, after = _flatten(earlier), _flatten(now)
     return "; ".join(
         f"{key} {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
         if key.split(".")[0] not in MAY_CHANGE
-        and key.split(".")[-1] not in EXECUTION_ONLY | VLLM_EXECUTION_ONLY
+        and key.split(".")[-1]
+        not in EXECUTION_ONLY | VLLM_EXECUTION_ONLY | {"revision"}  # a base counts by its weights
         and before.get(key) != after.get(key)
     )
 
