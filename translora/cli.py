@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from translora import __version__
 from translora.config import FleetConfig, PrepareConfig, ResourceConfig, load_config
+from translora.errors import InputError
 from translora.evaluate.config import EvaluateConfig
 from translora.merge.config import METHODS, merge_config
 from translora.plan.hardware import ACCEPTANCE, GPUS, Hardware
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     except (RunFailedError, LeaseLostError) as error:
         say(f"{error}; what is finished is kept, the same command continues")
         return BROKEN
-    except ValueError as error:
+    except InputError as error:
         logger.debug("", exc_info=True)
         say(str(error))
         return UNUSABLE

@@ -17,6 +17,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from pydantic_core import ErrorDetails
 
+from translora.errors import InputError
+
 DType = Literal["auto", "bfloat16", "float32"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
@@ -58,12 +60,12 @@ def expand(path: str, relative_to: Path, is_pattern: bool = False) -> str:
     URL stays as it is.
 
     Raises:
-        ValueError: an environment variable is not set.
+        InputError: an environment variable is not set.
     """
     for match in _VARIABLE.finditer(path):
         name = match[1] or match[2]
         if name not in os.environ:
-            raise ValueError(f"{path}: the environment variable {name} is not set; set it, or write the path out")
+            raise InputError(f"{path}: the environment variable {name} is not set; set it, or write the path out")
     expanded = os.path.expandvars(os.path.expanduser(path))
     if os.path.isabs(expanded) or (is_pattern and "://" in expanded):
         return expanded
@@ -95,7 +97,7 @@ def _resolve_paths(raw: dict[str, Any], here: Path) -> None:
     """Expand every path of a config file in place, whatever its values are: they are checked afterwards.
 
     Raises:
-        ValueError: an environment variable is not set.
+        InputError: an environment variable is not set.
     """
     for key in ("run_dir", "output_dir", "output"):
         if isinstance(raw.get(key), str):
@@ -144,28 +146,28 @@ def load_config(path: str | Path, kind: type[ConfigT]) -> ConfigT:
     """Read a YAML file into a checked config; relative paths become relative to the file.
 
     Raises:
-        ValueError: the file is missing or not YAML, or a key or value is wrong; names the file and each fault.
+        InputError: the file is missing or not YAML, or a key or value is wrong; names the file and each fault.
     """
     path = Path(path)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); give the path of a YAML file") from error
+        raise InputError(f"{path}: cannot be read ({error}); give the path of a YAML file") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
-        raise ValueError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
+        raise InputError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
     found = next((_KINDS[key] for key in _KINDS if key in raw), None)
     if found is not None and found[1] != kind.command:
-        raise ValueError(f"{path}: this is {found[0]} file; use `translora {found[1]}`")
+        raise InputError(f"{path}: this is {found[0]} file; use `translora {found[1]}`")
     try:
         _resolve_paths(raw, path.resolve().parent)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        raise ValueError(f"{path}: {'; '.join(fault_text(kind, fault) for fault in error.errors())}") from error
+        raise InputError(f"{path}: {'; '.join(fault_text(kind, fault) for fault in error.errors())}") from error
 
 
 def fault_text(kind: type[BaseModel], fault: ErrorDetails) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from translora.config import FleetConfig
 from translora.distill.phase import distill_phase
 from translora.engine.loading import load_tokenizer
+from translora.errors import InputError
 from translora.gate.phase import gate_phase
 from translora.merge.fleet import entries_before, merge_after, merge_before, warn_of_templates
 from translora.run.check import check_training
@@ -38,13 +39,13 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
         start_cluster: called when everything has been checked, and only if there is work: starts Ray.
 
     Raises:
-        ValueError: the config or a base cannot be used. A fault of one bundle quarantines that adapter alone.
+        InputError: the config or a base cannot be used. A fault of one bundle quarantines that adapter alone.
     """
     entries = expand_entries(config.adapters, config.run_dir)
     entries |= entries_before(config, list(entries))
     source, target, generator = (info_as_begun(config.run_dir, base) for base in base_settings(config))
     if source.fingerprint == target.fingerprint:
-        raise ValueError(f"source and target are the same base ({source.path}); set `target` to the new base")
+        raise InputError(f"source and target are the same base ({source.path}); set `target` to the new base")
     with (
         open_run(config.run_dir, config, settings_may_change=True),
         Tracker(config.run_dir, config.tracking, config.model_dump(mode="json"), config.run_dir.name) as tracker,

@@ -21,6 +21,7 @@ from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
 from translora.engine.protocol import warn_of_answers
 from translora.engine.vllm_settings import check_engine
+from translora.errors import InputError
 from translora.gate.owned import try_adapters
 from translora.run.check import check_section, check_source
 from translora.run.commits import info_as_begun, note_commits
@@ -34,7 +35,7 @@ from translora.synthesis.negatives import invent_negatives, part_inputs
 logger = logging.getLogger(__name__)
 
 
-class TasksFailedError(ValueError):
+class TasksFailedError(InputError):
     """Tasks that could not be made; the bundles of the others are written."""
 
     def __init__(self, reasons: Mapping[str, str], bundles: Sequence[Bundle]) -> None:
@@ -49,7 +50,7 @@ def prepare(config: PrepareConfig, start_cluster: Callable[[], None] = lambda: N
         start_cluster: called before the first training.
 
     Raises:
-        ValueError: the config, the base or what tasks are made from cannot be used: names all of it, nothing was begun.
+        InputError: the config, the base or what tasks are made from cannot be used: names all of it, nothing was begun.
         TasksFailedError: what was begun failed for some tasks.
     """
     base = info_as_begun(config.run_dir, config.source)
@@ -88,7 +89,7 @@ def read_tasks(config: PrepareConfig, base: BaseInfo) -> list[Task]:
     """Read what every task is made from, and how its adapter is prompted.
 
     Raises:
-        ValueError: some of it cannot be used; names all of that.
+        InputError: some of it cannot be used; names all of that.
     """
     tokenizer, tasks, faults = load_tokenizer(config.source), [], []
     for entry in config.tasks:
@@ -103,7 +104,7 @@ def read_tasks(config: PrepareConfig, base: BaseInfo) -> list[Task]:
             own = f"{entry.name}: " if entry.prompt_template is not None else ""
             faults.append(f"{own}{error}")
     if faults:
-        raise ValueError("; ".join(dict.fromkeys(faults)))
+        raise InputError("; ".join(dict.fromkeys(faults)))
     return tasks
 
 
@@ -125,13 +126,13 @@ def train_jobs(config: PrepareConfig, task: Task, known: Inputs) -> list[TrainJo
     """What is to be trained for one bundle: a discriminator, and the adapter where there is none.
 
     Raises:
-        ValueError: there is no negative to train the discriminator on.
+        InputError: there is no negative to train the discriminator on.
     """
     name = task.entry.name
     seed = derive_seed(config.seed, name, "discriminator")
     questions = discriminator_rows(known.real, known.invented, name, config.discriminator.max_samples, seed)
     if all(row["answer"] == "yes" for row in questions):
-        raise ValueError(
+        raise InputError(
             f"{name}: no negatives for its discriminator, which would accept every input: the base invented none, and "
             f"inputs of one word cannot be shuffled; give longer inputs in {task.entry.data}, or raise "
             "synthesis.sampling.temperature"

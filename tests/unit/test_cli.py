@@ -205,3 +205,16 @@ def test_what_the_nodes_lack_is_waited_for_only_where_nodes_can_come(
     cli.start_cluster(ResourceConfig(), 1, verbose=False)
     assert told == [may_grow]
     assert "TRANSLORA_FIXED_CLUSTER=1" in (ROOT / "launch" / "migrate.sbatch").read_text()
+
+
+def test_an_error_that_nobody_foresaw_is_no_fault_of_the_input(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where it is one of Python's own ValueErrors."""
+
+    def buggy(_: object) -> int:
+        return len(list(zip([1], [], strict=True)))
+
+    monkeypatch.setattr(cli, "run_status", buggy)
+    assert main(["status", "run"]) == cli.CRASHED
+    assert capsys.readouterr().err == "" and "zip() argument 2 is shorter" in caplog.text

@@ -13,6 +13,7 @@ from translora.bundle.base import BaseInfo
 from translora.bundle.hub import name_of_path
 from translora.bundle.modules import linear_modules, output_head
 from translora.bundle.reading import FLOATS, MAX_ADAPTER_HEADER_BYTES, read_header, read_json_object
+from translora.errors import InputError
 from translora.lora.kinds import MAX_RANK
 from translora.run.files import write_json
 
@@ -36,7 +37,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     """adapter_config.json as it is.
 
     Raises:
-        ValueError: it is missing, too long or not JSON.
+        InputError: it is missing, too long or not JSON.
     """
     return read_json_object(directory / CONFIG, "save the adapter with PEFT's save_pretrained", MAX_CONFIG_BYTES)
 
@@ -52,7 +53,7 @@ def recorded_base(directory: Path) -> str | None:
     """The base that adapter_config.json names, or None.
 
     Raises:
-        ValueError: adapter_config.json is missing or not JSON.
+        InputError: adapter_config.json is missing or not JSON.
     """
     name = read_adapter_config(directory).get("base_model_name_or_path")
     return name if isinstance(name, str) and name else None
@@ -62,7 +63,7 @@ def is_in_bank(directory: Path) -> bool:
     """Whether the adapter bank has the method of an adapter; PEFT itself computes the others.
 
     Raises:
-        ValueError: adapter_config.json is missing or not JSON.
+        InputError: adapter_config.json is missing or not JSON.
     """
     from translora.lora.peft_io import is_banked
 
@@ -73,14 +74,14 @@ def check_recorded_base(directory: Path, expected: str, remedy: str, *, editable
     """Refuse an adapter whose config names another base than `expected`; `editable` unless a hash covers the config.
 
     Raises:
-        ValueError: names both, `remedy`, and what to do when both are one model.
+        InputError: names both, `remedy`, and what to do when both are one model.
     """
     recorded = recorded_base(directory)
     if recorded is None or same_name(recorded, expected):
         return
     if editable:
         remedy = f"{remedy}, or, if both are one model, write {expected!r} there"
-    raise ValueError(
+    raise InputError(
         f"{directory / CONFIG}: base_model_name_or_path is {recorded!r}, but the base is {expected!r}; {remedy}"
     )
 
@@ -89,12 +90,12 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor, from the header; refuses a pickle instead of the weights and what is no float."""
     pickled = path.with_name("adapter_model.bin")
     if not path.exists() and pickled.exists():
-        raise ValueError(f"{pickled}: pickled weights are never loaded; save the adapter as {WEIGHTS}")
+        raise InputError(f"{pickled}: pickled weights are never loaded; save the adapter as {WEIGHTS}")
     remedy = "copy the adapter again, or save it with PEFT's save_pretrained"
     tensors = read_header(path, remedy, MAX_ADAPTER_HEADER_BYTES)
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
-            raise ValueError(f"{path}: {name} is {tensor.dtype}; save the adapter in a floating-point dtype")
+            raise InputError(f"{path}: {name} is {tensor.dtype}; save the adapter in a floating-point dtype")
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
@@ -110,11 +111,11 @@ def _check_pairs(path: Path, base: BaseInfo) -> None:
         match = check_name(name, path)
         shapes.setdefault(match[1], {})[match[2]] = shape
         if match[2] == "A" and shape and shape[0] > MAX_RANK:
-            raise ValueError(f"{path}: {name} has rank {shape[0]}, the limit is {MAX_RANK}; use a smaller rank")
+            raise InputError(f"{path}: {name} has rank {shape[0]}, the limit is {MAX_RANK}; use a smaller rank")
     linears = linear_modules(base)
     for module, pair in shapes.items():
         if module not in linears:
-            raise ValueError(f"{path}: adapts {module}, {_misfit(module, base)}")
+            raise InputError(f"{path}: adapts {module}, {_misfit(module, base)}")
         _check_shapes(path, module, pair, linears[module], base)
 
 
@@ -123,12 +124,12 @@ def _check_shapes(
 ) -> None:
     """Refuse a pair that is none, and one for a matrix of another shape than `expected` (out, in)."""
     if set(pair) != {"A", "B"}:
-        raise ValueError(f"{path}: {module} has only lora_{next(iter(pair))}; save the adapter again")
+        raise InputError(f"{path}: {module} has only lora_{next(iter(pair))}; save the adapter again")
     shape_A, shape_B = pair["A"], pair["B"]
     if len(shape_A) != 2 or len(shape_B) != 2 or shape_A[0] != shape_B[1]:
-        raise ValueError(f"{path}: {module} has A {list(shape_A)} and B {list(shape_B)}; save the adapter again")
+        raise InputError(f"{path}: {module} has A {list(shape_A)} and B {list(shape_B)}; save the adapter again")
     if (shape_B[0], shape_A[1]) != expected:
-        raise ValueError(
+        raise InputError(
             f"{path}: {module} adapts a [{shape_B[0]}, {shape_A[1]}] matrix, in {base.name!r} it is "
             f"{list(expected)}; {_ELSEWHERE}"
         )
@@ -157,7 +158,7 @@ def check_adapter(directory: Path, base: BaseInfo) -> None:
     """Check that a PEFT directory is sound and that the adapter fits `base`.
 
     Raises:
-        ValueError: a file is missing or truncated, a method or an option is not supported; a module is none of the
+        InputError: a file is missing or truncated, a method or an option is not supported; a module is none of the
             base's linear modules, is its output head or has another shape; a number is not finite. Names the file and
             the remedy.
     """
@@ -178,7 +179,7 @@ def check_adapter(directory: Path, base: BaseInfo) -> None:
 
 def _check_finite(path: Path, name: str, tensors: Iterable[Any]) -> None:
     if not all(tensor.isfinite().all() for tensor in tensors):
-        raise ValueError(f"{path}: {name} holds NaN or infinity; the training diverged, train the adapter again")
+        raise InputError(f"{path}: {name} holds NaN or infinity; the training diverged, train the adapter again")
 
 
 def _check_method(directory: Path, base: BaseInfo) -> None:
@@ -189,7 +190,7 @@ def _check_method(directory: Path, base: BaseInfo) -> None:
     path = directory / WEIGHTS
     config = method_config(directory)  # before a byte of the weights
     if base.is_encoder_decoder and config.is_prompt_learning:
-        raise ValueError(
+        raise InputError(
             f"{directory / CONFIG}: {config.peft_type.value}: virtual tokens in front of an encoder are not supported; "
             "of an encoder-decoder's adapters, those that change layers are"
         )
@@ -197,15 +198,15 @@ def _check_method(directory: Path, base: BaseInfo) -> None:
     try:
         expected = expected_shapes(base, config)
     except ValueError as error:
-        raise ValueError(f"{directory / CONFIG}: {error}; {_ELSEWHERE}") from error
+        raise InputError(f"{directory / CONFIG}: {error}; {_ELSEWHERE}") from error
     for name in sorted(expected.keys() ^ shapes.keys()):
         fault = "lacks" if name in expected else "has beside them"
-        raise ValueError(
+        raise InputError(
             f"{path}: {fault} {name}, going by its config and {base.name!r}; {_ELSEWHERE}, or save the adapter again"
         )
     for name, shape in shapes.items():
         if shape != expected[name]:
-            raise ValueError(
+            raise InputError(
                 f"{path}: {name} is {list(shape)}, on {base.name!r} it is {list(expected[name])}; {_ELSEWHERE}"
             )
     for name, tensor in read_tensors(path).items():

@@ -14,6 +14,7 @@ from typing import Any
 from translora.bundle.hub import locate
 from translora.bundle.reading import TensorHeader, read_header, read_json_object
 from translora.config import BaseModelConfig
+from translora.errors import InputError
 from translora.run.files import digest, sha256_file
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ _TOKENIZER_FILES = (
 )
 
 
-class UnusableBaseError(ValueError):
+class UnusableBaseError(InputError):
     """A base that cannot be computed with, as is found out where it is loaded: no rerun changes that."""
 
 
@@ -83,18 +84,18 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
     if not index.exists():
         pickles = sorted(p.name for p in directory.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
         if pickles:
-            raise ValueError(
+            raise InputError(
                 f"{directory}: has only pickled weights ({pickles[0]}), which are never loaded; "
                 "save the model as safetensors (save_pretrained)"
             )
-        raise ValueError(f"{single}: missing, and there is no {index.name}; {COPY_AGAIN}")
+        raise InputError(f"{single}: missing, and there is no {index.name}; {COPY_AGAIN}")
     weight_map = read_json_object(index, COPY_AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: has no weight_map; {COPY_AGAIN}")
+        raise InputError(f"{index}: has no weight_map; {COPY_AGAIN}")
     promised: dict[Path, set[str] | None] = {}
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{index}: {shard!r} is not the name of a safetensors file beside it; {COPY_AGAIN}")
+            raise InputError(f"{index}: {shard!r} is not the name of a safetensors file beside it; {COPY_AGAIN}")
         tensors = promised.setdefault(directory / shard, set())
         assert tensors is not None
         tensors.add(tensor)
@@ -115,16 +116,16 @@ def _hash_prefixes(path: Path, tensors: dict[str, TensorHeader]) -> dict[str, st
 def _check_directory(directory: Path) -> dict[str, Any]:
     """Return config.json; refuse adapters and directories without a config or a tokenizer."""
     if not (directory / "config.json").exists() and (directory / "adapter_config.json").exists():
-        raise ValueError(f"{directory}: an adapter, not a base model; give the base that it was trained on")
+        raise InputError(f"{directory}: an adapter, not a base model; give the base that it was trained on")
     config = read_json_object(directory / "config.json", "give a directory that transformers' save_pretrained wrote")
     names = {path.name for path in directory.iterdir()}
     if "adapter_config.json" in names:
-        raise ValueError(
+        raise InputError(
             f"{directory}: has an adapter_config.json beside the model, an adapter that transformers would put on the "
             "base unasked; move the adapter's files away"
         )
     if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json"}:
-        raise ValueError(f"{directory}: has no tokenizer; save it there with the tokenizer's save_pretrained")
+        raise InputError(f"{directory}: has no tokenizer; save it there with the tokenizer's save_pretrained")
     return config
 
 
@@ -133,7 +134,7 @@ def _check_code(directory: Path) -> None:
     for path in (directory / "config.json", directory / "tokenizer_config.json"):
         code = read_json_object(path, COPY_AGAIN).get("auto_map") if path.exists() else None
         if "--" in json.dumps(code):
-            raise ValueError(
+            raise InputError(
                 f"{path}: its auto_map names code of another repository, which is never fetched; copy that code into "
                 f"{directory} and name it there"
             )
@@ -155,11 +156,11 @@ def _inspect(name: str, directory: Path, trust_remote_code: bool, commit: str | 
     for path, promised in _weight_files(directory).items():
         tensors = read_header(path, COPY_AGAIN)
         if lacking := (promised or set()) - tensors.keys():
-            raise ValueError(f"{path}: lacks the tensor {min(lacking)!r} that the index promises; {COPY_AGAIN}")
+            raise InputError(f"{path}: lacks the tensor {min(lacking)!r} that the index promises; {COPY_AGAIN}")
         lines |= _hash_prefixes(path, tensors)
         shapes |= {tensor_name: tensor.shape for tensor_name, tensor in tensors.items()}
     if not shapes:
-        raise ValueError(f"{directory}: its safetensors files hold no tensors; {COPY_AGAIN}")
+        raise InputError(f"{directory}: its safetensors files hold no tensors; {COPY_AGAIN}")
     fingerprint = hashlib.sha256("\n".join(lines[tensor_name] for tensor_name in sorted(lines)).encode()).hexdigest()
     return BaseInfo(name, directory, fingerprint, shapes, config, trust_remote_code, commit)
 
@@ -173,14 +174,14 @@ def inspect_base(model: str, trust_remote_code: bool = False, revision: str | No
         revision: as `BaseModelConfig.revision`.
 
     Raises:
-        ValueError: not found, no config or tokenizer, only pickles, a missing or truncated shard; names the file
+        InputError: not found, no config or tokenizer, only pickles, a missing or truncated shard; names the file
             and the remedy; code that lies elsewhere.
     """
     name, directory, commit = locate(model, trust_remote_code, revision)
     try:
         return _inspect(name, directory, trust_remote_code, commit)
     except OSError as error:
-        raise ValueError(f"{error.filename or directory}: cannot be read ({error.strerror}); {COPY_AGAIN}") from error
+        raise InputError(f"{error.filename or directory}: cannot be read ({error.strerror}); {COPY_AGAIN}") from error
 
 
 def info_of(base: BaseModelConfig) -> BaseInfo:
@@ -197,12 +198,12 @@ def refuse_quantised(config: Mapping[str, Any], name: str, remedy: str = "give t
     """Whether a base's weights are as they were trained: others can be neither partitioned nor planned with.
 
     Raises:
-        ValueError: its config.json says that they are quantised; names the method and the remedy.
+        InputError: its config.json says that they are quantised; names the method and the remedy.
     """
     settings = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
     if settings:
         method = settings.get("quant_method", "some method") if isinstance(settings, dict) else "some method"
-        raise ValueError(f"{name}: its weights are quantised ({method}), which is not supported; {remedy}")
+        raise InputError(f"{name}: its weights are quantised ({method}), which is not supported; {remedy}")
 
 
 def refuse_encoder_decoder(base: BaseInfo, what: str, remedy: str = "it can be a source only") -> None:
@@ -212,17 +213,17 @@ def refuse_encoder_decoder(base: BaseInfo, what: str, remedy: str = "it can be a
         what: it is asked for, with its verb: `distill trains`.
 
     Raises:
-        ValueError: it is one.
+        InputError: it is one.
     """
     if base.is_encoder_decoder:
-        raise ValueError(f"{base.name}: {what} decoder-only bases, and this one has an encoder; {remedy}")
+        raise InputError(f"{base.name}: {what} decoder-only bases, and this one has an encoder; {remedy}")
 
 
 def stored_tensors(directory: Path) -> dict[str, tuple[Path, TensorHeader]]:
     """The file and the header of every tensor of a base, by its name there.
 
     Raises:
-        ValueError: a file is missing or damaged; names it and the remedy.
+        InputError: a file is missing or damaged; names it and the remedy.
     """
     headers = {path: read_header(path, COPY_AGAIN) for path in _weight_files(directory)}
     return {name: (path, header) for path, tensors in headers.items() for name, header in tensors.items()}
@@ -232,10 +233,10 @@ def refuse_code(path: Path, error: Exception) -> None:
     """Say that a base wants its own code run, if that is why it cannot be loaded.
 
     Raises:
-        ValueError: it is; names the file and the setting.
+        InputError: it is; names the file and the setting.
     """
     if "auto_map" in read_json_object(path, COPY_AGAIN):
-        raise ValueError(
+        raise InputError(
             f"{path}: this base is built by Python code of its own (auto_map), which is not run; read that code, then "
             "set trust_remote_code: true beside `model`, or use a base that transformers builds by itself"
         ) from error

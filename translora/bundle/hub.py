@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path, PurePath
 
+from translora.errors import InputError
 from translora.run.redact import first_line
 
 HUB_TIMEOUT_SECONDS = 10.0
@@ -16,14 +17,14 @@ _HUB_IGNORED = ["*/*", "consolidated*", "adapter_*"]
 
 
 def locate(model: str, with_code: bool, revision: str | None) -> tuple[str, Path, str | None]:
-    """Name, directory and commit (of the hub alone) of a base; raises ValueError when there is none."""
+    """Name, directory and commit (of the hub alone) of a base; raises InputError when there is none."""
     path = os.path.expanduser(model)
     if os.path.isdir(path):
         return name_of_path(os.path.abspath(path)), Path(path), None
     if os.path.exists(path):
-        raise ValueError(f"{model}: a file; give a model directory (convert GGUF or other single files first)")
+        raise InputError(f"{model}: a file; give a model directory (convert GGUF or other single files first)")
     if not _HUB_ID.fullmatch(model):
-        raise ValueError(f"{model}: no such directory; give a model directory or a hub id (owner/name)")
+        raise InputError(f"{model}: no such directory; give a model directory or a hub id (owner/name)")
     snapshot = _find_on_hub(model, with_code, revision)
     return model, snapshot, snapshot.name
 
@@ -53,11 +54,11 @@ def _find_on_hub(model: str, with_code: bool, wanted: str | None) -> Path:
         # snapshot_download asks for the revision without a time limit, so it is asked for here.
         revision = HfApi().model_info(model, revision=wanted, timeout=HUB_TIMEOUT_SECONDS).sha
     except GatedRepoError as error:
-        raise ValueError(f"{model}: the hub asks for permission to download it; accept its terms and log in") from error
+        raise InputError(f"{model}: the hub asks for permission to download it; accept its terms and log in") from error
     except RevisionNotFoundError as error:
-        raise ValueError(f"{model}: has no revision {wanted!r} on the hub; give a commit, a tag or a branch") from error
+        raise InputError(f"{model}: has no revision {wanted!r} on the hub; give a commit, a tag or a branch") from error
     except RepositoryNotFoundError as error:
-        raise ValueError(f"{model}: neither a directory here nor a model on the hub; {advice}") from error
+        raise InputError(f"{model}: neither a directory here nor a model on the hub; {advice}") from error
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         refusal = f"HTTP status {status}" if status else refusal
@@ -74,9 +75,9 @@ def _find_on_hub(model: str, with_code: bool, wanted: str | None) -> Path:
         )
     except Exception as error:
         if revision is None:
-            raise ValueError(
+            raise InputError(
                 f"{model}: not a directory here, not in the hub's cache, and the hub cannot be reached ({refusal}); "
                 f"{advice}"
             ) from error
         reason = first_line(error)
-        raise ValueError(f"{model}: the download from the hub failed ({reason}); run again, or {advice}") from error
+        raise InputError(f"{model}: the download from the hub failed ({reason}); run again, or {advice}") from error

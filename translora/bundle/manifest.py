@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from translora.bundle.adapter import CONFIG, WEIGHTS
 from translora.bundle.reading import read_json_object
 from translora.config_file import NAME_PATTERN
+from translora.errors import InputError
 from translora.run.redact import printable
 
 SCHEMA_VERSION = 1
@@ -28,7 +29,7 @@ RESTORE = "restore the bundle from its source, or make it again with `translora 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class BundleError(ValueError):
+class BundleError(InputError):
     """A bundle cannot be used: the message, one line without control characters, names the file and the remedy."""
 
     def __init__(self, message: str) -> None:
@@ -103,9 +104,9 @@ class Manifest(_Record):
     @classmethod
     def _holds_input(cls, value: str) -> str:
         if value != "chat" and "{input}" not in value:
-            raise ValueError(f"{value[:80]!r} is neither 'chat' nor a string that contains {{input}}")
+            raise InputError(f"{value[:80]!r} is neither 'chat' nor a string that contains {{input}}")
         if (num_inputs := value.count("{input}")) > 1:
-            raise ValueError(f"{value[:80]!r} contains {{input}} {num_inputs} times; write it once")
+            raise InputError(f"{value[:80]!r} contains {{input}} {num_inputs} times; write it once")
         return value
 
     @field_validator("files")
@@ -114,7 +115,7 @@ class Manifest(_Record):
         for name in value:
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or str(path) != name:
-                raise ValueError(f"{name!r} is not a path inside the bundle")
+                raise InputError(f"{name!r} is not a path inside the bundle")
         return value
 
 
@@ -122,20 +123,20 @@ def read_manifest(path: Path) -> Manifest:
     """Read and check a manifest.
 
     Raises:
-        ValueError: missing, not JSON, of a newer version, or with a wrong key or value; names the file and the remedy.
+        InputError: missing, not JSON, of a newer version, or with a wrong key or value; names the file and the remedy.
     """
     raw = read_json_object(path, RESTORE, MAX_MANIFEST_BYTES)
     version = raw.get("schema_version")
     if type(version) is not int or version < 1:
-        raise ValueError(f"{path}: schema_version is {version!r}, expected {SCHEMA_VERSION}; {RESTORE}")
+        raise InputError(f"{path}: schema_version is {version!r}, expected {SCHEMA_VERSION}; {RESTORE}")
     if version > SCHEMA_VERSION:
-        raise ValueError(
+        raise InputError(
             f"{path}: schema_version is {version}, this translora reads up to {SCHEMA_VERSION}; upgrade translora"
         )
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
-        raise ValueError(f"{path}: {faults(error)}; {RESTORE}") from error
+        raise InputError(f"{path}: {faults(error)}; {RESTORE}") from error
 
 
 def faults(error: ValidationError) -> str:

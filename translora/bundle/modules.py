@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from translora.bundle.base import COPY_AGAIN, BaseInfo, refuse_code
+from translora.errors import InputError
 from translora.run.redact import first_line
 
 
@@ -16,7 +17,7 @@ def linear_modules(base: BaseInfo) -> dict[str, tuple[int, int]]:
     Built once a process and base, without weights. Not under ZeRO-3, which would partition the empty model.
 
     Raises:
-        ValueError: transformers cannot build the model; names config.json and the remedy.
+        InputError: transformers cannot build the model; names config.json and the remedy.
     """
     return dict(_linears_and_head(base.path, base.fingerprint, base.trust_remote_code)[0])
 
@@ -40,7 +41,7 @@ def _linears_and_head(
         if not trust_remote_code:
             refuse_code(path / "config.json", error)
         reason = first_line(error)
-        raise ValueError(
+        raise InputError(
             f"{path / 'config.json'}: transformers makes no causal language model of it ({reason}); {COPY_AGAIN}, or "
             "use a base whose architecture this version of transformers has"
         ) from error

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from translora.errors import InputError
+
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_ADAPTER_HEADER_BYTES = 10_000_000  # some 50,000 tensors
 MAX_DIMENSIONS = 8
@@ -40,7 +42,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value: dict[str, Any] = {}
     for key, item in pairs:
         if key in value:
-            raise ValueError(f"the key {key[:80]!r} comes twice")
+            raise InputError(f"the key {key[:80]!r} comes twice")
         value[key] = item
     return value
 
@@ -49,37 +51,37 @@ def read_json_object(path: Path, remedy: str, max_bytes: int = MAX_JSON_BYTES) -
     """Read a JSON object of at most `max_bytes`.
 
     Raises:
-        ValueError: missing, too long, not JSON or not an object; names the file and `remedy`.
+        InputError: missing, too long, not JSON or not an object; names the file and `remedy`.
     """
     try:
         size = path.stat().st_size
         data = path.read_bytes() if size <= max_bytes else b""
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: missing; {remedy}") from error
+        raise InputError(f"{path}: missing; {remedy}") from error
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
     if size > max_bytes:
-        raise ValueError(f"{path}: {size:,} bytes, the limit is {max_bytes:,}; {remedy}")
+        raise InputError(f"{path}: {size:,} bytes, the limit is {max_bytes:,}; {remedy}")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # ValueError: also bad UTF-8, and numbers of 4300 digits
-        raise ValueError(f"{path}: not JSON ({error}); {remedy}") from error
+        raise InputError(f"{path}: not JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}; {remedy}")
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}; {remedy}")
     return value
 
 
 def _entry(name: str, entry: Any, data_start: int) -> TensorHeader:
-    """Check one tensor's header entry; raises KeyError, TypeError or ValueError with what is wrong."""
+    """Check one tensor's header entry; raises KeyError, TypeError or InputError with what is wrong."""
     dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if len(shape) > MAX_DIMENSIONS:
-        raise ValueError(f"tensor {name!r}: {len(shape):,} dimensions")
+        raise InputError(f"tensor {name!r}: {len(shape):,} dimensions")
     for number in (*shape, begin, end):
         if type(number) is not int or number < 0:
-            raise ValueError(f"tensor {name!r}: {number!r} is no size")
+            raise InputError(f"tensor {name!r}: {number!r} is no size")
     num_bits = _BITS[dtype] * math.prod(shape)
     if end < begin or (end - begin) * 8 != num_bits:
-        raise ValueError(f"tensor {name!r}: {end - begin} bytes do not hold {dtype} {list(shape)}")
+        raise InputError(f"tensor {name!r}: {end - begin} bytes do not hold {dtype} {list(shape)}")
     return TensorHeader(dtype, tuple(shape), data_start + begin, end - begin)
 
 
@@ -92,7 +94,7 @@ def read_header(
         max_bytes: longest header that is read.
 
     Raises:
-        ValueError: missing, truncated or not safetensors; names the file and `remedy`.
+        InputError: missing, truncated or not safetensors; names the file and `remedy`.
     """
     try:
         file_bytes = path.stat().st_size
@@ -100,32 +102,32 @@ def read_header(
             prefix = handle.read(8)
             header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
             if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
-                raise ValueError(
+                raise InputError(
                     f"{path}: truncated or not safetensors ({file_bytes:,} bytes cannot hold its header); {remedy}"
                 )
             if header_bytes > max_bytes:
-                raise ValueError(f"{path}: a header of {header_bytes:,} bytes, the limit is {max_bytes:,}; {remedy}")
+                raise InputError(f"{path}: a header of {header_bytes:,} bytes, the limit is {max_bytes:,}; {remedy}")
             raw = json.loads(handle.read(header_bytes), object_pairs_hook=_object)
         data_start = 8 + header_bytes
         if not isinstance(raw, dict):
             raise TypeError("its header is no JSON object")
         tensors = {name: _entry(name, entry, data_start) for name, entry in raw.items() if name != "__metadata__"}
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: missing; {remedy}") from error
+        raise InputError(f"{path}: missing; {remedy}") from error
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a safetensors file (bad header: {error}); {remedy}") from error
+        raise InputError(f"{path}: not a safetensors file (bad header: {error}); {remedy}") from error
     except ValueError as error:
         if str(error).startswith(str(path)):
             raise
-        raise ValueError(f"{path}: not a safetensors file (bad header: {error}); {remedy}") from error
+        raise InputError(f"{path}: not a safetensors file (bad header: {error}); {remedy}") from error
     position = data_start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.num_bytes)):
         if tensor.start != position:
-            raise ValueError(f"{path}: not a safetensors file (its tensors overlap or leave gaps); {remedy}")
+            raise InputError(f"{path}: not a safetensors file (its tensors overlap or leave gaps); {remedy}")
         position += tensor.num_bytes
     if position != file_bytes:
         what = "truncated" if position > file_bytes else "has extra bytes at its end"
-        raise ValueError(f"{path}: {what}: its header describes {position:,} bytes, it has {file_bytes:,}; {remedy}")
+        raise InputError(f"{path}: {what}: its header describes {position:,} bytes, it has {file_bytes:,}; {remedy}")
     return tensors

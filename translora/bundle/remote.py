@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from translora.bundle.manifest import MAX_BUNDLE_BYTES, MAX_FILES, BundleError
+from translora.errors import InputError
 from translora.run.files import digest, full_disk, read_object, replace_directory, write_json
 from translora.run.redact import first_line
 
@@ -34,7 +35,7 @@ def expand_remote(pattern: str) -> list[str]:
     """URLs of the directories that a URL with `*`, `?` or `[]` matches; the URL itself where it has none of them.
 
     Raises:
-        ValueError: the file system is not known, not installed, or cannot be reached.
+        InputError: the file system is not known, not installed, or cannot be reached.
     """
     if not glob.has_magic(pattern):
         return [pattern.rstrip("/")]
@@ -42,7 +43,7 @@ def expand_remote(pattern: str) -> list[str]:
     try:
         found = fs.glob(path, detail=True)
     except Exception as error:  # a fault boundary: each store has errors of its own
-        raise ValueError(f"adapters: {pattern}: cannot be listed ({first_line(error, 300)})") from error
+        raise InputError(f"adapters: {pattern}: cannot be listed ({first_line(error, 300)})") from error
     return sorted(fs.unstrip_protocol(name).rstrip("/") for name, info in found.items() if info["type"] == "directory")
 
 
@@ -50,11 +51,11 @@ def name_of_url(url: str) -> str:
     """The last component, by which the adapter is called.
 
     Raises:
-        ValueError: it cannot be the name of a directory.
+        InputError: it cannot be the name of a directory.
     """
     name = url.rstrip("/").rsplit("/", 1)[-1]
     if name in ("", ".", "..") or set(name) & set('\\?*:"<>|\0'):
-        raise ValueError(f"adapters: {url}: {name!r} cannot be the name of an adapter; rename the directory")
+        raise InputError(f"adapters: {url}: {name!r} cannot be the name of an adapter; rename the directory")
     return name
 
 

@@ -14,6 +14,7 @@ from translora.bundle.base import BaseInfo
 from translora.bundle.bundle import MAX_SEEDS, MIN_SEEDS, is_foreign, read_bundle, verify_bundle
 from translora.bundle.manifest import MANIFEST, BundleError
 from translora.config import PrepareConfig, PrepareEntry
+from translora.errors import InputError
 from translora.run.files import derive_seed, digest, read_jsonl, sha256_file, sha256_path
 from translora.run.rundir import EXECUTION_ONLY
 from translora.synthesis.prompts import normalise
@@ -48,30 +49,30 @@ def read_task(config: PrepareConfig, entry: PrepareEntry) -> Task:
     """Read a task's data and choose its seeds.
 
     Raises:
-        ValueError: data or seeds are too few, or the bundle's directory holds something else.
+        InputError: data or seeds are too few, or the bundle's directory holds something else.
     """
     output = config.output_dir / entry.name
     if is_foreign(output):
-        raise ValueError(
+        raise InputError(
             f"{output}: exists and is not a bundle, so it is not replaced; move it away, or change output_dir"
         )
     if entry.data is None and (Path(str(entry.adapter)) / MANIFEST).exists():
-        raise ValueError(f"{entry.adapter}: is a bundle already; name it in the fleet file as it is")
+        raise InputError(f"{entry.adapter}: is a bundle already; name it in the fleet file as it is")
     rows = [] if entry.data is None else read_jsonl(entry.data, required=("input", "target"))
     if entry.data is not None and len(rows) < MIN_ROWS:
-        raise ValueError(f"{entry.data}: {len(rows)} row; give {MIN_ROWS} or more")
+        raise InputError(f"{entry.data}: {len(rows)} row; give {MIN_ROWS} or more")
     if entry.seeds is not None:
         seeds = [row["input"] for row in read_jsonl(entry.seeds, required=("input",))]
         if len(set(seeds)) < MIN_SEEDS:
-            raise ValueError(
+            raise InputError(
                 f"{entry.seeds}: {len(set(seeds))} different seed(s); give {MIN_SEEDS} or more (five is usual)"
             )
         if len(seeds) > MAX_SEEDS:
-            raise ValueError(f"{entry.seeds}: {len(seeds)} seeds, the limit is {MAX_SEEDS}; about five are usual")
+            raise InputError(f"{entry.seeds}: {len(seeds)} seeds, the limit is {MAX_SEEDS}; about five are usual")
     else:
         seeds = choose_seeds(rows, config.num_seeds, derive_seed(config.seed, entry.name, "seeds"))
         if len(seeds) < config.num_seeds:
-            raise ValueError(
+            raise InputError(
                 f"{entry.data}: {len(seeds)} different inputs, but num_seeds is {config.num_seeds}; "
                 "lower num_seeds or give `seeds`"
             )
@@ -82,7 +83,7 @@ def check_owned(adapter: str | None, base: BaseInfo) -> None:
     """Whether an owner's adapter, if one was given, is one of this base.
 
     Raises:
-        ValueError: it is not, or cannot be read.
+        InputError: it is not, or cannot be read.
     """
     if adapter is not None:
         check_recorded_base(Path(adapter), base.name, "give an adapter of this base")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field, field_validator
 
 from translora.config_file import Attention, DType, Strict
+from translora.errors import InputError
 
 VLLM_EXECUTION_ONLY = frozenset(
     {
@@ -44,7 +45,7 @@ VLLM_COUNTS = (
 
 def _quoted(value: object) -> object:
     if isinstance(value, dict):  # what YAML makes of {input}
-        raise ValueError("is no text; put it in quotation marks, as it begins with a brace")
+        raise InputError("is no text; put it in quotation marks, as it begins with a brace")
     return value
 
 
@@ -82,10 +83,10 @@ class BaseModelConfig(Strict):
         for name in VLLM_COUNTS:
             count = value.get(name, 1)
             if type(count) is not int or (count < 1 and (name, count) != ("max_model_len", -1)):
-                raise ValueError(f"{name}: {count!r} is no positive number; give one, or leave it out")
+                raise InputError(f"{name}: {count!r} is no positive number; give one, or leave it out")
         share = value.get("gpu_memory_utilization", 1.0)
         if type(share) not in (int, float) or not 0 < share <= 1:
-            raise ValueError(f"gpu_memory_utilization: {share!r} is no share of a GPU's memory, above 0 and at most 1")
+            raise InputError(f"gpu_memory_utilization: {share!r} is no share of a GPU's memory, above 0 and at most 1")
         return value
 
     def decides(self) -> dict[str, Any]:

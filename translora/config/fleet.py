@@ -12,6 +12,7 @@ from translora.config.own import OwnSettings
 from translora.config.synthesis import SynthesisConfig
 from translora.config.train import DiscriminatorConfig, TrainConfig
 from translora.config_file import ConfigFile, Strict
+from translora.errors import InputError
 from translora.merge.config import MergeEntry
 
 
@@ -105,7 +106,7 @@ class FleetConfig(ConfigFile):
     @model_validator(mode="after")
     def _merges_what_it_trains(self) -> Self:
         if self.distill.peft is not None and any(merge.when == "after" for merge in self.merges):
-            raise ValueError("merges: LoRAs alone can be merged after a migration; leave distill.peft or the merge out")
+            raise InputError("merges: LoRAs alone can be merged after a migration; leave distill.peft or the merge out")
         return self
 
     @property

@@ -13,6 +13,7 @@ from translora.config.fleet import TrackingConfig
 from translora.config.synthesis import SynthesisConfig
 from translora.config.train import DiscriminatorConfig, TrainConfig
 from translora.config_file import NAME_PATTERN, ConfigFile, Strict
+from translora.errors import InputError
 
 
 class PrepareEntry(Strict):
@@ -37,7 +38,7 @@ class PrepareEntry(Strict):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.data is None and None in (self.adapter, self.seeds):
-            raise ValueError("give `data`; or, where the data is gone, `adapter` and `seeds`")
+            raise InputError("give `data`; or, where the data is gone, `adapter` and `seeds`")
         return self
 
 
@@ -85,22 +86,22 @@ def refuse_teacher(train: TrainConfig) -> None:
     """What is trained on real data has no teacher and no source adapter.
 
     Raises:
-        ValueError: the loss is one of a teacher, or tokens are chosen by a source adapter, or begun is with one.
+        InputError: the loss is one of a teacher, or tokens are chosen by a source adapter, or begun is with one.
     """
     if train.loss != "sft":
-        raise ValueError(f"train.loss: {train.loss} wants a teacher, and training on real data has none; use sft")
+        raise InputError(f"train.loss: {train.loss} wants a teacher, and training on real data has none; use sft")
     if train.token_share < 1:
-        raise ValueError("train.token_share: is by the source adapter, and training on real data has none; set it to 1")
+        raise InputError("train.token_share: is by the source adapter, and training on real data has none; set it to 1")
     if train.warm_start:
-        raise ValueError("train.warm_start: training on real data has no source adapter to begin with; set it to false")
+        raise InputError("train.warm_start: training on real data has no source adapter to begin with; set it to false")
 
 
 def refuse_same_names(names: Sequence[str]) -> None:
     """Each task has a directory of its own name.
 
     Raises:
-        ValueError: a name appears twice.
+        InputError: a name appears twice.
     """
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"task names appear twice: {', '.join(twice)}; give each task its own `name`")
+        raise InputError(f"task names appear twice: {', '.join(twice)}; give each task its own `name`")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from translora.config_file import DType, Strict
+from translora.errors import InputError
 from translora.lora.kinds import MAX_RANK, check_kind
 
 
@@ -57,14 +58,14 @@ class LoraSettings(Strict):
     @model_validator(mode="after")
     def _is_readable(self) -> Self:
         if self.total_rank > MAX_RANK:
-            raise ValueError(f"rank {self.rank} times chain.links is {self.total_rank}, the limit is {MAX_RANK}")
+            raise InputError(f"rank {self.rank} times chain.links is {self.total_rank}, the limit is {MAX_RANK}")
         return self
 
     @model_validator(mode="after")
     def _moves_both_factors(self) -> Self:
         frozen = self.chain is not None and self.chain.freeze_A
         if self.gradient == "lora-pro" and (self.lora_plus_ratio != 1 or self.random_half or frozen):
-            raise ValueError(
+            raise InputError(
                 "gradient: lora-pro moves A and B together, so that their product comes nearest to the whole gradient; "
                 "leave lora_plus_ratio, random_half and chain.freeze_A out"
             )
@@ -166,9 +167,9 @@ class TrainConfig(Strict):
     @model_validator(mode="after")
     def _begins_in_one_way(self) -> Self:
         if self.warm_start and (self.peft is not None or self.lora.chain is not None or self.lora.init != "kaiming"):
-            raise ValueError("warm_start: copies a LoRA as a whole; leave peft, lora.chain and lora.init out")
+            raise InputError("warm_start: copies a LoRA as a whole; leave peft, lora.chain and lora.init out")
         if self.epochs == 0 and not self.warm_start:
-            raise ValueError("epochs: 0 trains nothing; give some, or copy the source adapters with warm_start")
+            raise InputError("epochs: 0 trains nothing; give some, or copy the source adapters with warm_start")
         return self
 
     @property

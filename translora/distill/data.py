@@ -15,6 +15,7 @@ import torch
 
 from translora.engine.attention import packed_inputs
 from translora.engine.prompts import PromptFormat
+from translora.errors import InputError
 from translora.lora.banked import Segment
 from translora.run.files import derive_seed
 
@@ -56,7 +57,7 @@ def encode_samples(
     `token_share` is that of TrainConfig, for rows whose teacher gave an excess.
 
     Raises:
-        ValueError: no row is left.
+        InputError: no row is left.
     """
     samples, vocabulary = [], len(prompts.tokenizer)
     for row in rows:
@@ -78,7 +79,7 @@ def encode_samples(
             "%s: %d of %d samples exceed max_length %d", name, len(samples) - len(kept), len(samples), max_length
         )
     if not kept:
-        raise ValueError(f"{name}: no training sample of at most {max_length} tokens; raise max_length")
+        raise InputError(f"{name}: no training sample of at most {max_length} tokens; raise max_length")
     return kept
 
 
@@ -133,11 +134,11 @@ def check_links(num_links: int, num_steps: int, num_init_steps: int, where: str)
     """Whether the steps of a run are enough for each link of its chain, the first of which an initialisation precedes.
 
     Raises:
-        ValueError: they are not.
+        InputError: they are not.
     """
     if num_links > num_steps or (num_links > 1 and math.ceil(num_steps / num_links) <= num_init_steps):
         init = ", the first of which eva takes" * bool(num_init_steps)
-        raise ValueError(
+        raise InputError(
             f"{where}: a chain of {num_links} links in {num_steps} steps{init}; lower lora.chain.links, or raise epochs"
         )
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from translora.errors import InputError
+
 DS_CONFIGS = next(
     path / "ds_configs" for path in Path(__file__).resolve().parents[1:3] if (path / "ds_configs").is_dir()
 )
@@ -29,11 +31,11 @@ def check_partitions(config: Mapping[str, Any], num_workers: int, where: str) ->
     """Whether ZeRO++'s copies of the base can be dealt out to the workers.
 
     Raises:
-        ValueError: they cannot; DeepSpeed would end at its start.
+        InputError: they cannot; DeepSpeed would end at its start.
     """
     size = config["zero_optimization"].get("zero_hpz_partition_size", 1)
     if size > 1 and num_workers > size and num_workers % size:
-        raise ValueError(
+        raise InputError(
             f"{where}: zero_hpz_partition_size {size} does not divide {num_workers} workers; take a multiple of it, or "
             "set it to the GPUs of a machine"
         )
@@ -43,32 +45,32 @@ def read_ds_config(name: str, dtype: torch.dtype) -> dict[str, Any]:
     """A DeepSpeed config by path or by its name in ds_configs/, with bf16 set to the resolved dtype.
 
     Raises:
-        ValueError: no such file, not ZeRO stage 3, an "auto" value (only HF Trainer resolves those), or a setting that
+        InputError: no such file, not ZeRO stage 3, an "auto" value (only HF Trainer resolves those), or a setting that
             belongs into the fleet file.
     """
     path = next((path for path in (Path(name), DS_CONFIGS / name) if path.is_file()), None)
     if path is None:
-        raise ValueError(
+        raise InputError(
             f"distill.ds_config: {name} is no file and not in ds_configs/; give the path of a DeepSpeed config"
         )
     text = path.read_text(encoding="utf-8")
     try:
         config: dict[str, Any] = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+        raise InputError(f"{path}: not JSON ({error})") from error
     if '"auto"' in text:
-        raise ValueError(f'{path}: "auto" is resolved by HF Trainer only; write numbers')
+        raise InputError(f'{path}: "auto" is resolved by HF Trainer only; write numbers')
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") != 3:
-        raise ValueError(f"{path}: expected an object whose zero_optimization.stage is 3")
+        raise InputError(f"{path}: expected an object whose zero_optimization.stage is 3")
     if not isinstance(zero.get("offload_param", {}), dict):
-        raise ValueError(f"{path}: zero_optimization.offload_param must be an object; leave it out for none")
+        raise InputError(f"{path}: zero_optimization.offload_param must be an object; leave it out for none")
     for key in (key for key in zero if key.startswith("stage3_max_") or key in COUNTS):
         if isinstance(zero[key], bool) or not isinstance(zero[key], (int, float)) or not 0 <= zero[key] < 1e18:
-            raise ValueError(f"{path}: zero_optimization.{key} is {zero[key]!r}, expected a number")
+            raise InputError(f"{path}: zero_optimization.{key} is {zero[key]!r}, expected a number")
     # DeepSpeed holds the base only. Its optimizer and its clipping would couple the adapters.
     for key, instead in IN_TRAIN_CONFIG.items():
         if config.get(key):
-            raise ValueError(f"{path}: {key} has no effect here, remove it; set {instead}")
+            raise InputError(f"{path}: {key} has no effect here, remove it; set {instead}")
     config["bf16"] = {"enabled": dtype == torch.bfloat16}
     return config

@@ -14,6 +14,7 @@ from translora.bundle.adapter import CONFIG, WEIGHTS
 from translora.config import DiscriminatorConfig, TrainConfig
 from translora.distill.data import Sample, encode_samples, num_steps
 from translora.engine.prompts import prompt_format
+from translora.errors import InputError
 from translora.run.files import derive_seed, digest, read_jsonl, sha256_file, write_jsonl
 from translora.run.rundir import EXECUTION_ONLY
 
@@ -79,7 +80,7 @@ class TrainJob:
         """The job's data as tokens.
 
         Raises:
-            ValueError: the data cannot be read, or no row of it is short enough.
+            InputError: the data cannot be read, or no row of it is short enough.
         """
         rows = read_jsonl(self.data, required=("input", "answer"))
         prompts = prompt_format(tokenizer, self.template)
@@ -145,8 +146,8 @@ def refuse_failures(jobs: Sequence[TrainJob]) -> None:
     """End where one training that was given up spoils the whole.
 
     Raises:
-        ValueError: why the first of these jobs was given up.
+        InputError: why the first of these jobs was given up.
     """
     for job in jobs:
         if (reason := job.failure()) is not None:
-            raise ValueError(reason)
+            raise InputError(reason)

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from translora.errors import InputError
 from translora.run.member import Member, Run
 from translora.run.state import SYNTHETIC
 from translora.synthesis.actors import run_rows
@@ -26,10 +27,10 @@ def check_vocabularies(source: PreTrainedTokenizerBase, target: PreTrainedTokeni
     """Probabilities can be compared token by token if a token is the same text in both bases.
 
     Raises:
-        ValueError: it is not.
+        InputError: it is not.
     """
     if source.get_vocab() != target.get_vocab():
-        raise ValueError("distill.loss: kl compares token by token, and the bases have different vocabularies; use sft")
+        raise InputError("distill.loss: kl compares token by token, and the bases have different vocabularies; use sft")
 
 
 def ask_teachers(run: Run, members: Sequence[Member]) -> dict[str, list[Teacher]]:

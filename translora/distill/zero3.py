@@ -137,7 +137,7 @@ def check_packing(base: ResidentBase, kind: str) -> None:
     """Two short samples must give packed what they give alone. Collective.
 
     Raises:
-        ValueError: they do not: state-space and convolution layers, for example, run on from sample to sample.
+        InputError: they do not: state-space and convolution layers, for example, run on from sample to sample.
     """
     samples = [Sample([5, 6, 7, 8], [9, 10]), Sample([11, 12, 13], [14])]
     with torch.no_grad():
@@ -161,7 +161,7 @@ def check_loaded(model: nn.Module, info: BaseInfo, max_tensors: int = 8) -> None
     Guards against transformers #43964 and #45313. Collective.
 
     Raises:
-        ValueError: a weight differs from its file.
+        InputError: a weight differs from its file.
     """
     parameters = {name: p for name, p in model.named_parameters() if name in info.shapes and p.ndim > 0}
     assert parameters, "no parameter of the model bears the name of a tensor in the files"

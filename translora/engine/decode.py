@@ -65,7 +65,7 @@ def check_cache(model: PreTrainedModel) -> None:
     """A text that is continued from its keys and values must get the probabilities that it gets as a whole.
 
     Raises:
-        ValueError: it does not: state-space bases, for example, keep something else and leave this out.
+        InputError: it does not: state-space bases, for example, keep something else and leave this out.
     """
     ids_1T = torch.tensor([[3, 4, 5, 6, 7]], device=model.device)
     whole_V = model(input_ids=ids_1T, use_cache=False).logits[0, -1].float()

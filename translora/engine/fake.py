@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from translora.engine.loading import plain_class
+from translora.errors import InputError
 
 FLASH_SHAPED = "translora_scoreless"
 FEW_LAYERS = (2, 4)
@@ -99,7 +100,7 @@ def depths_to_run(config: PreTrainedConfig) -> tuple[int, int]:
     """Two depths whose difference is what a layer adds: ALIKE or FEW_LAYERS.
 
     Raises:
-        ValueError: see `fake_base`.
+        InputError: see `fake_base`.
     """
     if any(value != own[0] for own in _by_layer(config).values() for value in own):
         return FEW_LAYERS
@@ -118,11 +119,11 @@ def fake_base(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> I
     """A base of fake tensors on the CPU, in eval mode; what is computed inside the context is fake too.
 
     Raises:
-        ValueError: it is no plain decoder, see `plain_class`.
+        InputError: it is no plain decoder, see `plain_class`.
     """
     kind = plain_class(config)
     if kind is None:
-        raise ValueError(f"{config.model_type}: not a decoder that transformers builds from one config")
+        raise InputError(f"{config.model_type}: not a decoder that transformers builds from one config")
     config = copy.deepcopy(config)
     config._attn_implementation = attention
     before = torch.get_default_dtype()

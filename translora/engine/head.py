@@ -41,7 +41,7 @@ class Head:
         """The output head of a transformers model, with what its config says of the logits.
 
         Raises:
-            ValueError: the config names a treatment of the logits that is not known here.
+            InputError: the config names a treatment of the logits that is not known here.
         """
         module, config = model.get_output_embeddings(), model.config.get_text_config()
         values = {

@@ -26,6 +26,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from translora.bundle.base import UnusableBaseError, info_of, refuse_code, refuse_encoder_decoder, refuse_quantised
 from translora.config import BaseModelConfig
 from translora.config_file import Attention, DType
+from translora.errors import InputError
 from translora.run.redact import first_line
 
 logger = logging.getLogger(__name__)
@@ -70,14 +71,14 @@ def attention_of(settings: BaseModelConfig, dtype: torch.dtype) -> str:
     """The attention implementation of a base.
 
     Raises:
-        ValueError: SDPA is asked for where it would leave out the cap of the scores.
+        InputError: SDPA is asked for where it would leave out the cap of the scores.
     """
     base = info_of(settings)
     config = AutoConfig.from_pretrained(base.path, trust_remote_code=settings.trust_remote_code)
     kind = plain_class(config) or MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING.get(type(config), None)
     capped = caps_attention(base.config)
     if settings.attn_implementation == "sdpa" and capped:
-        raise ValueError(f"{base.path}: caps its attention scores, which SDPA cannot; set attn_implementation to auto")
+        raise InputError(f"{base.path}: caps its attention scores, which SDPA cannot; set attn_implementation to auto")
     return resolve_attention(settings.attn_implementation, dtype, kind, capped=capped)
 
 
@@ -152,7 +153,7 @@ def load_tokenizer(base: BaseModelConfig) -> PreTrainedTokenizerBase:
     in Jinja's sandbox.
 
     Raises:
-        ValueError: the base is not there, or its tokenizer files are incomplete or damaged; names the directory.
+        InputError: the base is not there, or its tokenizer files are incomplete or damaged; names the directory.
     """
     return _tokenizer(info_of(base).path, base.trust_remote_code)
 
@@ -171,12 +172,12 @@ def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
         if not trust_remote_code and (path / TOKENIZER_CONFIG).exists():
             refuse_code(path / TOKENIZER_CONFIG, error)
         reason = first_line(error)
-        raise ValueError(f"{path}: its tokenizer cannot be loaded ({reason}); {remedy}") from error
+        raise InputError(f"{path}: its tokenizer cannot be loaded ({reason}); {remedy}") from error
     if isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = without_clock(tokenizer.chat_template)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-        raise ValueError(f"{path}: its tokenizer has neither a padding nor an end-of-text token; {remedy}")
+        raise InputError(f"{path}: its tokenizer has neither a padding nor an end-of-text token; {remedy}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -238,7 +239,7 @@ def load_model(
         encoder_decoder: the base is one; the caller has to know, for it is asked in another way.
 
     Raises:
-        ValueError: the attention that is asked for would not be the base's, its weights are quantised, or it is an
+        InputError: the attention that is asked for would not be the base's, its weights are quantised, or it is an
             encoder-decoder unasked.
     """
     base = info_of(config)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from translora.errors import InputError
+
 PLAIN_TEMPLATE = "{input}\nAnswer:"
 _MARK = "\u2063answer\u2063"
 
@@ -47,10 +49,10 @@ class PromptFormat:
         """Characters start..end of the answer in each token of `encode_answer`; none (start = end) in its end's.
 
         Raises:
-            ValueError: the tokenizer does not know which characters a token stands for.
+            InputError: the tokenizer does not know which characters a token stands for.
         """
         if not self.tokenizer.is_fast:
-            raise ValueError(f"{type(self.tokenizer).__name__} does not tell the characters of a token; token_share: 1")
+            raise InputError(f"{type(self.tokenizer).__name__} does not tell the characters of a token; token_share: 1")
         rendered = f"{self.lead}{answer}{self.end}"
         found = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         clipped = [[min(max(place - len(self.lead), 0), len(answer)) for place in span] for span in found]
@@ -81,7 +83,7 @@ def prompt_format(tokenizer: PreTrainedTokenizerBase, template: str = "auto") ->
     """The format of a base's prompts.
 
     Raises:
-        ValueError: `chat` without a chat template, or a template without {input} or with several.
+        InputError: `chat` without a chat template, or a template without {input} or with several.
     """
     has_chat = bool(tokenizer.chat_template)
     if template == "auto":
@@ -90,10 +92,10 @@ def prompt_format(tokenizer: PreTrainedTokenizerBase, template: str = "auto") ->
     if template != "chat":
         if (count := template.count("{input}")) != 1:
             fault = "lacks {input}" if count == 0 else f"has {{input}} {count} times"
-            raise ValueError(f"prompt template {template!r} {fault}; put it once, where the task input goes")
+            raise InputError(f"prompt template {template!r} {fault}; put it once, where the task input goes")
         return PromptFormat(tokenizer, template, eos, "" if template[-1:].isspace() else " ")
     if not has_chat:
-        raise ValueError("prompt template is 'chat', but the tokenizer has no chat template; use a string with {input}")
+        raise InputError("prompt template is 'chat', but the tokenizer has no chat template; use a string with {input}")
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
     rendered = tokenizer.apply_chat_template(turns, tokenize=False)
     assert isinstance(rendered, str)

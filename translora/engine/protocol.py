@@ -15,6 +15,7 @@ from translora.bundle.base import UnusableBaseError
 from translora.config import SamplingConfig
 from translora.engine.decode import Request, Row
 from translora.engine.prompts import prompt_format
+from translora.errors import InputError
 
 logger = logging.getLogger(__name__)
 Samples = Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -35,7 +36,7 @@ class EngineDied(RuntimeError):
     """What the engine runs outside this process is gone: nothing can be computed with it any more."""
 
 
-class RowTooLong(ValueError):
+class RowTooLong(InputError):
     """A row has more tokens than the engine takes."""
 
 
@@ -48,7 +49,7 @@ class Engine(Protocol):
         """Have exactly these adapters: PEFT directory by slot name; nothing to do where they are there.
 
         Raises:
-            ValueError, OSError: one of them cannot be used.
+            InputError, OSError: one of them cannot be used.
         """
 
     def load(self) -> None:
@@ -58,7 +59,7 @@ class Engine(Protocol):
         """Read one adapter, and whether this engine computes its kind.
 
         Raises:
-            ValueError, OSError: it cannot be used.
+            InputError, OSError: it cannot be used.
         """
 
     def generate(self, requests: Sequence[Request], sampling: SamplingConfig | None = None) -> list[Completion]:

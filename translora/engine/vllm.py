@@ -31,6 +31,7 @@ from translora.engine.decode import Request, Row
 from translora.engine.loading import load_tokenizer
 from translora.engine.protocol import Completion, EngineDied, RowTooLong, Samples, answer_tokens, completion, end_tokens
 from translora.engine.vllm_settings import RANKS, check_engine, check_rank, engine_arguments
+from translora.errors import InputError
 from translora.lora.methods import read_adapter
 from translora.lora.peft_io import LoraWeights, pad_rank, write_lora
 from translora.run.redact import first_line
@@ -76,7 +77,7 @@ class VllmEngine:
         """Read an adapter.
 
         Raises:
-            ValueError: vLLM does not compute its kind, or did not take it.
+            InputError: vLLM does not compute its kind, or did not take it.
         """
         self._read(path)
 
@@ -86,7 +87,7 @@ class VllmEngine:
         if not isinstance(adapter, LoraWeights):
             reason = "is no plain LoRA, and vLLM computes no others"
         if reason is not None:
-            raise ValueError(f"{path}: {reason}; leave `vllm` of its base out")
+            raise InputError(f"{path}: {reason}; leave `vllm` of its base out")
         assert isinstance(adapter, LoraWeights)
         check_rank(adapter.max_rank, self.base, str(path))
         return adapter
@@ -104,7 +105,7 @@ class VllmEngine:
         self._hear_canary(new)
         for path in wanted.values():
             if path in self._refused:
-                raise ValueError(f"{path}: {self._refused[path]}")
+                raise InputError(f"{path}: {self._refused[path]}")
 
     def _make_room(self, adapters: Collection[LoraWeights]) -> None:
         largest = max((adapter.max_rank for adapter in adapters), default=0)

@@ -16,6 +16,7 @@ import torch
 from translora.bundle.base import info_of, refuse_quantised
 from translora.config import BaseModelConfig
 from translora.engine.loading import num_gpus, resolve_dtype
+from translora.errors import InputError
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM has for `max_lora_rank`."""
@@ -29,35 +30,35 @@ def check_rank(rank: int, base: BaseModelConfig, where: str) -> None:
     """Whether a base's engine takes LoRAs of this rank.
 
     Raises:
-        ValueError: it is vLLM, which does not.
+        InputError: it is vLLM, which does not.
     """
     if base.vllm is not None and rank > RANKS[-1]:
-        raise ValueError(f"{where}: rank {rank}, the limit of vLLM is {RANKS[-1]}; leave `vllm` of {base.model} out")
+        raise InputError(f"{where}: rank {rank}, the limit of vLLM is {RANKS[-1]}; leave `vllm` of {base.model} out")
 
 
 def check_engine(base: BaseModelConfig) -> None:
     """Whether a base can be computed with: this Python has vLLM, and vLLM the engine arguments, where it asks for it.
 
     Raises:
-        ValueError: it has not, or the base is one for vLLM alone.
+        InputError: it has not, or the base is one for vLLM alone.
     """
     if base.vllm is None:
         info = info_of(base)
         refuse_quantised(info.config, base.model, "give the base as it was before, or have vLLM compute with it (vllm)")
         return
     if importlib.util.find_spec("vllm") is None:
-        raise ValueError(
+        raise InputError(
             f"{base.model}: asks for vllm, which is not installed; pip install 'translora[vllm]', or leave `vllm` out"
         )
     from vllm.engine.arg_utils import EngineArgs
 
     if taken := sorted(base.vllm.keys() & set(OWN)):
-        raise ValueError(f"{base.model}: vllm.{taken[0]}: is set by translora; leave it out")
+        raise InputError(f"{base.model}: vllm.{taken[0]}: is set by translora; leave it out")
     known = [field.name for field in dataclasses.fields(EngineArgs)]
     for name in base.vllm.keys() - set(known):
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}?" if close else "see vLLM's engine arguments"
-        raise ValueError(f"{base.model}: vllm.{name}: vLLM has no such engine argument; {hint}")
+        raise InputError(f"{base.model}: vllm.{name}: vLLM has no such engine argument; {hint}")
 
 
 def engine_arguments(base: BaseModelConfig, max_rank: int, modules: Collection[str]) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def engine_arguments(base: BaseModelConfig, max_rank: int, modules: Collection[s
     }
     if max_rank:
         if dtype == torch.float32 and num_gpus():
-            raise ValueError(f"{base.model}: vLLM has no LoRAs in float32 on a GPU; set dtype to bfloat16")
+            raise InputError(f"{base.model}: vLLM has no LoRAs in float32 on a GPU; set dtype to bfloat16")
         arguments |= {"enable_lora": True, "max_lora_rank": max_rank, "lora_target_modules": sorted(modules)}
         arguments |= {"max_loras": MAX_LORAS, "max_cpu_loras": MAX_CPU_LORAS}
     arguments |= base.vllm or {}

@@ -27,6 +27,7 @@ from translora.config import (
     refuse_teacher,
 )
 from translora.config_file import NAME_PATTERN, ConfigFile, Strict, fault_text
+from translora.errors import InputError
 
 SOURCE_BASE, SOURCE_ADAPTER, TARGET_BASE, REAL = "source_base", "source_adapter", "target_base", "real"
 REFERENCE_ARMS = (SOURCE_BASE, SOURCE_ADAPTER, TARGET_BASE, REAL)
@@ -63,12 +64,12 @@ class EvaluateTask(Strict):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.data is None) == (self.lm_eval is None):
-            raise ValueError(f"task {self.name}: give either data or lm_eval")
+            raise InputError(f"task {self.name}: give either data or lm_eval")
         if self.lm_eval is None:
             if self.include_path is not None:
-                raise ValueError(f"task {self.name}: include_path holds task files of lm_eval, which is not set")
+                raise InputError(f"task {self.name}: include_path holds task files of lm_eval, which is not set")
             if self.metric is not None or self.filter is not None:
-                raise ValueError(f"task {self.name}: metric and filter are of lm_eval's task, which is not set")
+                raise InputError(f"task {self.name}: metric and filter are of lm_eval's task, which is not set")
         return self
 
 
@@ -111,12 +112,12 @@ class EvaluateConfig(ConfigFile):
         refuse_teacher(self.train)
         refuse_same_names([task.name for task in self.tasks])
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds: {self.seeds} names one twice; a repetition counts once")
+            raise InputError(f"seeds: {self.seeds} names one twice; a repetition counts once")
         if self.output.suffix != ".md":
-            raise ValueError(f"output: {self.output.name} does not end in .md; name the Markdown file to write")
+            raise InputError(f"output: {self.output.name} does not end in .md; name the Markdown file to write")
         for arm in self.arms:
             if not re.fullmatch(NAME_PATTERN, arm) or arm in REFERENCE_ARMS:
-                raise ValueError(
+                raise InputError(
                     f"arms.{arm}: not a name for an arm; use letters, digits, '.', '_' and '-', "
                     f"and none of {', '.join(REFERENCE_ARMS)}"
                 )
@@ -162,12 +163,12 @@ class EvaluateConfig(ConfigFile):
         The next hop's discriminators are not measured: their training is cut to one step.
 
         Raises:
-            ValueError: the arm overrides what it may not, or with what is no value of a setting.
+            InputError: the arm overrides what it may not, or with what is no value of a setting.
         """
         overrides = self.arms[arm]
         for section in overrides:
             if section not in OVERRIDDEN:
-                raise ValueError(f"arms.{arm}.{section}: an arm overrides settings of {', '.join(OVERRIDDEN)} alone")
+                raise InputError(f"arms.{arm}.{section}: an arm overrides settings of {', '.join(OVERRIDDEN)} alone")
         whole = {
             "run_dir": self.arm_dir(seed, arm),
             "source": self.source.model_dump(),
@@ -188,7 +189,7 @@ class EvaluateConfig(ConfigFile):
             return FleetConfig.model_validate(whole | own | {"adapters": entries})
         except ValidationError as error:
             faults = "; ".join(f"arms.{arm}.{fault_text(FleetConfig, fault)}" for fault in error.errors())
-            raise ValueError(faults) from error
+            raise InputError(faults) from error
 
 
 def without_gate(fleet: FleetConfig) -> FleetConfig:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from translora.errors import InputError
 from translora.evaluate.config import EvaluateTask
 from translora.evaluate.harness import Document, HarnessTask, load_harness_task
 from translora.evaluate.statistics import chance_share
@@ -59,7 +60,7 @@ def load_task(entry: EvaluateTask) -> TaskData:
     """A task's rows, from its file or from the harness.
 
     Raises:
-        ValueError: names the file or the task and what is wrong with it.
+        InputError: names the file or the task and what is wrong with it.
     """
     if entry.data is not None:
         return TaskData(entry, read_task_data(entry.data))
@@ -72,7 +73,7 @@ def read_task_data(path: str | Path) -> Rows:
     """Rows of `input` and `target`: JSONL, or BIG-Bench-Hard's {"examples": [...]}.
 
     Raises:
-        ValueError: names the file, the row and what is wrong with it.
+        InputError: names the file, the row and what is wrong with it.
     """
     try:
         whole = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -81,7 +82,7 @@ def read_task_data(path: str | Path) -> Rows:
     if isinstance(whole, dict) and "examples" in whole:
         examples = whole["examples"]
         if not isinstance(examples, list) or not examples:
-            raise ValueError(f'{path}: "examples" must be a list of objects with {" and ".join(FIELDS)}')
+            raise InputError(f'{path}: "examples" must be a list of objects with {" and ".join(FIELDS)}')
         rows = [check_row(row, FIELDS, f"{path}, example {number}") for number, row in enumerate(examples, 1)]
     else:
         rows = read_jsonl(path, required=FIELDS)
@@ -92,14 +93,14 @@ def split(data: TaskData, seed: int) -> Split:
     """Training and test rows of one repetition, drawn by seed and task; of equal inputs the first alone is used.
 
     Raises:
-        ValueError: there are fewer different inputs than the two parts need.
+        InputError: there are fewer different inputs than the two parts need.
     """
     task, rng = data.entry, random.Random(derive_seed(seed, data.entry.name, "evaluate"))
     drawn = draw(data.rows, rng)
     if data.harness is None:
         wanted = task.num_train + task.num_test
         if len(drawn) < wanted:
-            raise ValueError(
+            raise InputError(
                 f"{task.data}: {len(drawn)} different inputs, but num_train + num_test of {task.name} is {wanted}; "
                 "lower one of them, or give more data"
             )
@@ -112,7 +113,7 @@ def split(data: TaskData, seed: int) -> Split:
             pairs.setdefault(key, (row, document))
     for part, count, wanted in (("train", len(train), task.num_train), ("test", len(pairs), task.num_test)):
         if count < wanted:
-            raise ValueError(
+            raise InputError(
                 f"tasks.{task.name}: lm_eval task {task.lm_eval} has {count} different inputs to {part} on, but "
                 f"num_{part} is {wanted}; lower it"
             )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from translora.errors import InputError
 from translora.evaluate.config import EvaluateTask
 from translora.run.redact import first_line
 
@@ -72,7 +73,7 @@ class HarnessTask:
         """A document as `input` and `target`; of several right answers the first is trained on.
 
         Raises:
-            ValueError: prompt or answer is no text, or the answer is none of the choices.
+            InputError: prompt or answer is no text, or the answer is none of the choices.
         """
         text, target = self._prompt(document), self.task.doc_to_target(document)
         if isinstance(target, list) and target:
@@ -82,11 +83,11 @@ class HarnessTask:
             if isinstance(target, int) and 0 <= target < len(choices):
                 target = choices[target]
             if str(target).strip() not in choices or not all(choices):
-                raise ValueError(f"lm_eval task {self.name}: {target!r} is none of a document's choices {choices}")
+                raise InputError(f"lm_eval task {self.name}: {target!r} is none of a document's choices {choices}")
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"lm_eval task {self.name}: a document's prompt is not text; give another task")
+            raise InputError(f"lm_eval task {self.name}: a document's prompt is not text; give another task")
         if not str(target).strip():
-            raise ValueError(f"lm_eval task {self.name}: a document has no answer to train on; give another task")
+            raise InputError(f"lm_eval task {self.name}: a document has no answer to train on; give another task")
         return {"input": text.strip(), "target": str(target).strip()}
 
     def choices(self, document: Document) -> list[str]:
@@ -101,7 +102,7 @@ class HarnessTask:
             found: an answer's text for each; of a task of choices the log-likelihood of each choice.
 
         Raises:
-            ValueError: a score is none, or not in 0 to 1.
+            InputError: a score is none, or not in 0 to 1.
         """
         instances = []
         for index, (document, answer) in enumerate(zip(documents, found, strict=True)):
@@ -121,7 +122,7 @@ class HarnessTask:
             results = self.task.process_results(document, [instance.filtered_resps[key] for instance in own])
             scores.append(float(results[self.metric]))
             if not 0 <= scores[-1] <= 1:
-                raise ValueError(f"lm_eval task {self.name}: its {self.metric} is {scores[-1]}, not between 0 and 1")
+                raise InputError(f"lm_eval task {self.name}: its {self.metric} is {scores[-1]}, not between 0 and 1")
         return scores
 
     def try_out(self) -> None:
@@ -168,53 +169,53 @@ def load_harness_task(entry: EvaluateTask) -> HarnessTask:
     """A task by its name in the harness, or in the task files below `include_path`.
 
     Raises:
-        ValueError: the harness is not installed, has no such task, cannot load its data, or scores it in a way that
+        InputError: the harness is not installed, has no such task, cannot load its data, or scores it in a way that
             has no score for each document.
     """
     try:
         from lm_eval.api.metrics import mean
     except ImportError as error:
-        raise ValueError(
+        raise InputError(
             f"tasks.{entry.name}: lm_eval needs lm-evaluation-harness; pip install 'translora[lm-eval]'"
         ) from error
     where = f"tasks.{entry.name}: lm_eval task {entry.lm_eval}"
     if entry.include_path is not None and not Path(entry.include_path).is_dir():
-        raise ValueError(f"{where}: include_path {entry.include_path} is no folder; correct it")
+        raise InputError(f"{where}: include_path {entry.include_path} is no folder; correct it")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = task_manager(entry.include_path)
     if entry.lm_eval not in manager.all_subtasks:
         known = "is a group; name one of its tasks" if entry.lm_eval in manager.all_tasks else "is not known"
-        raise ValueError(f"{where}: {known}; `lm_eval ls tasks` lists them, include_path adds task files of your own")
+        raise InputError(f"{where}: {known}; `lm_eval ls tasks` lists them, include_path adds task files of your own")
     try:
         task = manager.load([entry.lm_eval])["tasks"][entry.lm_eval]
         has_train = task.has_training_docs()
     except Exception as error:  # the hub, the data's own code, a damaged task file
-        raise ValueError(
+        raise InputError(
             f"{where}: cannot be loaded ({first_line(error)}); check its data files, or that the hub can be reached"
         ) from error
     if task.OUTPUT_TYPE not in OUTPUT_TYPES or task.multiple_input:
         kind = "choices of prompts" if task.OUTPUT_TYPE in OUTPUT_TYPES else task.OUTPUT_TYPE
-        raise ValueError(f"{where}: is of {kind}, not {' or '.join(OUTPUT_TYPES)}; give a task of these")
+        raise InputError(f"{where}: is of {kind}, not {' or '.join(OUTPUT_TYPES)}; give a task of these")
     if getattr(task, "UNSAFE_CODE", False):
-        raise ValueError(f"{where}: runs code that a model writes, which is never done here; give another task")
+        raise InputError(f"{where}: runs code that a model writes, which is never done here; give another task")
     if (many := task.config.repeats or 1) > 1:
-        raise ValueError(f"{where}: asks for {many} answers to a document; one greedy answer is measured")
+        raise InputError(f"{where}: asks for {many} answers to a document; one greedy answer is measured")
     if not has_train:
-        raise ValueError(f"{where}: has no training split, from which the source adapter could be trained")
+        raise InputError(f"{where}: has no training split, from which the source adapter could be trained")
     means, better = task.aggregation(), task.higher_is_better()
     metrics = [one for one in means if means[one] is mean and better.get(one, True)]
     if task.OUTPUT_TYPE == "multiple_choice":
         metrics = [one for one in CHOICE_METRICS if one in metrics and not callable(task.config.process_results)]
     if not metrics or "acc_mutual_info" in means:
-        raise ValueError(f"{where}: none of its metrics ({', '.join(means)}) can be had from its documents one by one")
+        raise InputError(f"{where}: none of its metrics ({', '.join(means)}) can be had from its documents one by one")
     found = HarnessTask(entry.name, task, entry.metric or metrics[0], entry.filter)
     for setting, wanted, own in (("metric", entry.metric, metrics), ("filter", entry.filter, found.filters)):
         if wanted is not None and wanted not in own:
-            raise ValueError(f"{where}: has no {setting} {wanted} that can be used; give one of {', '.join(own)}")
+            raise InputError(f"{where}: has no {setting} {wanted} that can be used; give one of {', '.join(own)}")
     for difference in differences(task):
         logger.warning("%s: %s", where, difference)
     try:
         found.try_out()
     except Exception as error:  # the task's own code
-        raise ValueError(f"{where}: its documents cannot be scored ({first_line(error)}); give another task") from error
+        raise InputError(f"{where}: its documents cannot be scored ({first_line(error)}); give another task") from error
     return found

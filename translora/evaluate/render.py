@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from translora.config import GateConfig
+from translora.errors import InputError
 from translora.evaluate.calibration import calibration_page
 from translora.evaluate.cells import MISSING, counted_noun, points, ratio, table
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, TARGET_BASE
@@ -36,7 +37,7 @@ def read_results(output: Path) -> Results:
     """The results that an earlier evaluation wrote beside the Markdown.
 
     Raises:
-        ValueError: there are none, or they are damaged or of another version.
+        InputError: there are none, or they are damaged or of another version.
     """
     path = output.with_suffix(".json")
     try:
@@ -44,7 +45,7 @@ def read_results(output: Path) -> Results:
         return Results.model_validate_json(text)
     except (OSError, ValidationError) as error:
         fault = error.strerror if isinstance(error, OSError) else _damage(text)
-        raise ValueError(f"{path}: cannot be read ({fault}); run without --report-only") from error
+        raise InputError(f"{path}: cannot be read ({fault}); run without --report-only") from error
 
 
 def _damage(text: bytes) -> str:

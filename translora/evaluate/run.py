@@ -21,6 +21,7 @@ from translora.bundle.task import check_owned
 from translora.config import TrainConfig
 from translora.distill.job import make_job, refuse_failures
 from translora.distill.launch import train_adapters
+from translora.errors import InputError
 from translora.evaluate.answers import Repetition, answer, migrations, task_items, write_items
 from translora.evaluate.config import REAL, EvaluateConfig, without_gate
 from translora.evaluate.data import Split, load_task, split
@@ -47,13 +48,13 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
         start_cluster: called when everything has been checked: starts Ray.
 
     Raises:
-        ValueError: the config, a base or the data of a task cannot be used.
+        InputError: the config, a base or the data of a task cannot be used.
     """
     data = [load_task(task) for task in config.tasks]
     splits = {seed: {one.entry.name: split(one, seed) for one in data} for seed in config.seeds}
     source, target = (info_as_begun(config.run_dir, base) for base in (config.source, config.target))
     if source.fingerprint == target.fingerprint:
-        raise ValueError(f"source and target are the same base ({source.path}); set `target` to another base")
+        raise InputError(f"source and target are the same base ({source.path}); set `target` to another base")
     for base in (source, target):
         check_section(config.train, base, "train")
     for task in config.tasks:
@@ -125,7 +126,7 @@ def train_real(config: EvaluateConfig, seed: int, splits: Mapping[str, Split], t
     """Train a LoRA on the target base with each task's real data, as the source adapter was; directories by task.
 
     Raises:
-        ValueError: the data of a task cannot be trained on.
+        InputError: the data of a task cannot be trained on.
     """
     directory = config.seed_dir(seed) / REAL
     outputs = {name: directory / "adapters" / name for name in splits}

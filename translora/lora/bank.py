@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from translora.bundle.modules import adaptable, linears
+from translora.errors import InputError
 from translora.lora.banked import BASE_SLOT, BankedLinear, Factors, Route, Segment, SegmentHook, Slot
 from translora.lora.peft_io import LoraWeights
 from translora.lora.targets import resolve_targets
@@ -114,7 +115,7 @@ def load_bank(model: nn.Module, adapters: Mapping[str, LoraWeights]) -> AdapterB
         adapters: by slot name; may differ in rank, scaling and adapted modules.
 
     Raises:
-        ValueError: an adapter names a module that the model lacks, that is no nn.Linear, or of another shape.
+        InputError: an adapter names a module that the model lacks, that is no nn.Linear, or of another shape.
     """
     max_rank = max((weights.max_rank for weights in adapters.values()), default=1)
     modules = linears(model)
@@ -123,11 +124,11 @@ def load_bank(model: nn.Module, adapters: Mapping[str, LoraWeights]) -> AdapterB
         for module, (lora_A, lora_B) in weights.modules.items():
             linear = modules.get(module)
             if linear is None:
-                raise ValueError(
+                raise InputError(
                     f"adapter {adapter}: the base has no linear module {module}; it belongs to another base"
                 )
             if (linear.out_features, linear.in_features) != (lora_B.shape[0], lora_A.shape[1]):
-                raise ValueError(
+                raise InputError(
                     f"adapter {adapter}: {module} is {linear.in_features} -> {linear.out_features} in this base, but "
                     f"{lora_A.shape[1]} -> {lora_B.shape[0]} in the adapter; it belongs to another base"
                 )
@@ -162,7 +163,7 @@ def new_bank(model: Any, target_modules: Sequence[str] | str) -> AdapterBank:
         target_modules: see translora.lora.targets.
 
     Raises:
-        ValueError: a target name matches no linear module of the model.
+        InputError: a target name matches no linear module of the model.
     """
     model.requires_grad_(False)
     return _attach(model, resolve_targets(adaptable(model), target_modules, "the base", "lora.target_modules"))

@@ -1,5 +1,7 @@
 """The PEFT methods that are supported, by their `peft_type`. Importing this module loads neither torch nor ray."""
 
+from translora.errors import InputError
+
 MAX_RANK = 1024
 """Of a LoRA that is read, and of one that is made."""
 VIRTUAL_TOKENS = frozenset({"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"})
@@ -13,9 +15,9 @@ def check_kind(kind: object, where: str) -> str:
     """The method's name as PEFT writes it.
 
     Raises:
-        ValueError: it is none of METHODS.
+        InputError: it is none of METHODS.
     """
     name = kind.upper() if isinstance(kind, str) else ""
     if name not in METHODS:
-        raise ValueError(f"{where}peft_type is {kind!r}; supported are {', '.join(sorted(METHODS))}")
+        raise InputError(f"{where}peft_type is {kind!r}; supported are {', '.join(sorted(METHODS))}")
     return name

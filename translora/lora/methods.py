@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from translora.bundle.adapter import CONFIG, WEIGHTS, is_in_bank, read_adapter_config
 from translora.bundle.base import BaseInfo
 from translora.bundle.modules import meta_model, output_head
+from translora.errors import InputError
 from translora.lora.method_settings import OF_THE_PLACE, SIZES_OF_THE_BASE, check_settings
 from translora.lora.peft_io import LoraWeights, read_lora, read_tensors
 from translora.run.redact import first_line
@@ -33,7 +34,7 @@ def method_config(directory: str | Path) -> PeftConfig:
     A fault boundary, as `expected_shapes`: what PEFT raises for an odd config is its own affair.
 
     Raises:
-        ValueError: it cannot be read, or not be used here; names the file and the remedy.
+        InputError: it cannot be read, or not be used here; names the file and the remedy.
     """
     path, settings = Path(directory) / CONFIG, read_adapter_config(Path(directory))
     kind = check_settings(settings, path)
@@ -47,7 +48,7 @@ def method_config(directory: str | Path) -> PeftConfig:
     try:
         return get_peft_config({**kept, "peft_type": kind, "inference_mode": True})
     except Exception as error:
-        raise ValueError(
+        raise InputError(
             f"{path}: PEFT refuses it ({first_line(error)}); save the adapter with PEFT's save_pretrained"
         ) from error
 
@@ -60,7 +61,7 @@ def read_method(directory: str | Path) -> Method:
     """Read an adapter.
 
     Raises:
-        ValueError: one of them cannot be read, or not be used here; names the file and the remedy.
+        InputError: one of them cannot be read, or not be used here; names the file and the remedy.
     """
     return method_config(directory), read_tensors(Path(directory) / WEIGHTS)
 
@@ -69,7 +70,7 @@ def read_adapter(directory: str | Path) -> LoraWeights | Method:
     """Read an adapter for the bank, or one that PEFT puts on the base.
 
     Raises:
-        ValueError: as read_lora and read_method.
+        InputError: as read_lora and read_method.
     """
     return read_lora(directory) if is_in_bank(Path(directory)) else read_method(directory)
 
@@ -139,7 +140,7 @@ def expected_shapes(base: BaseInfo, config: PeftConfig) -> dict[str, tuple[int, 
     """Names and shapes of the tensors that an adapter of this method has on a base; nothing is allocated.
 
     Raises:
-        ValueError: the method cannot be put on the base, or would adapt its output head.
+        InputError: the method cannot be put on the base, or would adapt its output head.
     """
     model = meta_model(base.path, base.trust_remote_code)
     if config.is_prompt_learning:
@@ -148,8 +149,8 @@ def expected_shapes(base: BaseInfo, config: PeftConfig) -> dict[str, tuple[int, 
         with torch.device("meta"):
             shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(put_on(model, config)).items()}
     except Exception as error:
-        raise ValueError(f"PEFT cannot put it on {base.name!r} ({first_line(error)})") from error
+        raise InputError(f"PEFT cannot put it on {base.name!r} ({first_line(error)})") from error
     head = output_head(base)
     if head is not None and any(f".{head}." in name for name in shapes):
-        raise ValueError(f"it adapts {head}, the output head of {base.name!r}, which is not supported; leave it out")
+        raise InputError(f"it adapts {head}, the output head of {base.name!r}, which is not supported; leave it out")
     return shapes

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from translora.bundle.adapter import CONFIG, WEIGHTS, read_adapter_config
+from translora.errors import InputError
 from translora.lora.kinds import MAX_RANK
 
 PREFIX = "base_model.model."
@@ -78,11 +79,11 @@ def check_pattern(key: str, option: str, path: Path | str) -> bool:
         or len(re.findall(r"[*+?{]", key)) > 2
         or key.count("|") > 6
     ):
-        raise ValueError(f"{path}: {option} has the key {key[:80]!r}; use plain module names as keys")
+        raise InputError(f"{path}: {option} has the key {key[:80]!r}; use plain module names as keys")
     try:
         re.compile(_PATTERN.format(key))
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path}: {option} has the key {key!r}, no valid pattern ({error})") from error
+        raise InputError(f"{path}: {option} has the key {key!r}, no valid pattern ({error})") from error
     return re.search(r"[*+?{(|]", key) is not None
 
 
@@ -93,12 +94,12 @@ def check_numbers(config: Mapping[str, Any], path: Path | str, remedy: str = "re
     for option in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(option) or {}
         if not isinstance(pattern, dict):
-            raise ValueError(f"{path}: {option} is no object; {remedy}")
+            raise InputError(f"{path}: {option} is no object; {remedy}")
         for key, value in pattern.items():
             values[f"{option}.{key}"] = value
             num_patterns += check_pattern(key, option, path)
     if num_patterns > MAX_PATTERNS:
-        raise ValueError(
+        raise InputError(
             f"{path}: rank_pattern and alpha_pattern have {num_patterns} keys that are patterns, the limit is "
             f"{MAX_PATTERNS}; use plain module names as keys"
         )
@@ -106,7 +107,7 @@ def check_numbers(config: Mapping[str, Any], path: Path | str, remedy: str = "re
         integral = not option.endswith("alpha") and not option.startswith("alpha")
         kinds = (int,) if integral else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 1e9:
-            raise ValueError(f"{path}: {option} is {value!r}, expected a positive number; {remedy}")
+            raise InputError(f"{path}: {option} is {value!r}, expected a positive number; {remedy}")
 
 
 def check_init(init: object, path: Path | str, remedy: str | None = None) -> None:
@@ -119,7 +120,7 @@ def check_init(init: object, path: Path | str, remedy: str | None = None) -> Non
         return
     convert = "convert it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
     retrain = "train the adapter again with init_lora_weights: true"
-    raise ValueError(
+    raise InputError(
         f"{path}: init_lora_weights is {init[:80]!r}; initialisations that change (or may change) the base's weights "
         "are not supported; "
         f"{remedy or (convert if init.lower().startswith(_CONVERTIBLE_INITS) else retrain)}"
@@ -135,24 +136,24 @@ def refuse_options(config: Mapping[str, Any], where: Path | str, *, through_peft
     """Refuse options that are not supported: by the bank, or `through_peft`.
 
     Raises:
-        ValueError: names the option.
+        InputError: names the option.
     """
     for option, meaning in (_UNSUPPORTED | ({} if through_peft else _THROUGH_PEFT)).items():
         if config.get(option):
-            raise ValueError(f"{where}: {option} is set: {meaning} is not supported; retrain the adapter without it")
+            raise InputError(f"{where}: {option} is set: {meaning} is not supported; retrain the adapter without it")
     if config.get("bias", "none") != "none":
-        raise ValueError(f"{where}: bias is {config['bias']!r}; only bias='none' is supported; train it without biases")
+        raise InputError(f"{where}: bias is {config['bias']!r}; only bias='none' is supported; train it without biases")
 
 
 def lora_config(directory: Path) -> dict[str, Any]:
     """Read adapter_config.json.
 
     Raises:
-        ValueError: missing, not JSON, not LoRA, or with options that the adapter bank does not cover.
+        InputError: missing, not JSON, not LoRA, or with options that the adapter bank does not cover.
     """
     path, config = directory / CONFIG, read_adapter_config(directory)
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be read here")
+        raise InputError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be read here")
     refuse_options(config, path)
     check_init(config.get("init_lora_weights"), path)
     check_numbers(config, path)
@@ -163,12 +164,12 @@ def check_name(key: str, path: Path | str) -> re.Match[str]:
     """Module and factor of a tensor's name.
 
     Raises:
-        ValueError: it is none of a LoRA's.
+        InputError: it is none of a LoRA's.
     """
     match = LORA_TENSOR.fullmatch(key)
     if match is None:
         whole = key.endswith(".weight") and "lora_" not in key.rpartition(".")[0].rpartition(".")[2]
-        raise ValueError(
+        raise InputError(
             f"{path}: unexpected tensor {key!r}; only lora_A and lora_B of linear modules are supported"
             + ", train the adapter without the embedding and the output head, which is saved whole" * whole
         )
@@ -179,24 +180,24 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """An adapter's tensors by name, on the CPU.
 
     Raises:
-        ValueError: the file is missing, truncated or a pickle; names it and the remedy.
+        InputError: the file is missing, truncated or a pickle; names it and the remedy.
     """
     if not path.is_file():
         pickled = path.with_suffix(".bin")
         if pickled.exists():
-            raise ValueError(f"{pickled}: pickled weights are never loaded; convert the adapter to {path.name}")
-        raise ValueError(f"{path}: missing; save the adapter with PEFT's save_pretrained")
+            raise InputError(f"{pickled}: pickled weights are never loaded; convert the adapter to {path.name}")
+        raise InputError(f"{path}: missing; save the adapter with PEFT's save_pretrained")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: truncated or not safetensors ({error}); copy the file again") from error
+        raise InputError(f"{path}: truncated or not safetensors ({error}); copy the file again") from error
 
 
 def read_lora(directory: str | Path) -> LoraWeights:
     """Read a PEFT LoRA directory, on the CPU, in the dtype of the file.
 
     Raises:
-        ValueError: a file is missing, truncated or a pickle; a tensor has no partner, a rank does not
+        InputError: a file is missing, truncated or a pickle; a tensor has no partner, a rank does not
             fit the config or exceeds MAX_RANK. Names the file and the remedy.
     """
     directory = Path(directory)
@@ -208,20 +209,20 @@ def read_lora(directory: str | Path) -> LoraWeights:
         match = check_name(key, path)
         pairs.setdefault(match[1], {})[match[2]] = tensor
     if not pairs:
-        raise ValueError(f"{path}: holds no tensors; save the adapter again (ZeRO-3 needs its parameters gathered)")
+        raise InputError(f"{path}: holds no tensors; save the adapter again (ZeRO-3 needs its parameters gathered)")
     modules: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     scaling: dict[str, float] = {}
     ranks, alphas = _compiled(config, "rank_pattern"), _compiled(config, "alpha_pattern")
     for module, pair in pairs.items():
         if set(pair) != {"A", "B"}:
-            raise ValueError(f"{path}: {module} has only lora_{next(iter(pair))}; save the adapter again")
+            raise InputError(f"{path}: {module} has only lora_{next(iter(pair))}; save the adapter again")
         lora_A, lora_B = pair["A"], pair["B"]
         rank = int(_pattern_value(ranks, module, config.get("r", 0)))
         alpha = _pattern_value(alphas, module, config.get("lora_alpha", rank))
         if not 1 <= rank <= MAX_RANK:
-            raise ValueError(f"{directory / 'adapter_config.json'}: rank {rank} of {module} is outside 1..{MAX_RANK}")
+            raise InputError(f"{directory / 'adapter_config.json'}: rank {rank} of {module} is outside 1..{MAX_RANK}")
         if lora_A.ndim != 2 or lora_B.ndim != 2 or lora_A.shape[0] != rank or lora_B.shape[1] != rank:
-            raise ValueError(
+            raise InputError(
                 f"{path}: {module} has A {list(lora_A.shape)} and B {list(lora_B.shape)}, but the config says "
                 f"rank {rank}; restore the adapter_config.json that belongs to these weights"
             )

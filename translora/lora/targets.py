@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from translora.errors import InputError
+
 ALL_LINEAR = "all-linear"
 """Every linear module but the output head, as in PEFT."""
 SAME_PART = (
@@ -31,11 +33,11 @@ def resolve_targets(linears: Iterable[str], targets: Sequence[str] | str, base: 
         setting: where the targets come from.
 
     Raises:
-        ValueError: the base has none, or not one of this name; says which there are, and what stands in its place.
+        InputError: the base has none, or not one of this name; says which there are, and what stands in its place.
     """
     linears = list(linears)
     if not linears:
-        raise ValueError(f"{setting}: {base} has no linear modules (its layers are of another kind); take another base")
+        raise InputError(f"{setting}: {base} has no linear modules (its layers are of another kind); take another base")
     if isinstance(targets, str):
         return linears
     lasts = {name.rpartition(".")[2] for name in linears}
@@ -43,7 +45,7 @@ def resolve_targets(linears: Iterable[str], targets: Sequence[str] | str, base: 
     if missing:
         instead = sorted({name for part in SAME_PART if part & set(missing) for name in part & lasts})
         hint = f"; in its place there is {', '.join(instead)}" if instead else ""
-        raise ValueError(
+        raise InputError(
             f"{setting}: {', '.join(missing)} not in {base}; it has {', '.join(sorted(lasts))}{hint}; "
             f"or write {ALL_LINEAR}"
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from translora.bundle import BaseInfo
 from translora.bundle.modules import linear_modules
+from translora.errors import InputError
 from translora.lora.banked import Factors
 from translora.lora.peft_io import LoraWeights, truncated
 from translora.lora.targets import resolve_targets
@@ -43,20 +44,20 @@ def check_warm_start(source: BaseInfo, target: BaseInfo, target_modules: list[st
     """Refuse bases whose adapted modules are not of one shape.
 
     Raises:
-        ValueError: names the first module that differs.
+        InputError: names the first module that differs.
     """
     old, new = linear_modules(source), linear_modules(target)
     own = resolve_targets(new, target_modules, target.name, "distill.lora.target_modules")
     ends = {name.rpartition(".")[2] for name in own}
     if extra := sorted(name for name in old.keys() - set(own) if name.rpartition(".")[2] in ends):
-        raise ValueError(
+        raise InputError(
             f"distill.warm_start: {extra[0]} is in {source.name} and not in {target.name}; an adapter can be copied "
             "between bases of one shape only; set warm_start to false"
         )
     for name in own:
         if old.get(name) != new[name]:
             has = f"is {old[name]} there" if name in old else "is not there"
-            raise ValueError(
+            raise InputError(
                 f"distill.warm_start: {name} is {new[name]} (out, in) in {target.name} and {has}, in {source.name}; an "
                 "adapter can be copied between bases of one shape only; set warm_start to false"
             )

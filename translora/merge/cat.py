@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from translora.distill.data import Sample, batch_indices, num_steps
+from translora.errors import InputError
 from translora.lora.peft_io import LoraWeights
 from translora.merge.config import CatSettings
 from translora.merge.data import pad_batch
@@ -70,14 +71,14 @@ def cat_modules(model: nn.Module, adapters: Sequence[LoraWeights], softmax: bool
     """Have the adapters on the frozen base while the block runs, their coefficients uniform and trainable.
 
     Raises:
-        ValueError: an adapter names a module that the base lacks.
+        InputError: an adapter names a module that the base lacks.
     """
     model.requires_grad_(False)
     names = sorted({name for adapter in adapters for name in adapter.modules})
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     missing = [name for name in names if name not in linears]
     if missing:
-        raise ValueError(f"the base has no linear module {missing[0]}; the adapter belongs to another base")
+        raise InputError(f"the base has no linear module {missing[0]}; the adapter belongs to another base")
     modules = {name: CatLinear(linears[name], name, adapters, softmax) for name in names}
     try:
         for name, module in modules.items():
@@ -98,11 +99,11 @@ def with_answers(data: Sequence[Sample]) -> list[Sample]:
     """Those samples that can be learnt from; says how many are left out.
 
     Raises:
-        ValueError: there is none.
+        InputError: there is none.
     """
     answered = [sample for sample in data if sample.answer_ids]
     if not answered:
-        raise ValueError("data: no row has an answer, and cat learns from answers; give rows with `answer` or `target`")
+        raise InputError("data: no row has an answer, and cat learns from answers; give rows with `answer` or `target`")
     if len(answered) < len(data):
         logger.warning("cat: %d of %d rows have no answer and are left out", len(data) - len(answered), len(data))
     return answered
@@ -128,7 +129,7 @@ def train_coefficients(
         seed: of the order of the samples.
 
     Raises:
-        ValueError: there is no answer in `data` to learn from, or the loss is not finite.
+        InputError: there is no answer in `data` to learn from, or the loss is not finite.
     """
     data = with_answers(data)
     steps = num_steps(len(data), settings.epochs, settings.batch_size)
@@ -143,7 +144,7 @@ def train_coefficients(
             batch = pad_batch(chosen, pad_token_id, with_labels=True)
             loss = answer_loss(model, {key: value.to(place) for key, value in batch.items()})
             if not torch.isfinite(loss):
-                raise ValueError(f"cat: the loss is {loss.item()} at step {step}; lower cat.learning_rate")
+                raise InputError(f"cat: the loss is {loss.item()} at step {step}; lower cat.learning_rate")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from translora.config.own import OwnSettings
 from translora.config_file import NAME_PATTERN, Attention, DType, Strict, fault_text
+from translora.errors import InputError
 
 Combination = Literal[
     "linear",
@@ -127,34 +128,34 @@ class MergeSettings(Strict):
         """Compare weights and data with the adapters.
 
         Raises:
-            ValueError: names the setting and the remedy.
+            InputError: names the setting and the remedy.
         """
         if self.weights is not None and len(self.weights) != num_adapters:
-            raise ValueError(f"weights: {len(self.weights)} for {num_adapters} adapters; give one for each")
+            raise InputError(f"weights: {len(self.weights)} for {num_adapters} adapters; give one for each")
         if self.weights is not None and self.needs_data:
-            raise ValueError(f"weights: {self.method} finds its own; leave them out, or use another method")
+            raise InputError(f"weights: {self.method} finds its own; leave them out, or use another method")
         for setting, (methods, words) in SETTINGS_OF.items():
             if setting in self.model_fields_set and self.method not in methods:
-                raise ValueError(f"{setting}: {self.method} does not follow it, which is of {words}; leave it out")
+                raise InputError(f"{setting}: {self.method} does not follow it, which is of {words}; leave it out")
         default = IterisSettings()
         for key in (*REGMEAN, "reg_coef") if self.method == "regmean" else ():
             if getattr(self.iteris, key) != getattr(default, key):
-                raise ValueError(
+                raise InputError(
                     f"iteris.{key}: regmean is iteris with one solve, equal weights and no regularisation; leave it "
                     "out, or use iteris with max_iter 1 and norm equal"
                 )
         averages = self.method in ("fedex", "component_mean")
         if self.weights is not None and averages and (min(self.weights) <= 0 or abs(sum(self.weights) - 1) > 1e-6):
-            raise ValueError(f"weights: {self.method} is an average; give positive weights that sum to 1")
+            raise InputError(f"weights: {self.method} is an average; give positive weights that sum to 1")
         if self.method in NEED_OWN_DATA and num_files != num_adapters:
-            raise ValueError(
+            raise InputError(
                 f"data: {num_files} files for {num_adapters} adapters; {self.method} takes one for each, "
                 "in the adapters' order"
             )
         if self.method == "cat" and not num_files:
-            raise ValueError("data: missing; cat learns from a small mixture of the skills' data")
+            raise InputError("data: missing; cat learns from a small mixture of the skills' data")
         if num_files and not self.needs_data:
-            raise ValueError(f"data: {self.method} uses none; leave it out, or use cat, iteris or regmean")
+            raise InputError(f"data: {self.method} uses none; leave it out, or use cat, iteris or regmean")
 
 
 class MergeConfig(MergeSettings):
@@ -183,16 +184,16 @@ class MergeConfig(MergeSettings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len({path.resolve() for path in self.adapters}) < len(self.adapters):
-            raise ValueError("adapters: one is named twice; give it a larger weight instead")
+            raise InputError("adapters: one is named twice; give it a larger weight instead")
         if self.out.resolve() in {path.resolve() for path in self.adapters}:
-            raise ValueError(f"out: {self.out} is one of the adapters; give another directory")
+            raise InputError(f"out: {self.out} is one of the adapters; give another directory")
         out, base = self.out.resolve(), [Path(self.base)] if self.base and Path(self.base).exists() else []
         for path in [*self.adapters, *self.data, *base]:
             own = path.resolve()
             if own.is_relative_to(out):
-                raise ValueError(f"out: {self.out} would replace {path}; give another directory")
+                raise InputError(f"out: {self.out} would replace {path}; give another directory")
             if out.is_relative_to(own):
-                raise ValueError(f"out: {self.out} would lie in {path}; give another directory")
+                raise InputError(f"out: {self.out} would lie in {path}; give another directory")
         self.check(len(self.adapters), len(self.data))
         self.out = out  # so that what a link points to is replaced, and not the link
         return self
@@ -224,12 +225,12 @@ class MergeEntry(MergeSettings, OwnSettings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len(set(map(os.path.normpath, self.adapters))) < len(self.adapters):
-            raise ValueError("adapters: one is named twice; give it a larger weight instead")
+            raise InputError("adapters: one is named twice; give it a larger weight instead")
         synthetic = len(self.adapters) if self.when == "after" and self.needs_data else 0
         self.check(len(self.adapters), len(self.data) or synthetic)
         for name in OwnSettings.model_fields.keys() - {"num_samples"} if self.when == "after" else ():
             if getattr(self, name) is not None:
-                raise ValueError(f"{name}: what is merged after the migration is not trained or judged; leave it out")
+                raise InputError(f"{name}: what is merged after the migration is not trained or judged; leave it out")
         return self
 
 
@@ -237,29 +238,29 @@ def merge_config(settings: dict[str, Any], assignments: Sequence[str] = ()) -> M
     """A checked config of the command's flags and its `--set section.key=value` assignments.
 
     Raises:
-        ValueError: names the setting and what is wrong with it.
+        InputError: names the setting and what is wrong with it.
     """
     raw = {key: value for key, value in settings.items() if value is not None}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         *sections, last = key.strip().split(".")
         if not equals or not last:
-            raise ValueError(f"--set {assignment}: not of the form iteris.max_iter=5")
+            raise InputError(f"--set {assignment}: not of the form iteris.max_iter=5")
         if key.strip() in raw:
-            raise ValueError(f"--set {assignment}: {key.strip()} is given already; give it once")
+            raise InputError(f"--set {assignment}: {key.strip()} is given already; give it once")
         inner = raw
         for section in sections:
             inner = inner.setdefault(section, {})
             if not isinstance(inner, dict):
-                raise ValueError(f"--set {assignment}: {section} has no settings of its own")
+                raise InputError(f"--set {assignment}: {section} has no settings of its own")
         if key.strip() == "prompt_template":  # {input} is no mapping
             inner[last] = text
             continue
         try:
             inner[last] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ValueError(f"--set {assignment}: the value is no plain value ({error})") from error
+            raise InputError(f"--set {assignment}: the value is no plain value ({error})") from error
     try:
         return MergeConfig.model_validate(raw)
     except ValidationError as error:
-        raise ValueError("; ".join(fault_text(MergeConfig, fault) for fault in error.errors())) from error
+        raise InputError("; ".join(fault_text(MergeConfig, fault) for fault in error.errors())) from error

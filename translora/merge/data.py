@@ -15,6 +15,7 @@ import torch
 
 from translora.distill.data import Sample
 from translora.engine.prompts import PromptFormat
+from translora.errors import InputError
 from translora.run.files import check_row, derive_seed, read_jsonl, sha256_file
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows with an `input`: JSONL, or a run's synthetic.parquet, whose refused samples are left out.
 
     Raises:
-        ValueError: names the file and what is wrong with it.
+        InputError: names the file and what is wrong with it.
     """
     if path.suffix != ".parquet":
         return read_jsonl(path, required=("input",))
@@ -36,10 +37,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         found = pq.read_table(path).to_pylist()
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); give a run's adapters/NAME/synthetic.parquet") from error
+        raise InputError(f"{path}: cannot be read ({error}); give a run's adapters/NAME/synthetic.parquet") from error
     rows = [row for row in found if row.get("split") != "refused"]
     if not rows:
-        raise ValueError(f"{path}: no accepted samples; give the synthetic set of an adapter that was migrated")
+        raise InputError(f"{path}: no accepted samples; give the synthetic set of an adapter that was migrated")
     return [check_row(row, ("input",), f"{path}, row {number}") for number, row in enumerate(rows, 1)]
 
 
@@ -47,11 +48,11 @@ def answer_of(row: Mapping[str, Any], where: str) -> str:
     """A row's answer as text; empty where it has none.
 
     Raises:
-        ValueError: it is no text and no number; names the place.
+        InputError: it is no text and no number; names the place.
     """
     found = next((row[field] for field in ANSWERS if row.get(field) is not None), "")
     if not isinstance(found, str | int | float) or isinstance(found, bool):
-        raise ValueError(f"{where}: its answer is {type(found).__name__}; give text, as the model has to write it")
+        raise InputError(f"{where}: its answer is {type(found).__name__}; give text, as the model has to write it")
     return str(found).strip()
 
 
@@ -61,7 +62,7 @@ def read_samples(path: Path, prompts: PromptFormat, max_length: int, max_samples
     Of more than `max_samples` as many are drawn, by the file's contents and the seed alone.
 
     Raises:
-        ValueError: names the file; no row is left.
+        InputError: names the file; no row is left.
     """
     samples = []
     rows = read_rows(path)
@@ -79,7 +80,7 @@ def read_samples(path: Path, prompts: PromptFormat, max_length: int, max_samples
         rng = random.Random(derive_seed(seed, "merge", sha256_file(path)))
         samples = [samples[index] for index in sorted(rng.sample(range(len(samples)), max_samples))]
     if not samples:
-        raise ValueError(f"{path}: no row of at most {max_length} tokens; raise max_length")
+        raise InputError(f"{path}: no row of at most {max_length} tokens; raise max_length")
     return samples
 
 

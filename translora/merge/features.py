@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 
+from translora.errors import InputError
 from translora.lora.bank import AdapterBank, load_bank
 from translora.lora.peft_io import LoraWeights
 from translora.merge.config import IterisSettings
@@ -46,7 +47,7 @@ def run_iteris(
         names: what errors call the adapters.
 
     Raises:
-        ValueError: a task has no inputs, or they are not finite in one of the models.
+        InputError: a task has no inputs, or they are not finite in one of the models.
     """
     tasks = [str(index) for index in range(len(loras))]
     names = names or [f"adapter {number}" for number, _ in enumerate(loras, 1)]
@@ -125,7 +126,7 @@ def _weights(
         return [1.0] * len(grams)
     base_weight = bank.modules[name].base.weight if settings.norm == "base+delta" else None
     if base_weight is not None and not base_weight.numel():
-        raise ValueError(f"norm base+delta: the weight of {name} is partitioned here; use norm delta under ZeRO-3")
+        raise InputError(f"norm base+delta: the weight of {name} is partitioned here; use norm delta under ZeRO-3")
     own = [gram[block[name]] for gram in grams]
     return adaptive_weights(*factors, own, norm=settings.norm, base_weight=base_weight)
 

@@ -18,6 +18,7 @@ from translora.config import AdapterEntry, BaseModelConfig, FleetConfig
 from translora.config.own import OwnSettings
 from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
+from translora.errors import InputError
 from translora.merge.config import MergeConfig, MergeEntry, MergeSettings, merge_config
 from translora.run.files import digest, remove_directory, sha256_file
 from translora.run.member import Member
@@ -35,12 +36,12 @@ def entries_before(config: FleetConfig, names: Sequence[str]) -> dict[str, Adapt
         names: of the fleet's other adapters.
 
     Raises:
-        ValueError: two adapters of the run would have one name.
+        InputError: two adapters of the run would have one name.
     """
     taken = set(names)
     for merge in config.merges:
         if merge.name in taken:
-            raise ValueError(f"merges: the name {merge.name} is taken by another adapter; give another name")
+            raise InputError(f"merges: the name {merge.name} is taken by another adapter; give another name")
         taken.add(merge.name)
     found = {
         merge.name: AdapterEntry(
@@ -52,7 +53,7 @@ def entries_before(config: FleetConfig, names: Sequence[str]) -> dict[str, Adapt
     for merge in config.merges:
         unknown = sorted(set(merge.adapters) - set(names) - found.keys())
         if merge.when == "after" and unknown:
-            raise ValueError(f"merges: {merge.name}: no adapter of this fleet is named {', '.join(unknown)}")
+            raise InputError(f"merges: {merge.name}: no adapter of this fleet is named {', '.join(unknown)}")
     return found
 
 
@@ -74,12 +75,12 @@ def fetch_parts(config: FleetConfig, entry: MergeEntry) -> list[str]:
     """Directories of a merge's bundles; remote ones are copied below RUN/merging/NAME.parts.
 
     Raises:
-        ValueError: one cannot be had.
+        InputError: one cannot be had.
     """
     directory = config.run_dir / MERGING / f"{entry.name}.parts"
     urls = {f"{number}-{name_of_url(path)}": path for number, path in enumerate(entry.adapters) if is_remote(path)}
     if faults := fetch_all(urls, directory):
-        raise ValueError("; ".join(faults.values()))
+        raise InputError("; ".join(faults.values()))
     copies = {url: str(directory / name) for name, url in urls.items()}
     return [copies.get(path, path) for path in entry.adapters]
 
@@ -135,10 +136,10 @@ def published(config: FleetConfig, state: AdapterState) -> Bundle:
     """The bundle that an adapter of the fleet became.
 
     Raises:
-        ValueError: it was not migrated.
+        InputError: it was not migrated.
     """
     if state.status != "migrated":
-        raise ValueError(f"{state.name} was not migrated ({state.status}: {state.reason}); mend it, or leave it out")
+        raise InputError(f"{state.name} was not migrated ({state.status}: {state.reason}); mend it, or leave it out")
     return read_bundle(config.run_dir / state.output)
 
 
@@ -157,11 +158,11 @@ def merge_bundles(
     Its seeds are those of all parts, in turn; it has no discriminator: no owner saw data of all skills together.
 
     Raises:
-        ValueError: a part, the data or a setting cannot be used, or the workers that ran the base were lost.
+        InputError: a part, the data or a setting cannot be used, or the workers that ran the base were lost.
     """
     for path in data:
         if not path.is_file():
-            raise ValueError(f"{path}: no such file; correct `data` of the merge {entry.name}")
+            raise InputError(f"{path}: no such file; correct `data` of the merge {entry.name}")
     others = {"adapters", "data", "when", *OwnSettings.model_fields} - {"num_samples"}
     recipe = digest(
         entry.model_dump(mode="json", exclude=others),
@@ -225,7 +226,7 @@ def run_merge(command: MergeConfig, config: FleetConfig, start_cluster: Callable
     """`translora merge`, on a worker of the cluster where the base is run.
 
     Raises:
-        ValueError: as merge does, or the memory does not suffice, or the worker was lost more than once.
+        InputError: as merge does, or the memory does not suffice, or the worker was lost more than once.
     """
     from translora.merge.run import MORE_MEMORY, merge
 
@@ -245,4 +246,4 @@ def run_merge(command: MergeConfig, config: FleetConfig, start_cluster: Callable
             raise error.cause from None
         raise
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-        raise ValueError(f"the worker that merged was lost ({first_line(error)}); {MORE_MEMORY}") from error
+        raise InputError(f"the worker that merged was lost ({first_line(error)}); {MORE_MEMORY}") from error

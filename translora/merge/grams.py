@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from translora.errors import InputError
 from translora.lora.bank import AdapterBank
 from translora.merge.iteris import Grams, gram_update
 
@@ -36,7 +37,7 @@ def shared_inputs(model: nn.Module, bank: AdapterBank, batch: Batch) -> dict[str
             leaders[name] = last[0][0]
             return
         if x.ndim != 3:
-            raise ValueError(
+            raise InputError(
                 f"{name}: is given its inputs as {list(x.shape)}, rows and tokens in one, which cannot be told apart; "
                 "merge by cat or by a method without data"
             )
@@ -47,7 +48,7 @@ def shared_inputs(model: nn.Module, bank: AdapterBank, batch: Batch) -> dict[str
         _forward(model, bank, batch, [None])
     missing = bank.modules.keys() - leaders.keys()
     if missing:
-        raise ValueError(f"{min(missing)}: is not used in a forward pass, so it has no inputs to merge by")
+        raise InputError(f"{min(missing)}: is not used in a forward pass, so it has no inputs to merge by")
     return leaders
 
 
@@ -100,12 +101,12 @@ def check_grams(grams: Sequence[Mapping[str, Grams]], names: Sequence[str]) -> N
     """Refuse sums that nothing can be solved from; they are those of all ranks, so all refuse.
 
     Raises:
-        ValueError: names the adapter and the module.
+        InputError: names the adapter and the module.
     """
     for adapter, by_module in zip(names, grams, strict=True):
         for name, gram in by_module.items():
             if not math.isfinite(float(gram.H.diagonal().sum() + gram.G.diagonal().sum())):
-                raise ValueError(
+                raise InputError(
                     f"{adapter}: the inputs of {name} are not finite, with it or with what is merged so far; look at "
                     "its weights, or set dtype to float32"
                 )
@@ -115,7 +116,7 @@ def check_batches(batches: Sequence[Sequence[Batch]], names: Sequence[str], plac
     """Refuse a task without a token, and a rank without a batch, on all ranks alike.
 
     Raises:
-        ValueError: names the adapter.
+        InputError: names the adapter.
     """
     tokens = [sum(int(batch["attention_mask"].sum()) for batch in own) for own in batches]
     counts = torch.tensor([*tokens, int(not any(batches))], device=place)
@@ -124,21 +125,21 @@ def check_batches(batches: Sequence[Sequence[Batch]], names: Sequence[str], plac
     *of_tasks, num_idle = counts.tolist()
     for adapter, count in zip(names, of_tasks, strict=True):
         if count == 0:
-            raise ValueError(f"{adapter}: there are no inputs for it; give it some data")
+            raise InputError(f"{adapter}: there are no inputs for it; give it some data")
     if num_idle:
-        raise ValueError(f"{num_idle} ranks have no batch at all; give every rank some, or take fewer ranks")
+        raise InputError(f"{num_idle} ranks have no batch at all; give every rank some, or take fewer ranks")
 
 
 def _masks(batch: Batch) -> dict[tuple[int, int], torch.Tensor]:
     """Masks by their shape, which is how a module's tokens are told from the other stream's.
 
     Raises:
-        ValueError: encoder and decoder rows are of one length.
+        InputError: encoder and decoder rows are of one length.
     """
     found = [batch[name].bool() for name in MASKS if name in batch]
     masks = {(mask.shape[0], mask.shape[1]): mask for mask in found}
     if len(masks) < len(found):
-        raise ValueError("attention_mask and decoder_attention_mask have one shape; pad one of them by a column")
+        raise InputError("attention_mask and decoder_attention_mask have one shape; pad one of them by a column")
     return masks
 
 

@@ -18,6 +18,8 @@ from typing import Literal
 
 import torch
 
+from translora.errors import InputError
+
 Norm = Literal["delta", "base+delta"]
 
 
@@ -55,7 +57,7 @@ def gram_update(grams: Grams, x_TI: torch.Tensor, merged_TI: torch.Tensor | None
         reg_coef: rho of the paper, in [0, 1].
 
     Raises:
-        ValueError: the two inputs differ in shape, or `Grams.first` is given merged inputs.
+        InputError: the two inputs differ in shape, or `Grams.first` is given merged inputs.
     """
     x = x_TI.to(grams.G)
     if merged_TI is None:
@@ -64,9 +66,9 @@ def gram_update(grams: Grams, x_TI: torch.Tensor, merged_TI: torch.Tensor | None
             sums += gram
         return
     if merged_TI.shape != x_TI.shape:
-        raise ValueError(f"inputs {list(x_TI.shape)} and merged inputs {list(merged_TI.shape)} are not the same tokens")
+        raise InputError(f"inputs {list(x_TI.shape)} and merged inputs {list(merged_TI.shape)} are not the same tokens")
     if grams.G is grams.H:
-        raise ValueError("these Grams hold one sum for X and Y; make them with Grams.paired for two models")
+        raise InputError("these Grams hold one sum for X and Y; make them with Grams.paired for two models")
     y = torch.lerp(merged_TI.to(grams.G), x, reg_coef)
     grams.G.addmm_(x.T, y)
     grams.H.addmm_(y.T, y)
@@ -96,14 +98,14 @@ def adaptive_weights(
         base_weight: W_0 [out, in], for `base+delta`.
 
     Raises:
-        ValueError: `base+delta` without `base_weight`, or Grams without C.
+        InputError: `base+delta` without `base_weight`, or Grams without C.
     """
     if norm == "base+delta" and base_weight is None:
-        raise ValueError("norm 'base+delta' needs base_weight, the module's frozen weight [out, in]")
+        raise InputError("norm 'base+delta' needs base_weight, the module's frozen weight [out, in]")
     found = []
     for A, B, s, gram in zip(lora_A, lora_B, scaling, grams, strict=True):
         if gram.C is None:
-            raise ValueError("adaptive weights need the Gram C of a task's own inputs; make it with with_inputs=True")
+            raise InputError("adaptive weights need the Gram C of a task's own inputs; make it with with_inputs=True")
         A64, B64, C = A.to(gram.C), B.to(gram.C) * s, gram.C
         if norm == "delta":
             outer = B64.T @ B64  # tr(B A C A^T B^T) = sum(B^T B * A C A^T): r by r, never out by in

@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from translora.errors import InputError
 from translora.lora.peft_io import LoraWeights, truncated
 from translora.merge.config import Combination
 
@@ -52,7 +53,7 @@ def combine(
         seed: of dare's random choice.
 
     Raises:
-        ValueError: an elementwise combination meets different ranks.
+        InputError: an elementwise combination meets different ranks.
     """
     assert len(loras) == len(weights) > 1, "PEFT turns any combination of one adapter into linear"
     if combination in ELEMENTWISE:
@@ -109,13 +110,13 @@ def _refuse_different_ranks(loras: Sequence[LoraWeights], combination: str) -> N
         ranks = sorted({len(lora.modules[name][0]) for lora in loras if name in lora.modules})
         if len(ranks) > 1:
             remedy = "svd" if combination == "linear" else f"{combination}_svd"
-            raise ValueError(
+            raise InputError(
                 f"{combination}: {name} has the ranks {', '.join(map(str, ranks))}, and it adds A and B by themselves; "
                 f"use {remedy}, static_cat or component_mean"
             )
     greatest = sorted({lora.max_rank for lora in loras})
     if len(greatest) > 1:
-        raise ValueError(
+        raise InputError(
             f"{combination}: the adapters have the ranks {', '.join(map(str, greatest))}; use svd or static_cat"
         )
 

@@ -23,6 +23,7 @@ from translora.config import BaseModelConfig
 from translora.engine.loading import device, load_model, load_tokenizer, resolve_dtype
 from translora.engine.memory import is_out_of_memory
 from translora.engine.prompts import prompt_format
+from translora.errors import InputError
 from translora.lora.kinds import MAX_RANK
 from translora.lora.peft_io import LoraWeights, pad_rank, read_lora, write_lora
 from translora.merge import aggregate, cat
@@ -58,13 +59,13 @@ def merge(config: MergeConfig) -> Path:
     """Merge adapters; returns the directory of the result.
 
     Raises:
-        ValueError: an adapter, the base, the data or a setting cannot be used; names it and the remedy.
+        InputError: an adapter, the base, the data or a setting cannot be used; names it and the remedy.
     """
     if config.out.exists() and not (config.out / SETTINGS_FILE).is_file():
-        raise ValueError(f"{config.out}: exists and is no merged adapter, so it is not replaced; give another --out")
+        raise InputError(f"{config.out}: exists and is no merged adapter, so it is not replaced; give another --out")
     for path in config.data:
         if not path.is_file():
-            raise ValueError(f"--data {path}: no such file; give JSONL, or a synthetic.parquet")
+            raise InputError(f"--data {path}: no such file; give JSONL, or a synthetic.parquet")
     base = find_base(config)
     for path in config.adapters:
         check_recorded_base(path, base.name, "merge adapters of one base")
@@ -77,7 +78,7 @@ def merge(config: MergeConfig) -> Path:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise ValueError(f"{first_line(error)}; {MORE_MEMORY}") from error
+        raise InputError(f"{first_line(error)}; {MORE_MEMORY}") from error
     return config.out
 
 
@@ -85,7 +86,7 @@ def prompt_template(config: MergeConfig, base: BaseInfo) -> str:
     """The template that is asked for, or that of the bundles among the adapters.
 
     Raises:
-        ValueError: a bundle is damaged or of another base, or two were trained with different templates.
+        InputError: a bundle is damaged or of another base, or two were trained with different templates.
     """
     bundles = [read_bundle(path.resolve()) for path in config.adapters if (path / MANIFEST).is_file()]
     for bundle in bundles:
@@ -99,11 +100,11 @@ def write_merged(config: MergeConfig, base: BaseInfo, directory: Path) -> None:
     """Merge adapters that were checked, into a directory.
 
     Raises:
-        ValueError: see `merge`.
+        InputError: see `merge`.
     """
     tasks = read_tasks(config)
     if (rank := whole_rank(config.method, tasks)) > MAX_RANK and config.rank is None:
-        raise ValueError(f"the merged adapter would have rank {rank}, the limit is {MAX_RANK}; give --rank")
+        raise InputError(f"the merged adapter would have rank {rank}, the limit is {MAX_RANK}; give --rank")
     started = time.monotonic()
     try:
         merged, learnt = run_method(config, tasks, base)
@@ -111,10 +112,10 @@ def write_merged(config: MergeConfig, base: BaseInfo, directory: Path) -> None:
         if config.rank is not None and config.rank < max(len(A) for A, _ in merged.values()):
             merged = truncate(merged, config.rank)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise ValueError(f"{config.method}: {first_line(error)}; look at the adapters' weights") from error
+        raise InputError(f"{config.method}: {first_line(error)}; look at the adapters' weights") from error
     for name, factors in merged.items():
         if not all(bool(factor.isfinite().all()) for factor in factors):
-            raise ValueError(
+            raise InputError(
                 f"{config.method}: the merged update of {name} is not finite; look at the adapters' weights"
             )
     rank = max(len(A) for A, _ in merged.values())
@@ -137,20 +138,20 @@ def find_base(config: MergeConfig) -> BaseInfo:
     Bundles and merged adapters tell its name, others often its directory.
 
     Raises:
-        ValueError: there is none.
+        InputError: there is none.
     """
     if config.base is not None:
         return inspect_base(config.base, config.trust_remote_code)
     named = sorted({name for path in config.adapters if (name := recorded_base(path))}, key=lambda n: (-len(n), n))
     if not named:
-        raise ValueError(f"{config.adapters[0]}: its config names no base; give --base")
+        raise InputError(f"{config.adapters[0]}: its config names no base; give --base")
     faults: list[ValueError] = []
     for name in named:
         try:
             return inspect_base(name, config.trust_remote_code)
         except ValueError as error:
             faults.append(error)
-    raise ValueError(f"{faults[0]}; or give --base (the adapters' configs name {named[0]!r})") from faults[0]
+    raise InputError(f"{faults[0]}; or give --base (the adapters' configs name {named[0]!r})") from faults[0]
 
 
 def read_tasks(config: MergeConfig) -> list[Task]:

@@ -11,6 +11,7 @@ from translora.config import BaseModelConfig, FleetConfig
 from translora.engine.fake import attention_shape
 from translora.engine.memory import BANK_SHARE, VLLM_SHARE
 from translora.engine.vllm_settings import MAX_LORAS
+from translora.errors import InputError
 from translora.plan.hardware import Hardware
 from translora.plan.inference import ROUNDS, Calls, prompt_pass_bytes, seconds
 from translora.plan.shape import Shape, Shapes
@@ -141,11 +142,11 @@ def gpus_per_actor(stages: Sequence[Stage], config: FleetConfig, shapes: Shapes,
     """Of those counts that fit, the one that is done first; where several are, the one with the most memory.
 
     Raises:
-        ValueError: vLLM cannot have any.
+        InputError: vLLM cannot have any.
     """
     counts = [count for count in range(1, hardware.gpus_at_hand + 1) if all(one.runs_on(count) for one in stages)]
     if not counts:
-        raise ValueError(
+        raise InputError(
             f"vllm: no actor of 1 to {hardware.gpus_at_hand} GPUs can be: tensor_parallel_size has to divide the "
             "attention heads, and times pipeline_parallel_size be no more than the GPUs of a machine; change them"
         )

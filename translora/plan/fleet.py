@@ -9,6 +9,7 @@ from translora.config import FleetConfig
 from translora.distill.ds_config import read_ds_config
 from translora.distill.memory import lora_weights
 from translora.engine.vllm_settings import check_rank
+from translora.errors import InputError
 from translora.plan.actors import TENSOR_PARALLEL, Slot, Stage, gpus_per_actor, load_seconds
 from translora.plan.hardware import Hardware
 from translora.plan.inference import gate_calls, generate_calls, label_calls
@@ -85,11 +86,11 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
     """Plan every phase on all GPUs, with the code that the run chooses by.
 
     Raises:
-        ValueError: a DeepSpeed config, a target module or vLLM's GPUs cannot be used, a LoRA's rank is above vLLM's, or
+        InputError: a DeepSpeed config, a target module or vLLM's GPUs cannot be used, a LoRA's rank is above vLLM's, or
             the students are no LoRAs.
     """
     if config.distill.peft is not None:
-        raise ValueError(
+        raise InputError(
             "distill.peft: the plan knows students that are LoRAs; leave it out to plan for `distill.lora`"
         )
     check_rank(config.distill.lora.total_rank, config.target, "distill.lora")

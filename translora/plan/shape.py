@@ -19,6 +19,7 @@ from translora.config import BaseModelConfig, FleetConfig
 from translora.distill.memory import BaseWeights, weights_of
 from translora.engine.fake import attention_shape, num_layers
 from translora.engine.loading import plain_class
+from translora.errors import InputError
 from translora.lora.targets import resolve_targets
 from translora.run.redact import first_line
 
@@ -61,7 +62,7 @@ class Shape:
         """(out, in) of the linear modules that the targets name.
 
         Raises:
-            ValueError: a name is none of this base's.
+            InputError: a name is none of this base's.
         """
         names = resolve_targets(self.linears, target_modules, self.name, "distill.lora.target_modules")
         return {name: self.linears[name] for name in names}
@@ -82,7 +83,7 @@ def read_shapes(config: FleetConfig) -> Shapes:
     """Read each base once, for GPUs that multiply bfloat16.
 
     Raises:
-        ValueError: see `read_shape`.
+        InputError: see `read_shape`.
     """
     source, target = (read_shape(base, torch.bfloat16) for base in (config.source, config.target))
     generator = target if config.generator == config.target else read_shape(config.generator, torch.bfloat16)
@@ -98,24 +99,24 @@ def read_shape(base: BaseModelConfig, dtype: torch.dtype) -> Shape:
         dtype: of its weights in the run, where the config leaves it to the device.
 
     Raises:
-        ValueError: there is no such config, or transformers makes no causal language model of it.
+        InputError: there is no such config, or transformers makes no causal language model of it.
     """
     path = os.path.expanduser(base.model)
     if os.path.isdir(path) and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"{path}: has no config.json; give a model directory, or a hub id")
+        raise InputError(f"{path}: has no config.json; give a model directory, or a hub id")
     try:
         model = meta_model(Path(path) if os.path.isdir(path) else base.model, base.trust_remote_code, base.revision)
     except Exception as error:  # a fault boundary: hub clients and model classes raise what they like
-        raise ValueError(
+        raise InputError(
             f"{base.model}: no base can be planned with ({first_line(error)}); give a directory with config.json of an "
             "architecture that this version of transformers has, or a hub id that this machine can reach"
         ) from error
     config, text = model.config, model.config.get_text_config()
     refuse_quantised(config.to_dict(), base.model, "plan with the base as it was before")
     if config.is_encoder_decoder:
-        raise ValueError(f"{base.model}: has an encoder; plans are made for decoder-only bases alone")
+        raise InputError(f"{base.model}: has an encoder; plans are made for decoder-only bases alone")
     if getattr(text, "num_attention_heads", None) is None:
-        raise ValueError(
+        raise InputError(
             f"{base.model}: no attention heads in its config.json; a run refuses such a base, take another"
         )
     counts = weights_of(model)

@@ -16,6 +16,7 @@ from translora.config import FleetConfig
 from translora.distill.data import num_steps
 from translora.distill.plan import JobSize
 from translora.engine.memory import weights_bytes
+from translora.errors import InputError
 from translora.run.member import expand_entries, heldout_size
 from translora.run.state import REFUSING, ScreenName
 from translora.synthesis.pool import choose_screen
@@ -77,16 +78,16 @@ def bundled_work(config: FleetConfig, acceptance: float) -> Work:
     """The fleet file's bundles, which must be at hand; of their weights only the headers are read.
 
     Raises:
-        ValueError: a bundle is elsewhere, or cannot be read.
+        InputError: a bundle is elsewhere, or cannot be read.
     """
     entries = {} if any(is_remote(e.bundle) for e in config.adapters) else expand_entries(config.adapters)
     if not entries:
-        raise ValueError("the fleet's bundles are not on this machine; give --adapters and --samples instead")
+        raise InputError("the fleet's bundles are not on this machine; give --adapters and --samples instead")
     found = []
     for entry in entries.values():
         path = Path(entry.bundle)
         if not (path / MANIFEST).is_file():
-            raise ValueError(
+            raise InputError(
                 f"{path}: no bundle here to plan with; correct it, or give --adapters and --samples instead"
             )
         bundle = read_bundle(path)

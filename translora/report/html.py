@@ -40,7 +40,7 @@ def write_report(run_dir: Path) -> Path:
     """Write RUN/report.html from the states of a run, finished or not, and return its path.
 
     Raises:
-        ValueError: `run_dir` is not a run directory.
+        InputError: `run_dir` is not a run directory.
     """
     run_dir = Path(run_dir)
     states = load_states(run_dir)

@@ -16,6 +16,7 @@ from translora.engine.loading import attention_of, check_attention, load_tokeniz
 from translora.engine.prompts import prompt_format
 from translora.engine.protocol import warn_of_answers
 from translora.engine.vllm_settings import check_engine, check_rank
+from translora.errors import InputError
 from translora.lora.kinds import SOURCES_ONLY
 from translora.lora.peft_io import is_banked
 from translora.lora.targets import ALL_LINEAR, resolve_targets
@@ -29,7 +30,7 @@ def check_training(config: FleetConfig, source: BaseInfo, target: BaseInfo) -> N
     """Check what the distillation will need before the synthesis is paid for.
 
     Raises:
-        ValueError: the DeepSpeed config cannot be used, a target module is no linear module of the target base, a base
+        InputError: the DeepSpeed config cannot be used, a target module is no linear module of the target base, a base
             cannot have the attention or the engine that is asked for, the loss wants one vocabulary and the bases
             have two, or a warm start wants one shape and they have two.
     """
@@ -42,7 +43,7 @@ def check_training(config: FleetConfig, source: BaseInfo, target: BaseInfo) -> N
             check_attention(settings, resolve_dtype(settings.dtype))
         check_engine(settings)
     if config.target.vllm is not None and config.distill.peft is not None:
-        raise ValueError("target.vllm: vLLM computes LoRAs alone; leave it out, or distill.peft")
+        raise InputError("target.vllm: vLLM computes LoRAs alone; leave it out, or distill.peft")
     if config.distill.peft is None:
         check_rank(config.distill.lora.total_rank, config.target, "distill.lora")
     check_section(config.distill, target, "distill")
@@ -64,31 +65,31 @@ def check_source(settings: BaseModelConfig, source: BaseInfo) -> None:
     """An encoder-decoder may be a source, of a kind that is known here.
 
     Raises:
-        ValueError: it is of an unknown kind, or vLLM is to compute with it.
+        InputError: it is of an unknown kind, or vLLM is to compute with it.
     """
     if not source.is_encoder_decoder:
         return
     kind = source.config.get("model_type")
     if kind not in ENCODER_DECODERS:
         known = ", ".join(ENCODER_DECODERS)
-        raise ValueError(f"{source.name}: a source with an encoder has to be one of {known}; {kind} is not supported")
+        raise InputError(f"{source.name}: a source with an encoder has to be one of {known}; {kind} is not supported")
     if settings.vllm is not None:
-        raise ValueError(f"{settings.model}: vLLM has no {kind}; leave source.vllm out")
+        raise InputError(f"{settings.model}: vLLM has no {kind}; leave source.vllm out")
 
 
 def check_target_context(config: FleetConfig, target: BaseInfo, template: str) -> None:
     """Whether the target base has room for an input and its answer in a template.
 
     Raises:
-        ValueError: it has not, or the template is none, or needs a chat template that the base has not.
+        InputError: it has not, or the template is none, or needs a chat template that the base has not.
     """
     synthesis, context = config.synthesis, context_of(config.target, target)
     try:
         empty = prompt_format(load_tokenizer(config.target), template).encode_prompt("")
     except ValueError as error:
-        raise ValueError(f"prompt_template: {config.target.model}: {error}") from error
+        raise InputError(f"prompt_template: {config.target.model}: {error}") from error
     if len(empty) >= config.distill.max_length:
-        raise ValueError(
+        raise InputError(
             f"{config.target.model}: the prompt template alone has {len(empty)} tokens, distill.max_length is "
             f"{config.distill.max_length}; raise it, or shorten the template"
         )
@@ -96,7 +97,7 @@ def check_target_context(config: FleetConfig, target: BaseInfo, template: str) -
     num_tokens = virtual + len(empty) + synthesis.sampling.max_new_tokens + synthesis.max_answer_tokens
     if context is not None and num_tokens > context:
         own = ", or num_virtual_tokens" * bool(virtual) + ", or shorten the prompt template" * ("{input}" in template)
-        raise ValueError(
+        raise InputError(
             f"{config.target.model}: inputs and answers of {num_tokens} tokens do not fit its context of {context}; "
             f"lower synthesis.sampling.max_new_tokens or max_answer_tokens{own}"
         )
@@ -106,7 +107,7 @@ def check_section(settings: TrainConfig, base: BaseInfo, section: str) -> None:
     """Check what a training on `base` will need; `section` is where the settings come from.
 
     Raises:
-        ValueError: the DeepSpeed config cannot be used, a target module is no linear module of the base, or the base is
+        InputError: the DeepSpeed config cannot be used, a target module is no linear module of the base, or the base is
             quantised.
     """
     refuse_quantised(base.config, f"{section}: {base.name}")
@@ -124,7 +125,7 @@ def check_section(settings: TrainConfig, base: BaseInfo, section: str) -> None:
                 "%s.peft: PEFT trains this LoRA alone; as %s.lora it would be one of a gang", section, section
             )
         if settings.lora.has_options:
-            raise ValueError(
+            raise InputError(
                 f"{section}.lora: init, lora_plus_ratio, gradient, random_half, chain and flat_sigma are not for "
                 f"{section}.peft"
             )
@@ -135,17 +136,17 @@ def check_targets(settings: Mapping[str, Any], linears: Sequence[str], base: Bas
     """Whether the base has each module that a method of PEFT is to adapt: PEFT asks for one of them alone.
 
     Raises:
-        ValueError: it has not; names the module.
+        InputError: it has not; names the module.
     """
     if settings.get("feedforward_modules") == ALL_LINEAR:
-        raise ValueError(f"{section}.feedforward_modules: PEFT knows no {ALL_LINEAR} here; name the modules")
+        raise InputError(f"{section}.feedforward_modules: PEFT knows no {ALL_LINEAR} here; name the modules")
     targets = settings.get("target_modules")
     if not isinstance(targets, list) or not targets:
         return  # a text is a pattern, or all-linear
     targets = [str(target) for target in targets]
     for target in targets:
         if "." in target and not any(f".{name}".endswith(f".{target}") for name in linears):
-            raise ValueError(
+            raise InputError(
                 f"{section}.target_modules: {target} not in {base.name}; its modules are named like {linears[0]}"
             )
     lasts = [target.rpartition(".")[2] for target in targets]
@@ -156,7 +157,7 @@ def check_method(settings: TrainConfig, base: BaseInfo, section: str) -> None:
     """Check that PEFT can put a student on `base`.
 
     Raises:
-        ValueError: it cannot, or its virtual keys and values would get lost; names the setting.
+        InputError: it cannot, or its virtual keys and values would get lost; names the setting.
     """
     from translora.lora.method_settings import check_text, parse_method
     from translora.lora.methods import expected_shapes
@@ -166,17 +167,17 @@ def check_method(settings: TrainConfig, base: BaseInfo, section: str) -> None:
     config = parse_method(settings.peft, section, base.path)
     check_targets(settings.peft, list(linear_modules(base)), base, section)
     if config.peft_type in SOURCES_ONLY:
-        raise ValueError(
+        raise InputError(
             f"{section}: {config.peft_type.value} cannot be trained on a partitioned base; take another method"
         )
     if settings.gradient_checkpointing and config.peft_type == "PREFIX_TUNING":
-        raise ValueError(f"{section}: PREFIX_TUNING has no recomputation; set gradient_checkpointing to false")
+        raise InputError(f"{section}: PREFIX_TUNING has no recomputation; set gradient_checkpointing to false")
     try:
         names = expected_shapes(base, config)
         for name in names if is_banked(settings.peft) else ():
             check_name(name, "what it makes")
     except ValueError as error:
-        raise ValueError(f"{section}: {error}") from error
+        raise InputError(f"{section}: {error}") from error
     own = BaseModelConfig(model=str(base.path), trust_remote_code=base.trust_remote_code)
     check_text(config, load_tokenizer(own), section)
 

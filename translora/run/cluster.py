@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from translora.config import ResourceConfig
+from translora.errors import InputError
 from translora.run.log import quiet_environment
 from translora.run.signals import TERMINATED, exit_code, unwind_on_sigterm
 
@@ -89,7 +90,7 @@ def check_resources(resources: ResourceConfig, num_workers: int, *, may_grow: bo
     """Refuse settings that would wait for ever on a local Ray; on a cluster, which may grow, only warn.
 
     Raises:
-        ValueError: names the setting to lower.
+        InputError: names the setting to lower.
     """
     import ray
 
@@ -104,7 +105,7 @@ def check_resources(resources: ResourceConfig, num_workers: int, *, may_grow: bo
         if amount > has.get(kind, 0):
             message = f"{setting} asks for {amount:g} {kind}s, Ray has {has.get(kind, 0):g}; lower it or add nodes"
             if not may_grow:
-                raise ValueError(message)
+                raise InputError(message)
             logger.warning(message)
 
 

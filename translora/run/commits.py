@@ -16,7 +16,7 @@ def info_as_begun(run_dir: Path, base: BaseModelConfig) -> BaseInfo:
     """What is known of a base, at the commit at which this run began with it.
 
     Raises:
-        ValueError: as `inspect_base`.
+        InputError: as `inspect_base`.
     """
     commit = read_object(run_dir / COMMITS).get(_key(base))
     return info_of(base if commit is None else base.model_copy(update={"revision": str(commit)}))

@@ -8,6 +8,8 @@ import logging
 import os
 from collections.abc import Iterator
 
+from translora.errors import InputError
+
 logger = logging.getLogger(__name__)
 DISK_FULL = os.strerror(errno.ENOSPC)
 
@@ -29,12 +31,12 @@ def cluster_faults() -> Iterator[None]:
             raise RunFailedError(f"a worker could not write: {DISK_FULL}; free some space") from error
         logger.error("the cluster or a worker failed", exc_info=True)
         if (refusal := worker_refusal(error)) is not None:
-            raise ValueError(str(refusal)) from error
+            raise InputError(str(refusal)) from error
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise RunFailedError(lines[-1] if lines else type(error).__name__) from error
 
 
-def worker_refusal(error: BaseException) -> ValueError | None:
+def worker_refusal(error: BaseException) -> InputError | None:
     """What a worker said of a base that it cannot use: a rerun would not change it. None for faults."""
     from ray.exceptions import RayError
 

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from translora.errors import InputError
+
 if TYPE_CHECKING:
     import pyarrow
 
@@ -28,7 +30,7 @@ def check_writable(path: Path, remedy: str) -> None:
     """Refuse at once what could not be written at the end; makes the directory that it will lie in.
 
     Raises:
-        ValueError: that cannot be made or written.
+        InputError: that cannot be made or written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +38,7 @@ def check_writable(path: Path, remedy: str) -> None:
     except OSError as error:
         fault = error.strerror or str(error)
     if fault:
-        raise ValueError(f"{path}: cannot be written ({fault}); {remedy}")
+        raise InputError(f"{path}: cannot be written ({fault}); {remedy}")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -154,23 +156,23 @@ def read_jsonl(path: str | Path, required: tuple[str, ...]) -> list[dict[str, An
     """Rows of a JSONL file, each an object whose `required` fields are non-empty strings.
 
     Raises:
-        ValueError: names the file, the line and what is wrong with it.
+        InputError: names the file, the line and what is wrong with it.
     """
     rows: list[dict[str, Any]] = []
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); expected JSONL with {', '.join(required)}") from error
+        raise InputError(f"{path}: cannot be read ({error}); expected JSONL with {', '.join(required)}") from error
     for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut at U+2028 inside a string
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}); write one JSON object a line") from error
+            raise InputError(f"{path}, line {number}: not JSON ({error}); write one JSON object a line") from error
         rows.append(check_row(row, required, f"{path}, line {number}"))
     if not rows:
-        raise ValueError(f"{path}: no rows; expected JSONL with {', '.join(required)}")
+        raise InputError(f"{path}: no rows; expected JSONL with {', '.join(required)}")
     return rows
 
 
@@ -178,13 +180,13 @@ def check_row(row: Any, required: tuple[str, ...], where: str) -> dict[str, Any]
     """The row itself, an object whose `required` fields are non-empty strings.
 
     Raises:
-        ValueError: says `where` and what is wrong with it.
+        InputError: says `where` and what is wrong with it.
     """
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
     for field in required:
         if not isinstance(row.get(field), str) or not row[field].strip():
-            raise ValueError(f'{where}: "{field}" must be a non-empty string')
+            raise InputError(f'{where}: "{field}" must be a non-empty string')
         if any("\ud800" <= character <= "\udfff" for character in row[field]):
-            raise ValueError(f'{where}: "{field}" holds half a surrogate pair; write it as UTF-8')
+            raise InputError(f'{where}: "{field}" holds half a surrogate pair; write it as UTF-8')
     return row

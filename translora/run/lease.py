@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 
+from translora.errors import InputError
 from translora.run.files import TEMPORARY_PREFIX
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ def await_end(path: Path, *, remove: bool) -> None:
         remove: take a dead driver's lease away.
 
     Raises:
-        ValueError: a living driver holds it.
+        InputError: a living driver holds it.
     """
     first: Seen | None = None
     while (seen := look(path)) is not None:
@@ -130,7 +131,7 @@ def hold(path: Path) -> Iterator[None]:
     """Hold the lease at `path` until the block ends, and renew it all the while.
 
     Raises:
-        ValueError: a living driver holds it.
+        InputError: a living driver holds it.
         LeaseLostError: another driver took it over inside the block.
         OSError: the directory cannot be written.
     """
@@ -223,9 +224,9 @@ def _take_away(path: Path, seen: Seen) -> None:
         )
 
 
-def _held(path: Path, owner: Owner | None, age: float) -> ValueError:
+def _held(path: Path, owner: Owner | None, age: float) -> InputError:
     who = f"pid {owner.pid} on {owner.host}, " if owner else ""
-    return ValueError(
+    return InputError(
         f"{path.parent}: another process works on this run ({who}sign of life {max(0.0, age):.0f} s ago); "
         "wait for it, or give another run_dir"
     )

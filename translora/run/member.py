@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from translora.bundle import BaseInfo, Bundle
 from translora.bundle.remote import expand_remote, is_remote, name_of_url
 from translora.config import AdapterEntry, FleetConfig, GateConfig
+from translora.errors import InputError
 from translora.run.files import digest, sha256_path, write_json
 from translora.run.redact import printable, redact
 from translora.run.resume import artifact_digest, continue_state
@@ -201,7 +202,7 @@ def expand_entries(entries: list[AdapterEntry], run_dir: Path | None = None) -> 
         run_dir: of the run that is to migrate them.
 
     Raises:
-        ValueError: a glob matches nothing, two bundles bear the same name, or one lies where the run would replace it.
+        InputError: a glob matches nothing, two bundles bear the same name, or one lies where the run would replace it.
     """
     own_output = None if run_dir is None else (run_dir / BUNDLES).resolve()
     found: dict[str, AdapterEntry] = {}
@@ -214,17 +215,17 @@ def expand_entries(entries: list[AdapterEntry], run_dir: Path | None = None) -> 
         elif is_glob:
             paths = sorted(path for path in glob.glob(entry.bundle) if Path(path).is_dir())
         if not paths:
-            raise ValueError(f"adapters: the pattern {entry.bundle} matches no directory; correct it")
+            raise InputError(f"adapters: the pattern {entry.bundle} matches no directory; correct it")
         for path in paths:
             name = name_of_url(path) if is_remote(path) else Path(path).name
             if not is_name(name):
                 name = f"unnamed-{digest(name)}"
             if name in found and found[name].bundle != path:
-                raise ValueError(
+                raise InputError(
                     f"adapters: {found[name].bundle} and {path} are both named {name}; rename one directory"
                 )
             if not is_remote(path) and Path(path).resolve().parent == own_output:
-                raise ValueError(f"adapters: {path}: this run writes its own bundles there; give another run_dir")
+                raise InputError(f"adapters: {path}: this run writes its own bundles there; give another run_dir")
             if is_glob and name in explicit:
                 continue
             found[name] = entry.model_copy(update={"bundle": path})

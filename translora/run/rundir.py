@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from translora.config import VLLM_EXECUTION_ONLY
+from translora.errors import InputError
 from translora.run import lease
 from translora.run.files import TEMPORARY_PREFIX, full_disk, remove_temporaries, write_json
 from translora.run.redact import without_secrets
@@ -47,7 +48,7 @@ def open_run(run_dir: Path, config: BaseModel, *, settings_may_change: bool = Fa
         settings_may_change: the caller finds what was made with other settings and does it again.
 
     Raises:
-        ValueError: another process works on it, it cannot be written, it is no run directory, or what it holds was
+        InputError: another process works on it, it cannot be written, it is no run directory, or what it holds was
             made with other settings.
         LeaseLostError: another driver took it over.
     """
@@ -67,10 +68,10 @@ def refuse_other_settings(run_dir: Path, config: BaseModel) -> None:
     """Whether what lies in a run directory, if anything does, was made with these settings.
 
     Raises:
-        ValueError: it was not; names them.
+        InputError: it was not; names them.
     """
     if changed := _changed_since(run_dir, config):
-        raise ValueError(f"{run_dir}: was made with other settings ({changed}); give another run_dir")
+        raise InputError(f"{run_dir}: was made with other settings ({changed}); give another run_dir")
 
 
 def _changed_since(run_dir: Path, config: BaseModel) -> str:
@@ -87,7 +88,7 @@ def check_free(run_dir: Path) -> None:
     """Refuse at once what `open_run` would refuse after the libraries are loaded and Ray has started.
 
     Raises:
-        ValueError: another process works on the run, it cannot be written, or it is no run directory.
+        InputError: another process works on the run, it cannot be written, or it is no run directory.
     """
     if run_dir.is_dir():
         with _usable(run_dir):
@@ -103,7 +104,7 @@ def _usable(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         if full_disk(error):
             raise
-        raise ValueError(
+        raise InputError(
             f"{run_dir}: cannot be used as run_dir ({error}); give a directory that you can write"
         ) from error
 
@@ -123,7 +124,7 @@ def _check_ours(run_dir: Path) -> None:
     """Refuse a directory that holds other files than a run's: a rerun removes what it takes for leftovers.
 
     Raises:
-        ValueError: names the directory.
+        InputError: names the directory.
     """
     if not run_dir.is_dir():
         return
@@ -133,7 +134,7 @@ def _check_ours(run_dir: Path) -> None:
     begun = {name for name in names if name == LOCK or name.startswith(halves)}
     if names == begun or (CONFIG in names and "run_dir" in _read_config(run_dir / CONFIG)):
         return
-    raise ValueError(f"{run_dir}: is not empty and no run directory; give another run_dir")
+    raise InputError(f"{run_dir}: is not empty and no run directory; give another run_dir")
 
 
 def _holds_work(run_dir: Path) -> bool:
@@ -146,7 +147,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not readable ({error}); remove the run directory or give another run_dir") from error
+        raise InputError(f"{path}: not readable ({error}); remove the run directory or give another run_dir") from error
     return config if isinstance(config, dict) else {}
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from translora.errors import InputError
 from translora.run.files import write_json
 from translora.run.redact import printable, redact
 
@@ -172,7 +173,7 @@ def load_state(run_dir: Path, name: str) -> AdapterState:
     """Read one adapter's state.
 
     Raises:
-        ValueError: the file is truncated, damaged or of another version; names it and the remedy.
+        InputError: the file is truncated, damaged or of another version; names it and the remedy.
     """
     path = state_path(run_dir, name)
     try:
@@ -182,7 +183,7 @@ def load_state(run_dir: Path, name: str) -> AdapterState:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             fault = ": ".join([*(str(part) for part in first["loc"][:1]), first["msg"]])
-        raise ValueError(
+        raise InputError(
             f"{path}: truncated, damaged or of another version of translora ({fault}); "
             "delete it: the adapter is migrated anew"
         ) from error
@@ -192,22 +193,22 @@ def load_states(run_dir: Path) -> list[AdapterState]:
     """Every adapter state of a run, by name.
 
     Raises:
-        ValueError: `run_dir` is not the run directory of a fleet, or a state cannot be read.
+        InputError: `run_dir` is not the run directory of a fleet, or a state cannot be read.
     """
     path = run_dir / "config.json"
     if not path.is_file():
-        raise ValueError(f"{run_dir}: not a run directory (no config.json); give the `run_dir` of a fleet file")
+        raise InputError(f"{run_dir}: not a run directory (no config.json); give the `run_dir` of a fleet file")
     try:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); give the `run_dir` of a fleet file") from error
+        raise InputError(f"{path}: cannot be read ({error}); give the `run_dir` of a fleet file") from error
     if isinstance(config, dict) and "arms" in config:
-        raise ValueError(
+        raise InputError(
             f"{run_dir}: the run of a `translora evaluate`, whose migrations are runs of their own; "
             f"give one of {run_dir}/seed-*/arms/*, or read {config.get('output')}"
         )
     if isinstance(config, dict) and "tasks" in config:
-        raise ValueError(
+        raise InputError(
             f"{run_dir}: the run of a `translora prepare`, which has no states; "
             f"its bundles are written to {config.get('output_dir')}"
         )

@@ -55,7 +55,7 @@ def render_status(run_dir: Path, as_json: bool = False, max_rows: int | None = N
         max_rows: of the table, those that are worked on first; all when unset.
 
     Raises:
-        ValueError: `run_dir` is not a run directory.
+        InputError: `run_dir` is not a run directory.
     """
     run_dir = Path(run_dir)
     states = load_states(run_dir)

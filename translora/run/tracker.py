@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from translora.config import TrackingConfig
+from translora.errors import InputError
 from translora.run.files import write_bytes
 from translora.run.redact import without_secrets
 
@@ -36,7 +37,7 @@ class Tracker:
         """Open the files; `run_config` (without secrets) and `name` describe the run in W&B.
 
         Raises:
-            ValueError: W&B is configured but cannot be reached or has no key.
+            InputError: W&B is configured but cannot be reached or has no key.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
@@ -132,7 +133,7 @@ def _open_wandb(run_dir: Path, config: TrackingConfig, run_config: dict[str, Any
             settings=settings,
         )
     except wandb.errors.Error as error:
-        raise ValueError(
+        raise InputError(
             f"tracking.wandb_project {config.wandb_project!r}: W&B cannot be used ({error}); "
             "run `wandb login`, set tracking.wandb_mode to offline, or remove wandb_project"
         ) from error

@@ -14,6 +14,7 @@ from translora.distill.phase import student_start
 from translora.engine.prompts import prompt_format
 from translora.engine.protocol import check_answers
 from translora.engine.vllm_settings import check_rank
+from translora.errors import InputError
 from translora.run.check import check_target_context, context_of
 from translora.run.files import read_jsonl
 from translora.run.member import MAX_NAME, Member, Run, attempt_sizes, cohort_names, is_name
@@ -65,7 +66,7 @@ def known_state(run: Run, name: str, entry: AdapterEntry) -> AdapterState:
     """The state that an earlier run left, or a first one.
 
     Raises:
-        ValueError: it cannot be read. It may be of a newer version, and the work of that version with it: such a file
+        InputError: it cannot be read. It may be of a newer version, and the work of that version with it: such a file
             is never written over, see `unreadable`.
     """
     if state_path(run.config.run_dir, name).is_file():
@@ -112,7 +113,7 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
         screen = choose_screen(config.synthesis, bundle, entry.screen)
         check_stop(config, entry, screen)
         if config.source.vllm is not None and not is_in_bank(bundle.path):
-            raise ValueError(f"{bundle.path}: is no plain LoRA, and vLLM computes no others; leave source.vllm out")
+            raise InputError(f"{bundle.path}: is no plain LoRA, and vLLM computes no others; leave source.vllm out")
         for directory in filter(None, (bundle.path, bundle.discriminator_dir)):
             check_rank(highest_rank(directory), config.source, str(directory))
         check_prompts(run, bundle)
@@ -146,14 +147,14 @@ def check_copy(run: Run, bundle: Bundle, entry: AdapterEntry) -> None:
     """A student that is not trained has to begin as its source adapter, of no smaller rank.
 
     Raises:
-        ValueError: it would not.
+        InputError: it would not.
     """
     if run.config.epochs_of(entry) == 0:
         start = student_start(run, bundle.path)
         if start.path is None:
-            raise ValueError(f"{bundle.path}: {start.remark}, and 0 epochs train nothing; give it epochs of its own")
+            raise InputError(f"{bundle.path}: {start.remark}, and 0 epochs train nothing; give it epochs of its own")
         if start.rank > run.config.distill.lora.rank:
-            raise ValueError(
+            raise InputError(
                 f"{bundle.path}: {start.remark}, and is no copy then; set distill.lora.rank to {start.rank}, or give "
                 "it epochs of its own"
             )
@@ -163,22 +164,22 @@ def check_stop(config: FleetConfig, entry: AdapterEntry, screen: str) -> None:
     """A teacher that does not end its answers says nothing of where they end.
 
     Raises:
-        ValueError: the loss or the screen would ask it.
+        InputError: the loss or the screen would ask it.
     """
     if entry.stop is None:
         return
     why = f"{entry.bundle}: `stop` is for a teacher that does not end its answers, and"
     if config.distill.loss == "kl":
-        raise ValueError(f"{why} distill.loss: kl would imitate it there; use sft")
+        raise InputError(f"{why} distill.loss: kl would imitate it there; use sft")
     if screen == "excess":
-        raise ValueError(f"{why} the screen excess counts their ends; use confidence")
+        raise InputError(f"{why} the screen excess counts their ends; use confidence")
 
 
 def check_steps(config: FleetConfig, entry: AdapterEntry, num_samples: int) -> None:
     """Whether a student has steps for each link of a chain, and for EVA's initialisation.
 
     Raises:
-        ValueError: it has not.
+        InputError: it has not.
     """
     if config.distill.peft is None and config.epochs_of(entry) > 0:
         lora, steps = config.distill.lora, num_steps(num_samples, config.epochs_of(entry), config.distill.batch_size)
@@ -189,16 +190,16 @@ def check_name_and_size(config: FleetConfig, entry: AdapterEntry, bundle: Bundle
     """What the bundle's owner chose and the fleet would feel: its directory's name, and how much work it asks for.
 
     Raises:
-        ValueError: the name is none for an adapter, or |D| is above the limit and the fleet file does not confirm it.
+        InputError: the name is none for an adapter, or |D| is above the limit and the fleet file does not confirm it.
     """
     if not is_name(bundle.path.name):
-        raise ValueError(
+        raise InputError(
             f"{bundle.path}: the directory's name cannot be an adapter's; rename it: at most {MAX_NAME} printable "
             "characters, no dot or ~ in front, no space at its ends"
         )
     num_samples = bundle.manifest.num_samples
     if entry.num_samples is None and num_samples > config.max_num_samples:
-        raise ValueError(
+        raise InputError(
             f"{bundle.path}: its |D| is {num_samples:,}, max_num_samples is {config.max_num_samples:,}; set "
             "num_samples for this adapter, or raise max_num_samples"
         )
@@ -208,18 +209,18 @@ def check_prompts(run: Run, bundle: Bundle) -> None:
     """Whether the bundle's template and seeds can be used with the bases' tokenizers.
 
     Raises:
-        ValueError: no chat template for a `chat` bundle, or a template or seeds that do not fit a base's context.
+        InputError: no chat template for a `chat` bundle, or a template or seeds that do not fit a base's context.
     """
     synthesis = run.config.synthesis
     try:
         empty = prompt_format(run.source_tokenizer, bundle.manifest.prompt_template).encode_prompt("")
     except ValueError as error:
-        raise ValueError(f"{bundle.path}: {error}") from error
+        raise InputError(f"{bundle.path}: {error}") from error
     virtual = 0 if is_in_bank(bundle.path) else read_adapter_config(bundle.path).get("num_virtual_tokens") or 0
     num_tokens = virtual + len(empty) + synthesis.sampling.max_new_tokens + synthesis.max_answer_tokens
     context = context_of(run.config.source, run.source)
     if context is not None and num_tokens > context:
-        raise ValueError(
+        raise InputError(
             f"{bundle.path}: its prompt template {'and virtual tokens make' if virtual else 'makes'} prompts and "
             f"answers of {num_tokens} tokens, the source base's context is {context}; ship a shorter template"
         )
@@ -227,7 +228,7 @@ def check_prompts(run: Run, bundle: Bundle) -> None:
     num_tokens = len(run.generator_tokenizer(prompt)["input_ids"]) + synthesis.sampling.max_new_tokens
     context = context_of(run.config.generator, run.generator)
     if context is not None and num_tokens > context:
-        raise ValueError(
+        raise InputError(
             f"{bundle.path}: its seeds make a prompt of {num_tokens} tokens, the generator's context is {context}; "
             "ship fewer or shorter seeds"
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from translora.bundle.bundle import Bundle
 from translora.config import Screen, SynthesisConfig
+from translora.errors import InputError
 from translora.run.files import digest, write_bytes
 from translora.run.state import ScreenName, SynthesisStats
 from translora.synthesis.prompts import normalise
@@ -99,7 +100,7 @@ def choose_screen(config: SynthesisConfig, bundle: Bundle, own: Screen | None = 
     too, in which too few inputs were refused to train it on.
 
     Raises:
-        ValueError: the discriminator is asked for, and the bundle has none.
+        InputError: the discriminator is asked for, and the bundle has none.
     """
     screen = own or config.screen
     if screen == "auto":
@@ -108,7 +109,7 @@ def choose_screen(config: SynthesisConfig, bundle: Bundle, own: Screen | None = 
         return "discriminator" if bundle.discriminator_dir and trusted else "confidence"
     if screen == "discriminator" and not bundle.discriminator_dir:
         setting = "its screen" if own else "synthesis.screen"
-        raise ValueError(f"{bundle.path}: has no discriminator; set {setting} to auto, confidence, excess or none")
+        raise InputError(f"{bundle.path}: has no discriminator; set {setting} to auto, confidence, excess or none")
     return screen
 
 

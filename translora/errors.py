@@ -1,0 +1,8 @@
+"""The error that a user can mend."""
+
+
+class InputError(ValueError):
+    """What was given cannot be used; says what it is and what to do about it. A command ends with it in one line.
+
+    Other ValueErrors are bugs, and end a command with their traceback.
+    """
