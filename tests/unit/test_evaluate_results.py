@@ -236,7 +236,13 @@ def test_the_page_says_what_was_measured(results: Results) -> None:
     assert "\\|D_syn\\| = 100 unless an arm says otherwise.**" in to_markdown(
         results.model_copy(update={"setup": more}), "results"
     )
-    assert "60 training rows and 50 test items" in text
+    assert "60 training rows and 50 test items" in text and "real-data LoRA on the target" in text
+    dora = {"peft_type": "LORA", "use_dora": True}
+    other = setup().model_copy(update={"train": {**setup().train, "peft": dora}})
+    page = to_markdown(results.model_copy(update={"setup": other}), "results")
+    assert (
+        "Source adapter and real-data adapter: peft_type LORA, use_dora True" in page and "real-data LoRA" not in page
+    )
     assert "2 of 3 tasks count" in text
     headline = text.split("## Headline")[1].split("## Task by task")[0]
     assert "| migrated: plain | 78.0 [" in headline and "| 0.80 [" in headline and "| 1 of 2 |" in headline

@@ -12,6 +12,8 @@ import pytest
 from tests.tiny import make_base, make_bundle
 from translora.bundle import inspect_base
 from translora.config import BaseModelConfig
+from translora.distill.job import TrainJob
+from translora.evaluate import run
 from translora.evaluate.answers import Repetition, answer, migrations, task_items, write_items
 from translora.evaluate.config import EvaluateConfig
 from translora.evaluate.data import Split
@@ -230,3 +232,15 @@ def test_other_settings_of_the_source_adapters_are_refused_before_anything_start
     longer = mine.model_copy(update={"train": mine.train.model_copy(update={"epochs": 7.0})})
     with pytest.raises(ValueError, match=r"seed-3/prepare: was made with other settings \(train.epochs 20.0 -> 7.0\)"):
         evaluate(longer, no_cluster)
+
+
+@pytest.mark.parametrize("peft", [None, {"peft_type": "LORA", "r": 4, "use_dora": True}], ids=str)
+def test_the_real_data_trains_an_adapter_of_the_source_adapters_kind(
+    config: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peft: dict[str, Any] | None
+) -> None:
+    trained: list[TrainJob] = []
+    monkeypatch.setattr(run, "train_adapters", lambda base, name, jobs, *_, **__: trained.extend(jobs))
+    train = config.train.model_copy(update={"peft": peft})
+    mine = config.model_copy(update={"run_dir": tmp_path / "run", "train": train})
+    run.train_real(mine, 3, SPLITS, inspect_base(config.target.model))
+    assert [(job.name, job.peft, job.epochs) for job in trained] == [("paint/real", peft, 20)]

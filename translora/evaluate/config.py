@@ -31,7 +31,7 @@ from translora.errors import InputError
 
 SOURCE_BASE, SOURCE_ADAPTER, TARGET_BASE, REAL = "source_base", "source_adapter", "target_base", "real"
 REFERENCE_ARMS = (SOURCE_BASE, SOURCE_ADAPTER, TARGET_BASE, REAL)
-"""What the migrations are compared with; `real` is a LoRA trained on the target base with the real data."""
+"""What the migrations are compared with; `real` is trained as the source adapter was, but on the target base."""
 OVERRIDDEN = ("synthesis", "distill", "gate", "num_samples")
 """What an arm may override."""
 _UNUSED_DISCRIMINATOR = {"epochs": 1, "max_samples": 4}

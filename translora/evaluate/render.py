@@ -83,7 +83,9 @@ def to_markdown(results: Results, name: str) -> str:
     lines += calibration_page(results.calibration, GateConfig(**setup.gate), f"{name}.svg")
     if noted := [one for one in results.migrations if one.note]:
         lines += ["", "## Remarks on single adapters", "", *remarks(noted)]
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    # It is trained as the source adapters were.
+    return text.replace("real-data LoRA", "real-data adapter") if setup.train.get("peft") else text
 
 
 def _setup(setup: Setup, tasks: Sequence[TaskResult], json_name: str) -> list[str]:

@@ -123,7 +123,7 @@ def repeat(
 
 
 def train_real(config: EvaluateConfig, seed: int, splits: Mapping[str, Split], target: BaseInfo) -> dict[str, Path]:
-    """Train a LoRA on the target base with each task's real data, as the source adapter was; directories by task.
+    """Train an adapter on the target base with each task's real data, as the source adapter was; directories by task.
 
     Raises:
         InputError: the data of a task cannot be trained on.
@@ -144,6 +144,7 @@ def train_real(config: EvaluateConfig, seed: int, splits: Mapping[str, Split], t
                 work_dir=work_dir,
                 root_seed=seed,
                 with_end=True,
+                peft=config.train.peft,
             )
         )
     train_adapters(
