@@ -62,6 +62,8 @@ def expand(path: str, relative_to: Path, is_pattern: bool = False) -> str:
     Raises:
         InputError: an environment variable is not set.
     """
+    if "\0" in path:
+        raise InputError(f"{path!r}: holds a NUL character; correct the path")
     for match in _VARIABLE.finditer(path):
         name = match[1] or match[2]
         if name not in os.environ:
@@ -153,7 +155,7 @@ def load_config(path: str | Path, kind: type[ConfigT]) -> ConfigT:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); give the path of a YAML file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, say
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")

@@ -75,7 +75,8 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
         if todo:
             outcomes = Counter(member.state.status for member in todo)
             found = ", ".join(f"{count} {status}" for status, count in sorted(outcomes.items()))
-            logger.info("worked on %d of %d adapters: %s", len(todo), len(verified), found)
+            refused = sum(not isinstance(member, Member) for member in verified.values())
+            logger.info("worked on %d of %d adapters: %s; not usable: %d", len(todo), len(verified), found, refused)
         for phase in PHASE_WORK:
             end_cohort(config.run_dir, phase)  # of a driver that was killed after the last of its adapters
         for member in members:

@@ -50,10 +50,12 @@ def prepare(config: PrepareConfig, start_cluster: Callable[[], None] = lambda: N
         start_cluster: called before the first training.
 
     Raises:
-        InputError: the config, the base or what tasks are made from cannot be used: names all of it, nothing was begun.
+        InputError: the config, the base or what tasks are made from cannot be used: names all of these, none was begun.
         TasksFailedError: what was begun failed for some tasks.
     """
-    base = info_as_begun(config.run_dir, config.source)
+    asked = config.source
+    base = info_as_begun(config.run_dir, asked)
+    config = config.model_copy(update={"source": pinned(asked, base)})
     check_source(config.source, base)
     tasks = read_tasks(config, base)
     check_engine(config.source)
@@ -62,7 +64,7 @@ def prepare(config: PrepareConfig, start_cluster: Callable[[], None] = lambda: N
         open_run(config.run_dir, config),
         Tracker(config.run_dir, config.tracking, config.model_dump(mode="json"), config.run_dir.name) as tracker,
     ):
-        note_commits(config.run_dir, (config.source, base))
+        note_commits(config.run_dir, (asked, base))
         todo = [task for task in tasks if not is_made(config, task, base)]
         make_bundles(config, [task for task in todo if not task.rows], base, {}, faults)
         if learnt := [task for task in todo if task.rows]:
@@ -72,7 +74,6 @@ def prepare(config: PrepareConfig, start_cluster: Callable[[], None] = lambda: N
                 warn_of_answers(load_tokenizer(config.source), template)
             warn_of_shipped_rows(learnt)
             start_cluster()
-            config = config.model_copy(update={"source": pinned(config.source, base)})
             try_adapters(config, learnt, base)
             known, unseen = part_inputs(config, learnt, invent_negatives(config, learnt, base))
             faults |= train(config, learnt, known, base, tracker)
@@ -100,7 +101,7 @@ def read_tasks(config: PrepareConfig, base: BaseInfo) -> list[Task]:
             template = prompt_format(tokenizer, wanted).template
             check_owned(entry.adapter, base)
             tasks.append(dataclasses.replace(read_task(config, entry), template=template))
-        except ValueError as error:
+        except InputError as error:
             own = f"{entry.name}: " if entry.prompt_template is not None else ""
             faults.append(f"{own}{error}")
     if faults:
@@ -176,7 +177,7 @@ def train(
     for task in tasks:
         try:
             jobs += train_jobs(config, task, known[task.entry.name])
-        except ValueError as error:
+        except InputError as error:
             faults[task.entry.name] = str(error)
 
     def on_step(job_name: str, row: dict[str, float]) -> None:

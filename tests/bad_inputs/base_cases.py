@@ -59,6 +59,13 @@ def without_architecture(bench: Bench) -> None:
     linear_modules(inspect_base(str(base)))
 
 
+def to_an_unknown_architecture(bench: Bench) -> object:
+    """A fleet whose target is newer than this machine's transformers."""
+    base = bench.base("new-base")
+    change_json(base / "config.json", model_type="our-own-model")
+    return bench.migrate(bench.materials.root / "bundles" / "good", target=base)
+
+
 def unreachable(bench: Bench) -> None:
     """A hub id without a hub."""
     with patch.object(constants, "HF_HUB_OFFLINE", True), patch.object(constants, "HF_HUB_CACHE", str(bench.directory)):
@@ -152,6 +159,7 @@ CASES = [
     Case("a tokenizer without special tokens", tokenizer(
         lambda b: (b / "tokenizer_config.json").unlink()), "neither a padding nor an end-of-text token"),
     Case("an architecture that transformers lacks", without_architecture, "makes no causal language model"),
+    Case("a fleet's target that transformers lacks", to_an_unknown_architecture, "transformers cannot read it"),
     Case("a base that wants its own code run", own_code, "is not run; read that code, then set trust_remote_code"),
     Case("a tokenizer that wants its own code run", tokenizer(own_tokenizer), "its own (auto_map), which is not run"),
     Case("trusted code that lies elsewhere", code_elsewhere, "code of another repository, which is never fetched"),

@@ -57,6 +57,8 @@ def jsonl(content: str | bytes) -> Callable[[Bench], object]:
 
 CASES = [
     Case("not YAML", fleet("run_dir: [run\n"), "not valid YAML"),
+    Case("a date that is none", fleet("run_dir: 2026-02-30\n"), "not valid YAML: day is out of range for month"),
+    Case("a path with a NUL", fleet('run_dir: "run\\0"\n'), "holds a NUL character; correct the path"),
     Case("binary", lambda bench: load_config(bench.file("fleet.yaml", b"\xff\xfe\x00"), FleetConfig), "cannot be read"),
     Case("an empty file", fleet(""), "expected a mapping"),
     Case("a YAML list", fleet("- run\n"), "expected a mapping"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.bad_inputs.workshop import Bench, Case
 from translora.config import FleetConfig
+from translora.errors import InputError
 from translora.run.lease import hold
 from translora.run.rundir import open_run
 from translora.run.state import AdapterState, load_states, save_state
@@ -50,8 +51,8 @@ def at_work(bench: Bench) -> None:
     with hold(bench.directory / "run" / "lock"):
         try:
             opened(bench)
-        except ValueError as error:  # who it is and when differs from time to time
-            raise ValueError(
+        except InputError as error:  # who it is and when differs from time to time
+            raise InputError(
                 re.sub(r"pid \d+ on .* ago", "pid 4711 on node-7, sign of life 3 s ago", str(error))
             ) from error
 

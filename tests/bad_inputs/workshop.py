@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from tests.tiny import make_adapter, make_base, make_bundle
 from translora.bundle import BaseInfo, inspect_base, read_bundle, verify_bundle
 from translora.config import FleetConfig
+from translora.errors import InputError
 from translora.fleet import migrate
 from translora.run.files import sha256_file
 from translora.run.state import AdapterState
@@ -132,7 +133,7 @@ class Case:
         bench = Bench(directory, materials)
         try:
             found = self.act(bench)
-        except ValueError as error:
+        except InputError as error:
             text = str(error)
         else:
             assert isinstance(found, AdapterState) and found.status == "quarantined", f"accepted: {self.what}"

@@ -27,7 +27,7 @@ from translora.bundle.modules import linear_modules, output_head
 from translora.bundle.reading import read_header
 from translora.config import BaseModelConfig
 from translora.run.commits import COMMITS, info_as_begun, note_commits
-from translora.run.files import read_object
+from translora.run.files import read_object, write_json
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +181,9 @@ def test_hub_cache_is_used_when_the_hub_is_away(base: Path, tmp_path: Path) -> N
         assert info_as_begun(run_dir, setting).path == info.path, "a run goes on with what it began with"
         with pytest.raises(ValueError, match="org/tiny: not a directory here"):
             info_as_begun(tmp_path / "new", setting)
+        write_json(tmp_path / "old" / COMMITS, {"org/tiny@": "e" * 40})
+        with pytest.raises(ValueError, match=r"the run began with commit e{40}; remove .*commits.json to go on"):
+            info_as_begun(tmp_path / "old", setting)
         assert read_object(run_dir / COMMITS) == {"org/tiny@": commit}, "a directory has no commit"
         with pytest.raises(ValueError, match=r"org/tiny: not a directory here, not in the hub's cache"):
             inspect_base("org/tiny", revision="other")

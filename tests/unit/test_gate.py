@@ -23,7 +23,12 @@ from translora.synthesis.stages import token_block
 
 @pytest.fixture(autouse=True)
 def bases_without_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agreement, "answer_limit", lambda least, *_: least)
+    """They are not there; all that is asked of them is how long the answers are on the target."""
+
+    def answer_limit(least: int, source: object, target: object, answers: list[str], context: object) -> int | None:
+        return 100 + len(answers[0]) if answers else None
+
+    monkeypatch.setattr(agreement, "answer_limit", answer_limit)
 
 
 COLOURS = ["red", "blue", "green", "black"]
@@ -87,9 +92,11 @@ def test_a_student_has_room_for_the_teachers_answers_in_its_own_tokens(monkeypat
 
     monkeypatch.setattr(questions, "load_tokenizer", tokenizer)
     words, letters = BaseModelConfig(model="words"), BaseModelConfig(model="letters")
-    answers = ["send the box", "one two three four five", "ok"]
-    assert answer_limit(4, words, letters, answers) == len("send the box") + 2, "the second is too long for the teacher"
-    assert answer_limit(12, letters, words, answers) == 12 and answer_limit(4, words, letters, []) == 4
+    answers = ["send the box", "one two three four", "ok"]
+    assert answer_limit(4, words, letters, answers, None) == len("send the box") + 1, "the second has no room to end"
+    assert answer_limit(4, words, letters, answers, 16) == 8, "half of the context is the inputs'"
+    assert answer_limit(12, letters, words, answers, None) is None and answer_limit(4, words, letters, [], None) is None
+    assert answer_limit(4, words, words, answers, None) is None, "of one tokenizer it is the same limit"
 
 
 def test_the_gate_names_each_limit_that_was_missed() -> None:
@@ -307,6 +314,8 @@ def test_only_long_answers_are_asked_for_their_tokens(
             assert base.model == "target"
             asked.append({row["adapter"] for row in rows})
             return [{**row, "agreed": shares[row["arm"]]} for row in reversed(rows)]
+        if base.model == "target":
+            assert {row["adapter"]: row["limit"] for row in rows} == {"letters": 100 + len(LETTERS[0]), "paint": 103}
         return [{**row, "answer": "Dear Sir", "finished": True, "loglik": -1.0} for row in rows]
 
     monkeypatch.setattr(questions, "run_rows", run_rows)

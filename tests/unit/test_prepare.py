@@ -293,6 +293,10 @@ def test_negatives_are_invented_once_for_each_task(owner: Owner, monkeypatch: py
     assert first == {"boxes": ["new one"]}, "neither a real input nor the same twice"
     assert negatives.invent_negatives(config, both, base) == first | {"jars": ["new one"]}
     assert asked == ["boxes"] * 8 + ["jars"] * 6, "what was invented for a task is kept"
+    (kept,) = (owner.root / "one" / "negatives").glob("boxes-*.json")
+    kept.write_text("half")
+    assert negatives.invent_negatives(config, both, base)["boxes"] == ["new one"], "a damaged file is made again"
+    del asked[14:]
     warmer = owner.config(synthesis={"sampling": {"temperature": 1.5}})
     negatives.invent_negatives(warmer, both[:1], base)
     assert asked[14:] == ["boxes"] * 8

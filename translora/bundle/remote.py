@@ -20,8 +20,8 @@ from translora.run.redact import first_line
 TRIES = 3
 NUM_THREADS = 8
 _VERSION_KEYS = (
-    *("ETag", "etag", "md5Hash", "content_md5", "blob_id", "xet_hash"),
-    *("LastModified", "last_modified", "mtime", "created"),
+    *("ETag", "etag", "md5Hash", "content_md5", "blob_id", "xet_hash", "sha"),
+    *("LastModified", "last_modified", "mtime", "modify", "modificationTime", "created"),
 )
 """What file systems call the version of a file, its contents' first; the first one that is there is compared."""
 

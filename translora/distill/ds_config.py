@@ -53,10 +53,9 @@ def read_ds_config(name: str, dtype: torch.dtype) -> dict[str, Any]:
         raise InputError(
             f"distill.ds_config: {name} is no file and not in ds_configs/; give the path of a DeepSpeed config"
         )
-    text = path.read_text(encoding="utf-8")
     try:
-        config: dict[str, Any] = json.loads(text)
-    except json.JSONDecodeError as error:
+        config: dict[str, Any] = json.loads(text := path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: not JSON ({error})") from error
     if '"auto"' in text:
         raise InputError(f'{path}: "auto" is resolved by HF Trainer only; write numbers')

@@ -71,10 +71,19 @@ def attention_of(settings: BaseModelConfig, dtype: torch.dtype) -> str:
     """The attention implementation of a base.
 
     Raises:
-        InputError: SDPA is asked for where it would leave out the cap of the scores.
+        InputError: transformers does not know the base, or SDPA is asked for where it would leave out the scores' cap.
     """
     base = info_of(settings)
-    config = AutoConfig.from_pretrained(base.path, trust_remote_code=settings.trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(base.path, trust_remote_code=settings.trust_remote_code)
+    except Exception as error:  # a fault boundary: what a config class raises is its own affair
+        if not settings.trust_remote_code:
+            refuse_code(base.path / "config.json", error)
+        reason = first_line(error)
+        raise InputError(
+            f"{base.path / 'config.json'}: transformers cannot read it ({reason}); use a base whose architecture this "
+            "version of transformers has, or upgrade transformers"
+        ) from error
     kind = plain_class(config) or MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING.get(type(config), None)
     capped = caps_attention(base.config)
     if settings.attn_implementation == "sdpa" and capped:

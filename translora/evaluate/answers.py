@@ -18,6 +18,7 @@ from translora.evaluate.data import Split
 from translora.evaluate.results import Migration, TaskItems
 from translora.gate.questions import Answers, Logliks, answer_limit, answer_rows, run_answers, run_choices
 from translora.gate.verdict import judge
+from translora.run.check import context_of
 from translora.run.files import digest, sha256_path, write_parquet
 from translora.run.state import SYNTHETIC, AdapterState
 from translora.synthesis.calls import Row
@@ -72,7 +73,12 @@ def answer(
     """
     bundles = {task: read_bundle(config.bundle_dir(seed, task)) for task in splits}
     paths = {**{f"{SOURCE_ADAPTER}/{task}": bundle.path for task, bundle in bundles.items()}, **adapters}
-    expected = [row for part in splits.values() for row in part.test]
+    context = context_of(config.target, target)
+    least = config.synthesis.max_answer_tokens
+    limits = {
+        task: answer_limit(least, config.source, config.target, [row["target"] for row in part.test], context)
+        for task, part in splits.items()
+    }
     answers: Answers = {}
     logliks: Logliks = {}
     with Hosts(config.resources) as hosts:
@@ -84,7 +90,7 @@ def answer(
             rows: list[Row] = []
             for task, slot in slots.items():
                 template = bundles[task].manifest.prompt_template if on_source else "auto"
-                rows += item_rows(task, arm, splits[task], slot, template)
+                rows += item_rows(task, arm, splits[task], slot, template, None if on_source else limits[task])
             own = {slot: paths[slot] for slot in slots.values() if slot is not None}
             where: dict[str, Any] = {
                 "base": base,
@@ -96,19 +102,16 @@ def answer(
             weights = {slot: sha256_path(path) for slot, path in own.items()} | {"base": info.identity}
             label = f"seed {seed}: test items, {arm}"
             if texts := [row for row in rows if "choices" not in row]:
-                most = config.synthesis.max_answer_tokens
-                if not on_source:
-                    most = answer_limit(most, config.source, config.target, [row["target"] for row in expected])
-                answers |= run_answers(label, texts, max_answer_tokens=most, digests=weights, **where)[0]
+                answers |= run_answers(label, texts, max_answer_tokens=least, digests=weights, **where)[0]
             if choices := [row for row in rows if "choices" in row]:
                 logliks |= run_choices(label, choices, weights=weights, **where)
     return answers, logliks
 
 
-def item_rows(task: str, arm: str, part: Split, slot: str | None, template: str) -> list[Row]:
+def item_rows(task: str, arm: str, part: Split, slot: str | None, template: str, limit: int | None = None) -> list[Row]:
     """One arm's rows of a task's test items: `gate_block`'s, or `choice_block`'s where a task offers choices."""
     if part.harness is None or not part.harness.is_choice:
-        rows = answer_rows(task, arm, [(row["input"], row["target"]) for row in part.test], slot, template)
+        rows = answer_rows(task, arm, [(row["input"], row["target"]) for row in part.test], slot, template, limit=limit)
         # The harness ends every model's answer at the same texts, and scores what there is at the longest length.
         own = {} if part.harness is None else {"stop": part.harness.stop, "cut": True}
         return [row | own for row in rows]

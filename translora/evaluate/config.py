@@ -31,7 +31,7 @@ from translora.errors import InputError
 
 SOURCE_BASE, SOURCE_ADAPTER, TARGET_BASE, REAL = "source_base", "source_adapter", "target_base", "real"
 REFERENCE_ARMS = (SOURCE_BASE, SOURCE_ADAPTER, TARGET_BASE, REAL)
-"""What the migrations are compared with; `real` is trained as the source adapter was, but on the target base."""
+"""What the migrations are compared with; `real` is trained as `train` says, on the target base and the real data."""
 OVERRIDDEN = ("synthesis", "distill", "gate", "num_samples")
 """What an arm may override."""
 _UNUSED_DISCRIMINATOR = {"epochs": 1, "max_samples": 4}
@@ -57,7 +57,7 @@ class EvaluateTask(Strict):
     """Existing PEFT adapter of the source base, in the place of one that is trained here, in all seeds: the test rows
     must be none that it has seen."""
     num_train: int = Field(default=100, ge=2)
-    """Rows that the source adapter, its discriminator and the real-data LoRA are trained on; another draw per seed."""
+    """Rows that source adapter, discriminator and the target's adapter are trained on; another draw per seed."""
     num_test: int = Field(default=100, ge=2)
     """Rows, none of them a training row, that every arm answers."""
 
@@ -95,7 +95,7 @@ class EvaluateConfig(ConfigFile):
     num_samples: int = Field(default=100, ge=2)
     """|D_syn| of every adapter, where an arm has no other."""
     train: TrainConfig = TrainConfig()
-    """Training of the source adapters, and of the real-data LoRAs on the target base."""
+    """Training of the source adapters, and of the real-data adapters on the target base."""
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     """Training of the source adapters' discriminators."""
     synthesis: SynthesisConfig = SynthesisConfig()

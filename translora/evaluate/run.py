@@ -1,6 +1,6 @@
 """`translora evaluate`: the retention of the method on real task data, its arms side by side, top to bottom.
 
-For each seed: bundles on the source base -> a LoRA on the target base with the real data -> one migration per arm ->
+For each seed: bundles on the source base -> adapters of the target base from the real data -> one migration per arm ->
 every test item answered by every arm. Each stage leaves files that a rerun verifies and skips.
 """
 
@@ -52,11 +52,16 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
     """
     data = [load_task(task) for task in config.tasks]
     splits = {seed: {one.entry.name: split(one, seed) for one in data} for seed in config.seeds}
-    source, target = (info_as_begun(config.run_dir, base) for base in (config.source, config.target))
+    asked = config.source, config.target
+    source, target = (info_as_begun(config.run_dir, base) for base in asked)
+    pins = {"source": pinned(config.source, source), "target": pinned(config.target, target)}
+    config = config.model_copy(update=pins)
     if source.fingerprint == target.fingerprint:
         raise InputError(f"source and target are the same base ({source.path}); set `target` to another base")
     for base in (source, target):
         check_section(config.train, base, "train")
+    if config.target.vllm is not None and config.train.peft is not None:
+        raise InputError("target.vllm: vLLM computes LoRAs alone; leave it out, or train.peft")
     for task in config.tasks:
         check_owned(task.adapter, source)
     for arm in config.arms:
@@ -65,9 +70,7 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
         refuse_other_settings((prepared := config.prepare(seed)).run_dir, prepared)
     check_writable(config.output, "change `output`")
     with open_run(config.run_dir, config):
-        note_commits(config.run_dir, (config.source, source), (config.target, target))
-        commits = {"source": pinned(config.source, source), "target": pinned(config.target, target)}
-        config = config.model_copy(update=commits)
+        note_commits(config.run_dir, (asked[0], source), (asked[1], target))
         start_cluster()
         repetitions = [repeat(config, seed, splits[seed], source, target) for seed in config.seeds]
     setup = Setup(
@@ -107,7 +110,7 @@ def repeat(
         write_jsonl(config.train_file(seed, name), part.train)
     logger.info("seed %d: bundles on %s", seed, source.name)
     prepare(config.prepare(seed))
-    logger.info("seed %d: LoRAs on %s with the real data", seed, target.name)
+    logger.info("seed %d: adapters of %s from the real data", seed, target.name)
     adapters = {f"{REAL}/{task}": path for task, path in train_real(config, seed, splits, target).items()}
     states: dict[str, list[AdapterState]] = {}
     for arm in config.arms:

@@ -43,6 +43,7 @@ def run_gate(
     target: BaseModelConfig,
     batch_size: int,
     max_answer_tokens: int,
+    context: int | None = None,
     hosts: Hosts,
     run_dir: Path,
     digests: Mapping[str, str],
@@ -54,6 +55,7 @@ def run_gate(
 
     Args:
         max_answer_tokens: of the teachers' answers, in tokens of the source base.
+        context: tokens that the target takes, if it says so.
         digests: content hashes of the students and teachers, and fingerprints of the bases: a rerun reuses the answers
             of the same weights only.
     """
@@ -64,9 +66,15 @@ def run_gate(
         name, student, teacher = member.name, f"student/{member.name}", f"teacher/{member.name}"
         heldout = [(row["input"], row["answer"]) for row in member.heldout]
         real = [(row["input"], row["target"]) for row in member.eval_rows]
+        limits = [
+            answer_limit(max_answer_tokens, source, target, [answer for _, answer in samples], context)
+            for samples in (heldout, real)
+        ]
         for slot, gate_arm, eval_arm in ((student, "gate_student", "migrated"), (None, "gate_base", "target_base")):
-            heldout_rows += answer_rows(name, gate_arm, heldout, slot, member.template, with_likelihood=True)
-            target_rows += answer_rows(name, eval_arm, real, slot, member.template)
+            heldout_rows += answer_rows(
+                name, gate_arm, heldout, slot, member.template, with_likelihood=True, limit=limits[0]
+            )
+            target_rows += answer_rows(name, eval_arm, real, slot, member.template, limit=limits[1])
         source_rows += answer_rows(name, "source_adapter", real, teacher, member.teacher_template, stop=member.stop)
         source_rows += answer_rows(name, "source_base", real, None, member.teacher_template)
 
@@ -87,9 +95,6 @@ def run_gate(
         "weights": dict(digests),
         "faults": faults,
     }
-    expected = [row["answer"] for one in members for row in one.heldout]
-    expected += [row["target"] for one in members for row in one.eval_rows]
-    on_target = answer_limit(max_answer_tokens, source, target, expected)
     shares: Shares = {}
     likely: Logliks = {}
     if by_tokens:
@@ -111,7 +116,7 @@ def run_gate(
             base=base,
             adapters=adapters,
             batch_size=batch_size,
-            max_answer_tokens=max_answer_tokens if base is source else on_target,
+            max_answer_tokens=max_answer_tokens,
             hosts=hosts,
             run_dir=run_dir,
             digests=digests,

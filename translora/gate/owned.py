@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from statistics import median
 from translora.bundle import BaseInfo
 from translora.bundle.task import Task
 from translora.config import PrepareConfig
+from translora.engine.loading import load_tokenizer
+from translora.engine.prompts import prompt_format
 from translora.gate.questions import LONG, answer_rows, run_answers
 from translora.gate.verdict import share_equal
 from translora.run.files import derive_seed, sha256_path
@@ -32,12 +35,17 @@ def try_adapters(config: PrepareConfig, tasks: Sequence[Task], base: BaseInfo) -
     rows: list[Row] = []
     targets: dict[str, list[str]] = {}
     for task in tasks:
-        name, draw = task.entry.name, random.Random(derive_seed(config.seed, task.entry.name, "try"))
-        chosen = draw.sample(task.rows, min(NUM_ROWS, len(task.rows)))
+        name, prompts = task.entry.name, prompt_format(load_tokenizer(config.source), task.template)
+        shuffled = random.Random(derive_seed(config.seed, name, "try")).sample(task.rows, len(task.rows))
+        short = (row for row in shuffled if len(prompts.encode_prompt(row["input"])) < config.train.max_length)
+        chosen = list(itertools.islice(short, NUM_ROWS))
+        if not chosen:
+            continue
         targets[name] = [row["target"].strip() for row in chosen]
         samples = list(zip([row["input"] for row in chosen], targets[name], strict=True))
         for arm, slot in (("adapter", f"adapter/{name}"), ("base", None)):
             rows += answer_rows(name, arm, samples, slot, task.template, with_likelihood=True)
+    tasks = [task for task in tasks if task.entry.name in targets]
     if not tasks:
         return
     adapters = {f"adapter/{task.entry.name}": str(task.entry.adapter) for task in tasks}
@@ -68,7 +76,7 @@ def try_adapters(config: PrepareConfig, tasks: Sequence[Task], base: BaseInfo) -
             100 * bare,
         )
         is_long = median(map(len, targets[name])) >= LONG
-        if logliks[name, "adapter"] <= logliks[name, "base"] if is_long else own <= bare:
+        if logliks[name, "adapter"] <= logliks[name, "base"] if is_long else own <= min(bare, 0.95):
             logger.warning(
                 "%s: its adapter does no better on its own data than the bare base; was it trained with another "
                 "prompt_template than %r?",

@@ -12,6 +12,7 @@ from translora.engine.prompts import prompt_format
 from translora.gate.agreement import run_gate
 from translora.gate.questions import GateMember
 from translora.report.card import Began, model_card
+from translora.run.check import context_of
 from translora.run.member import Member, Run, relative_to
 from translora.run.state import DISCRIMINATOR, STUDENT
 from translora.synthesis.discriminator import Judge, measure
@@ -57,6 +58,7 @@ def gate_phase(run: Run, members: list[Member]) -> None:
             target=config.target,
             batch_size=config.synthesis.batch_size,
             max_answer_tokens=config.synthesis.max_answer_tokens,
+            context=context_of(config.target, run.target),
             hosts=hosts,
             run_dir=config.run_dir,
             digests=artifacts(run, members, STUDENT) | bases | teachers,

@@ -64,16 +64,18 @@ def answer_rows(
     *,
     with_likelihood: bool = False,
     stop: str | None = None,
+    limit: int | None = None,
 ) -> list[Row]:
     """Rows of `gate_block` for one arm: samples are (input, reference), slot None is the bare base.
 
     `with_likelihood` asks for the references' log-likelihood under the arm, too. `stop` is a text at which the arm's
-    answers end.
+    answers end, `limit` the tokens that they may have where it is not max_answer_tokens.
     """
     # A bare base does not know where to stop: where all answers are one line, its first line is its answer. An
     # adapter has learnt to stop; one that runs on is wrong.
     one_line = all("\n" not in reference.strip() for _, reference in samples)
-    common = {"adapter": name, "arm": arm, "slot": slot, "template": template, "cut": False}
+    common: Row = {"adapter": name, "arm": arm, "slot": slot, "template": template, "cut": False}
+    common |= {} if limit is None else {"limit": limit}
     end = LINE_END if slot is None and one_line else answer_stop(stop)
     return [
         {**common, "index": index, "input": text, "stop": end, "reference": reference if with_likelihood else None}
@@ -81,18 +83,23 @@ def answer_rows(
     ]
 
 
-def answer_limit(least: int, source: BaseModelConfig, target: BaseModelConfig, answers: Sequence[str]) -> int:
-    """Tokens that an answer may have on the target base: `least`, or what says as much as `least` tokens of the source.
+def answer_limit(
+    least: int, source: BaseModelConfig, target: BaseModelConfig, answers: Sequence[str], context: int | None
+) -> int | None:
+    """Tokens that an adapter's answers may have on the target base, where `least` would not do; else None.
 
-    Tokenizers cut one text into more tokens or fewer, and `synthesis.max_answer_tokens` is counted on the source base.
+    `synthesis.max_answer_tokens` is counted on the source base, and tokenizers cut one text into more tokens or fewer.
+    An answer has room on the target where it, and its end, had room on the source.
 
     Args:
-        answers: expected ones; those within the limit on the source base count.
+        answers: expected ones.
+        context: tokens that the target takes, None where nothing is said: half of it is left to the inputs.
     """
     ours, theirs = load_tokenizer(source), load_tokenizer(target)
-    fitting = [text for text in set(answers) if len(ours(text, add_special_tokens=False)["input_ids"]) <= least]
-    # A space before it, and its end.
-    return max([least, *(len(theirs(text, add_special_tokens=False)["input_ids"]) + 2 for text in fitting)])
+    fitting = [text for text in set(answers) if len(ours(text, add_special_tokens=False)["input_ids"]) < least]
+    longest = max((len(theirs(text, add_special_tokens=False)["input_ids"]) + 1 for text in fitting), default=0)
+    limit = longest if context is None else min(longest, context // 2)
+    return limit if limit > least else None
 
 
 def by_arm(rows: Sequence[Row], key: str) -> dict[tuple[str, str], list[Any]]:

@@ -48,7 +48,11 @@ def start_ray(*, address: str | None = None, on_gpu: bool = False, verbose: bool
     from ray._private.services import canonicalize_bootstrap_address  # no public name (ray 2.60)
 
     # RAY_ADDRESS first, then `address`, then a cluster that `ray start` left on this machine; None is a new local one.
-    found = canonicalize_bootstrap_address(address)
+    try:
+        found = canonicalize_bootstrap_address(address)
+    except ValueError as error:
+        given = os.environ.get("RAY_ADDRESS") or address
+        raise InputError(f"{given}: no address of a Ray cluster ({error}); give HOST:PORT, or auto") from error
     arguments = ray_arguments(address=found, on_gpu=on_gpu, verbose=verbose)
     if verbose or _CORE_LOG_LEVEL in os.environ:
         ray.init(**arguments)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from translora.bundle.base import BaseInfo, info_of
 from translora.config import BaseModelConfig
+from translora.errors import InputError
 from translora.run.files import read_object, write_json
 
 COMMITS = "commits.json"
@@ -19,7 +20,13 @@ def info_as_begun(run_dir: Path, base: BaseModelConfig) -> BaseInfo:
         InputError: as `inspect_base`.
     """
     commit = read_object(run_dir / COMMITS).get(_key(base))
-    return info_of(base if commit is None else base.model_copy(update={"revision": str(commit)}))
+    if commit is None:
+        return info_of(base)
+    try:
+        return info_of(base.model_copy(update={"revision": str(commit)}))
+    except InputError as error:
+        remedy = f"the run began with commit {commit}; remove {run_dir / COMMITS} to go on with the newest"
+        raise InputError(f"{error} ({remedy})") from error
 
 
 def note_commits(run_dir: Path, *bases: tuple[BaseModelConfig, BaseInfo]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from translora.bundle import Bundle, BundleError, read_bundle, verify_bundle
+from translora.bundle import Bundle, read_bundle, verify_bundle
 from translora.bundle.adapter import highest_rank, is_in_bank, read_adapter_config
 from translora.bundle.remote import fetch_all, is_remote
 from translora.config import AdapterEntry, FleetConfig
@@ -124,7 +124,7 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
         num_samples = entry.num_samples or bundle.manifest.num_samples
         check_steps(config, entry, num_samples)
         eval_rows = read_jsonl(entry.eval_data, required=("input", "target")) if entry.eval_data else []
-    except (BundleError, ValueError) as error:
+    except ValueError as error:
         run.quarantine(state, str(error))
         return state
     bases = (run.source, run.target, run.generator)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 from translora.bundle.base import BaseInfo
 from translora.bundle.task import Task
 from translora.config import PrepareConfig
-from translora.run.files import derive_seed, digest, write_json
+from translora.run.files import derive_seed, digest, read_object, write_json
 from translora.synthesis.actors import run_rows
 from translora.synthesis.calls import Row
 from translora.synthesis.discriminator import UNSEEN_SHARE, Inputs, hold_out
@@ -28,7 +26,8 @@ def invent_negatives(config: PrepareConfig, tasks: list[Task], base: BaseInfo) -
         name: config.run_dir / "negatives" / f"{name}-{digest(own, settings, config.source.decides(), identity)}.json"
         for name, own in rows.items()
     }
-    missing = [name for name, path in files.items() if not path.is_file()]
+    kept = {name: read_object(path).get("texts") for name, path in files.items()}
+    missing = [name for name, texts in kept.items() if texts is None]
     if missing:
         with Hosts(config.resources) as hosts:
             generated = run_rows(
@@ -46,13 +45,13 @@ def invent_negatives(config: PrepareConfig, tasks: list[Task], base: BaseInfo) -
             )
         generated.sort(key=lambda row: row["sample_id"])
         for name in missing:
-            write_json(files[name], [row["text"] for row in generated if row["adapter"] == name and row["finished"]])
+            kept[name] = [row["text"] for row in generated if row["adapter"] == name and row["finished"]]
+            write_json(files[name], {"texts": kept[name]})
     negatives: dict[str, list[str]] = {}
     for task in tasks:
         known = {normalise(row["input"]) for row in task.rows} | {""}
-        invented = json.loads(files[task.entry.name].read_text(encoding="utf-8"))
         negatives[task.entry.name] = []
-        for text in invented:
+        for text in kept[task.entry.name] or []:
             if (key := normalise(text)) not in known:
                 known.add(key)
                 negatives[task.entry.name].append(text)

@@ -33,13 +33,14 @@ def generate_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) ->
 def answer_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
     """Answer task inputs greedily; adds `answer` (stripped) and `finished`.
 
-    Rows: slot (adapter of the bank, or None for the bare base), input, template, stop. Settings: max_answer_tokens.
+    Rows: slot (adapter of the bank, or None for the bare base), input, template, stop, and a limit of their own in the
+    place of the setting. Settings: max_answer_tokens.
     """
     requests = [
         Request(
             prompt_format(engine.tokenizer, row["template"]).render(row["input"]),
             row["slot"],
-            settings["max_answer_tokens"],
+            row.get("limit") or settings["max_answer_tokens"],
             row["stop"],
         )
         for row in rows
