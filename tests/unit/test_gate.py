@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ def bases_without_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
         return 100 + len(answers[0]) if answers else None
 
     monkeypatch.setattr(agreement, "answer_limit", answer_limit)
+    monkeypatch.setattr(agreement, "load_tokenizer", lambda base: base)
 
 
 COLOURS = ["red", "blue", "green", "black"]
@@ -85,13 +87,11 @@ def measured(student: float, base: float, **more: Any) -> GateResult:
     return GateResult(num_heldout=20, agreement_student=student, agreement_base=base, passed=False, **more)
 
 
-def test_a_student_has_room_for_the_teachers_answers_in_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    def tokenizer(base: BaseModelConfig) -> Any:
-        cut = {"words": str.split, "letters": list}[base.model]
+def test_a_student_has_room_for_the_teachers_answers_in_its_own_tokens() -> None:
+    def tokenizer(cut: Callable[[str], list[str]]) -> Any:
         return lambda text, add_special_tokens: {"input_ids": cut(text)}
 
-    monkeypatch.setattr(questions, "load_tokenizer", tokenizer)
-    words, letters = BaseModelConfig(model="words"), BaseModelConfig(model="letters")
+    words, letters = tokenizer(str.split), tokenizer(list)
     answers = ["send the box", "one two three four", "ok"]
     assert answer_limit(4, words, letters, answers, None) == len("send the box") + 1, "the second has no room to end"
     assert answer_limit(4, words, letters, answers, 16) == 8, "half of the context is the inputs'"

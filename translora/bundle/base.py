@@ -9,13 +9,14 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from translora.bundle.hub import locate
 from translora.bundle.reading import TensorHeader, read_header, read_json_object
 from translora.config import BaseModelConfig
 from translora.errors import InputError
 from translora.run.files import digest, sha256_file
+from translora.run.redact import first_line
 
 logger = logging.getLogger(__name__)
 PREFIX_BYTES = 4096
@@ -227,6 +228,18 @@ def stored_tensors(directory: Path) -> dict[str, tuple[Path, TensorHeader]]:
     """
     headers = {path: read_header(path, COPY_AGAIN) for path in _weight_files(directory)}
     return {name: (path, header) for path, tensors in headers.items() for name, header in tensors.items()}
+
+
+def refuse_config(directory: Path, trust_remote_code: bool, error: Exception, fault: str, remedy: str) -> NoReturn:
+    """Say why transformers makes nothing of a base's config.json, whatever its classes raised.
+
+    Raises:
+        InputError: names the file, `fault` and `remedy`, or the setting that would have the base's own code run.
+    """
+    path = directory / "config.json"
+    if not trust_remote_code:
+        refuse_code(path, error)
+    raise InputError(f"{path}: {fault} ({first_line(error)}); {remedy}") from error
 
 
 def refuse_code(path: Path, error: Exception) -> None:

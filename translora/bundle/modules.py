@@ -6,9 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from translora.bundle.base import COPY_AGAIN, BaseInfo, refuse_code
-from translora.errors import InputError
-from translora.run.redact import first_line
+from translora.bundle.base import COPY_AGAIN, BaseInfo, refuse_config
 
 
 def linear_modules(base: BaseInfo) -> dict[str, tuple[int, int]]:
@@ -38,13 +36,9 @@ def _linears_and_head(
     try:
         model = meta_model(path, trust_remote_code)
     except Exception as error:
-        if not trust_remote_code:
-            refuse_code(path / "config.json", error)
-        reason = first_line(error)
-        raise InputError(
-            f"{path / 'config.json'}: transformers makes no causal language model of it ({reason}); {COPY_AGAIN}, or "
-            "use a base whose architecture this version of transformers has"
-        ) from error
+        remedy = f"{COPY_AGAIN}, or use a base whose architecture this version of transformers has"
+        fault = "transformers makes no causal language model of it"
+        refuse_config(path, trust_remote_code, error, fault, remedy)
     head = model.get_output_embeddings()
     return adaptable(model), next((name for name, module in linears(model).items() if module is head), None)
 

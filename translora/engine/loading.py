@@ -23,7 +23,14 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
-from translora.bundle.base import UnusableBaseError, info_of, refuse_code, refuse_encoder_decoder, refuse_quantised
+from translora.bundle.base import (
+    UnusableBaseError,
+    info_of,
+    refuse_code,
+    refuse_config,
+    refuse_encoder_decoder,
+    refuse_quantised,
+)
 from translora.config import BaseModelConfig
 from translora.config_file import Attention, DType
 from translora.errors import InputError
@@ -77,13 +84,8 @@ def attention_of(settings: BaseModelConfig, dtype: torch.dtype) -> str:
     try:
         config = AutoConfig.from_pretrained(base.path, trust_remote_code=settings.trust_remote_code)
     except Exception as error:  # a fault boundary: what a config class raises is its own affair
-        if not settings.trust_remote_code:
-            refuse_code(base.path / "config.json", error)
-        reason = first_line(error)
-        raise InputError(
-            f"{base.path / 'config.json'}: transformers cannot read it ({reason}); use a base whose architecture this "
-            "version of transformers has, or upgrade transformers"
-        ) from error
+        remedy = "use a base whose architecture this version of transformers has, or upgrade transformers"
+        refuse_config(base.path, settings.trust_remote_code, error, "transformers cannot read it", remedy)
     kind = plain_class(config) or MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING.get(type(config), None)
     capped = caps_attention(base.config)
     if settings.attn_implementation == "sdpa" and capped:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from translora.bundle import BaseInfo, read_bundle
+from translora.engine.loading import load_tokenizer
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, SOURCE_BASE, TARGET_BASE, EvaluateConfig
 from translora.evaluate.data import Split
 from translora.evaluate.results import Migration, TaskItems
@@ -75,8 +76,9 @@ def answer(
     paths = {**{f"{SOURCE_ADAPTER}/{task}": bundle.path for task, bundle in bundles.items()}, **adapters}
     context = context_of(config.target, target)
     least = config.synthesis.max_answer_tokens
+    tokenizers = load_tokenizer(config.source), load_tokenizer(config.target)
     limits = {
-        task: answer_limit(least, config.source, config.target, [row["target"] for row in part.test], context)
+        task: answer_limit(least, *tokenizers, [row["target"] for row in part.test], context)
         for task, part in splits.items()
     }
     answers: Answers = {}

@@ -177,7 +177,7 @@ class EvaluateConfig(ConfigFile):
             "discriminator": _UNUSED_DISCRIMINATOR,
             "resources": self.resources.model_dump(),
         }
-        own = merge({name: self.model_dump()[name] for name in OVERRIDDEN}, overrides)
+        own = merge(self.model_dump(include=set(OVERRIDDEN)), overrides)
         num_samples = own.pop("num_samples")
         try:
             entries = [

@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from translora.config import BaseModelConfig
+from translora.engine.loading import load_tokenizer
 from translora.gate.questions import (
     Answers,
     GateMember,
@@ -59,6 +60,7 @@ def run_gate(
         digests: content hashes of the students and teachers, and fingerprints of the bases: a rerun reuses the answers
             of the same weights only.
     """
+    tokenizers = load_tokenizer(source), load_tokenizer(target)
     heldout_rows: list[Row] = []
     target_rows: list[Row] = []
     source_rows: list[Row] = []
@@ -67,7 +69,7 @@ def run_gate(
         heldout = [(row["input"], row["answer"]) for row in member.heldout]
         real = [(row["input"], row["target"]) for row in member.eval_rows]
         limits = [
-            answer_limit(max_answer_tokens, source, target, [answer for _, answer in samples], context)
+            answer_limit(max_answer_tokens, *tokenizers, [answer for _, answer in samples], context)
             for samples in (heldout, real)
         ]
         for slot, gate_arm, eval_arm in ((student, "gate_student", "migrated"), (None, "gate_base", "target_base")):

@@ -32,10 +32,11 @@ def try_adapters(config: PrepareConfig, tasks: Sequence[Task], base: BaseInfo) -
     that: a migration is judged by what the adapter answers.
     """
     tasks = [task for task in tasks if task.entry.adapter is not None and task.rows]
+    tokenizer = load_tokenizer(config.source)
     rows: list[Row] = []
     targets: dict[str, list[str]] = {}
     for task in tasks:
-        name, prompts = task.entry.name, prompt_format(load_tokenizer(config.source), task.template)
+        name, prompts = task.entry.name, prompt_format(tokenizer, task.template)
         shuffled = random.Random(derive_seed(config.seed, name, "try")).sample(task.rows, len(task.rows))
         short = (row for row in shuffled if len(prompts.encode_prompt(row["input"])) < config.train.max_length)
         chosen = list(itertools.islice(short, NUM_ROWS))

@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from translora.config import BaseModelConfig, GateConfig
-from translora.engine.loading import load_tokenizer
 from translora.synthesis.actors import run_rows
 from translora.synthesis.calls import Row
 from translora.synthesis.hosts import Hosts
 from translora.synthesis.prompts import LINE_END, answer_stop
 from translora.synthesis.stages import choice_block, gate_block, token_block
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Answers = dict[tuple[str, str], list[str | None]]
 """By name and arm, in the order of the samples; None for one that did not end."""
@@ -84,7 +86,11 @@ def answer_rows(
 
 
 def answer_limit(
-    least: int, source: BaseModelConfig, target: BaseModelConfig, answers: Sequence[str], context: int | None
+    least: int,
+    source: PreTrainedTokenizerBase,
+    target: PreTrainedTokenizerBase,
+    answers: Sequence[str],
+    context: int | None,
 ) -> int | None:
     """Tokens that an adapter's answers may have on the target base, where `least` would not do; else None.
 
@@ -92,12 +98,12 @@ def answer_limit(
     An answer has room on the target where it, and its end, had room on the source.
 
     Args:
+        source, target: the bases' tokenizers.
         answers: expected ones.
         context: tokens that the target takes, None where nothing is said: half of it is left to the inputs.
     """
-    ours, theirs = load_tokenizer(source), load_tokenizer(target)
-    fitting = [text for text in set(answers) if len(ours(text, add_special_tokens=False)["input_ids"]) < least]
-    longest = max((len(theirs(text, add_special_tokens=False)["input_ids"]) + 1 for text in fitting), default=0)
+    fitting = [text for text in set(answers) if len(source(text, add_special_tokens=False)["input_ids"]) < least]
+    longest = max((len(target(text, add_special_tokens=False)["input_ids"]) + 1 for text in fitting), default=0)
     limit = longest if context is None else min(longest, context // 2)
     return limit if limit > least else None
 

@@ -165,13 +165,13 @@ def changed_settings(earlier: dict[str, Any], now: dict[str, Any]) -> str:
 
     A base's revision decides none: what it stands for is compared by its weights.
     """
+    indifferent = EXECUTION_ONLY | VLLM_EXECUTION_ONLY | {"revision"}
     before, after = _flatten(earlier), _flatten(now)
     return "; ".join(
         f"{key} {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
         if key.split(".")[0] not in MAY_CHANGE
-        and key.split(".")[-1]
-        not in EXECUTION_ONLY | VLLM_EXECUTION_ONLY | {"revision"}  # a base counts by its weights
+        and key.split(".")[-1] not in indifferent
         and before.get(key) != after.get(key)
     )
 
