@@ -236,7 +236,7 @@ def test_the_page_says_what_was_measured(results: Results) -> None:
     assert "\\|D_syn\\| = 100 unless an arm says otherwise.**" in to_markdown(
         results.model_copy(update={"setup": more}), "results"
     )
-    assert "60 training rows and 50 test items" in text and "real-data LoRA on the target" in text
+    assert "60 training rows and 50 test items" in text and "real-data adapter on the target" in text
     dora = {"peft_type": "LORA", "use_dora": True}
     other = setup().model_copy(update={"train": {**setup().train, "peft": dora}})
     page = to_markdown(results.model_copy(update={"setup": other}), "results")

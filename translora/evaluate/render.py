@@ -83,9 +83,7 @@ def to_markdown(results: Results, name: str) -> str:
     lines += calibration_page(results.calibration, GateConfig(**setup.gate), f"{name}.svg")
     if noted := [one for one in results.migrations if one.note]:
         lines += ["", "## Remarks on single adapters", "", *remarks(noted)]
-    text = "\n".join(lines) + "\n"
-    # It is trained as the source adapters were.
-    return text.replace("real-data LoRA", "real-data adapter") if setup.train.get("peft") else text
+    return "\n".join(lines) + "\n"
 
 
 def _setup(setup: Setup, tasks: Sequence[TaskResult], json_name: str) -> list[str]:
@@ -101,14 +99,15 @@ def _setup(setup: Setup, tasks: Sequence[TaskResult], json_name: str) -> list[st
         f"Accuracy is exact match, case and white space aside, in percent{_harness(tasks)}; a bare base is cut at its "
         f"first line. In brackets are 95 % bootstrap intervals ({setup.num_replicates} replicates), the same items for "
         f"all arms: {_drawn(len(setup.seeds))} Retention ρ = (migrated − target base) / (real-data "
-        "LoRA on the target − target base): 0 is the bare target base, 1 is as good as training on the real data, and "
-        "the source adapter's own ρ is that of a perfect copy: what is missing from 1 there is the teacher's, not the "
-        "migration's. Where the bare base does not know the form of the answers, an adapter that learnt the form alone "
-        "is above 0; *ρ above the majority class* therefore has the accuracy of one answer to everything in the target "
-        "base's place, where that is greater. An arm that answers all items alike right or wrong has an interval of "
+        "adapter on the target − target base): 0 is the bare target base, 1 is as good as training on the real data, "
+        "and the source adapter's own ρ is that of a perfect copy: what is missing from 1 there is the teacher's, not"
+        " the migration's. Where the bare base does not know the form of the answers, an adapter that learnt the form"
+        " alone is above 0; *ρ above the majority class* therefore has the accuracy of one answer to everything in "
+        "the target base's place, where that is greater. An arm that answers all items alike right or wrong has an "
+        "interval of "
         "width zero, which is the bootstrap's limit, not certainty.",
         "",
-        f"Source adapter and real-data LoRA: {_training(setup.train)}{_given(setup)}. "
+        f"Source adapter and real-data adapter: {_training(setup.train)}{_given(setup)}. "
         f"Students: {_training(setup.distill)}{_synthesis(setup)}. "
         f"Written by `translora evaluate` from [`{json_name}`]({json_name}); "
         + ", ".join(f"{name} {version}" for name, version in setup.versions.items() if name in SHOWN_VERSIONS)

@@ -101,7 +101,7 @@ class TaskResult(Record):
     accuracy: dict[str, Estimate]
     """By arm; the interval draws test items."""
     gain: Estimate
-    """Real-data LoRA minus target base; the interval draws seeds, then items."""
+    """Real-data adapter minus target base; the interval draws seeds, then items."""
     retention: dict[str, Estimate | None]
     """By arm, and of the source adapter itself; None where the gain is not positive beyond its interval."""
     skill: dict[str, Estimate | None]

@@ -84,7 +84,7 @@ class Retention:
     """What a migration kept of the gain that real data would have brought."""
 
     gain: Estimate
-    """Real-data LoRA minus target base: what is divided by."""
+    """Real-data adapter minus target base: what is divided by."""
     value: float | None
     """rho; None where the gain is not positive beyond its interval."""
     replicates_R: Floats
@@ -97,7 +97,7 @@ class Retention:
 
 
 def retention(base_SN: Floats, real_SN: Floats, migrated_SN: Floats, resample: Resample) -> Retention:
-    """rho = (migrated - target base) / (real-data LoRA - target base), accuracies over the same items."""
+    """rho = (migrated - target base) / (real-data adapter - target base), accuracies over the same items."""
     gain = resample.estimate(real_SN - base_SN)
     if gain.low <= 0:
         return Retention(gain, None, np.full(NUM_REPLICATES, np.nan))

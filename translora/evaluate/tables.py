@@ -14,12 +14,12 @@ ARM_WORDS = {
     "source_base": "source base",
     SOURCE_ADAPTER: "source adapter",
     TARGET_BASE: "target base",
-    REAL: "real-data LoRA on the target",
+    REAL: "real-data adapter on the target",
 }
 
 
 UNDEFINED = (
-    "ρ is left undefined where the real-data LoRA does not beat the target base (or the majority class) beyond its "
+    "ρ is left undefined where the real-data adapter does not beat the target base (or the majority class) beyond its "
     "interval: there is no gain of which a share could be kept."
 )
 
@@ -39,7 +39,7 @@ def accuracies(setup: Setup, tasks: Sequence[TaskResult]) -> list[str]:
 def retentions(setup: Setup, tasks: Sequence[TaskResult]) -> list[str]:
     """ρ of every arm on each task, and above the majority class."""
     arms = [SOURCE_ADAPTER, *setup.arms]
-    headers = ["retention ρ", "gain of the real-data LoRA", ARM_WORDS[SOURCE_ADAPTER], *setup.arms]
+    headers = ["retention ρ", "gain of the real-data adapter", ARM_WORDS[SOURCE_ADAPTER], *setup.arms]
     rows = []
     for task in tasks:
         for word, kept in (("", task.retention), (", above the majority class", task.skill)):
