@@ -42,15 +42,15 @@ def gate_phase(run: Run, members: list[Member]) -> None:
     ]
     bases = {"source base": run.source.identity, "target base": run.target.identity}
     teachers = {f"teacher/{member.name}": member.bundle.digest for member in members}
+    leaving = [member for member in members if member.state.synthesis.leaves_discriminator]
     with Hosts(config.resources) as hosts:
         qualities = measure(
-            judges(run, members),
+            judges(run, leaving),
             base=config.target,
             batch_size=config.synthesis.batch_size,
             hosts=hosts,
             run_dir=config.run_dir,
-            digests=artifacts(run, [one for one in members if one.state.synthesis.leaves_discriminator], DISCRIMINATOR)
-            | bases,
+            digests=artifacts(run, leaving, DISCRIMINATOR) | bases,
         )
         results, faults = run_gate(
             gate_members,
@@ -120,9 +120,9 @@ def artifacts(run: Run, members: list[Member], kind: str) -> dict[str, str]:
 
 
 def judges(run: Run, members: list[Member]) -> dict[str, Judge]:
-    """The next hop's discriminators for which inputs were held out."""
+    """The next hop's discriminators of these members for which inputs were held out."""
     found = {}
-    for member in (one for one in members if one.state.synthesis.leaves_discriminator):
+    for member in members:
         _, unseen = discriminator_inputs(run, member)
         if unseen is not None:
             template = member.template(run.config)
