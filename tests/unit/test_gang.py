@@ -1,6 +1,7 @@
 """The gang on a whole base in one process; tests/integration has the same loop on ZeRO-3."""
 
 import json
+import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -224,6 +225,31 @@ def test_a_job_that_was_given_up_is_not_opened_from_a_checkpoint(base_path: Path
         read_checkpoints(tmp_path, "gang-0000.safetensors", again)
         again.fill()
         assert [student.job.name for student in again.students.values()] == [opened]
+
+
+def test_jobs_that_were_given_up_before_a_kill_are_given_up_after_it(base_path: Path, tmp_path: Path) -> None:
+    unusable = [{"input": "far too long " * 40, "answer": "x"}]
+    queue = [make_job(tmp_path, "unusable", unusable), make_job(tmp_path, "mad"), make_job(tmp_path, "good")]
+    checkpoint = tmp_path / "gang-0000.safetensors"
+    gang = make_gang(WholeBase(base_path, torch.float32, TARGETS), queue, 2)
+    gang.fill()
+    next(one for one in gang.students.values() if one.job.name == "mad").flat.data.fill_(math.nan)
+    for _ in range(3):
+        for shards in gang.shards():
+            run_pass(gang.slots.base, gang, shards)  # type: ignore[attr-defined]
+        gang.update()
+        write_checkpoint(checkpoint, gang)
+        gang.fill()
+    before = {job.name: job.failure() for job in queue}
+    assert "max_length" in str(before["unusable"]) and "loss nan" in str(before["mad"]) and before["good"] is None
+
+    for job in queue:  # as a driver does that starts again
+        (Path(job.work_dir) / FAILURE).unlink(missing_ok=True)
+    gang = make_gang(WholeBase(base_path, torch.float32, TARGETS), queue, 2)
+    read_checkpoints(tmp_path, checkpoint.name, gang)
+    train(gang.slots.base, gang, checkpoint, every_steps=1)  # type: ignore[attr-defined]
+    assert {job.name: job.failure() for job in queue} == before
+    assert [Path(job.output).exists() for job in queue] == [False, False, True]
 
 
 def test_a_rank_takes_the_states_of_its_own_queue_alone(base_path: Path, tmp_path: Path) -> None:

@@ -45,7 +45,13 @@ def write_checkpoint(path: Path, gang: Gang) -> None:
             entries.append({"slot": None, "recipe": recipe, "losses": losses})
             states.append(state)
     tensors = {f"{n}/{key}": value.cpu().contiguous() for n, state in enumerate(states) for key, value in state.items()}
-    gang_place = {"queue": queue_digest(gang), "num_slots": gang.num_slots, "next": gang.next, "students": entries}
+    gang_place = {
+        "queue": queue_digest(gang),
+        "num_slots": gang.num_slots,
+        "next": gang.next,
+        "given_up": gang.given_up,
+        "students": entries,
+    }
     write_bytes(path, save(tensors, {"gang": json.dumps(gang_place)}))
 
 
@@ -77,6 +83,9 @@ def read_checkpoints(directory: Path, own: str, gang: Gang) -> None:
             mine = place
     if mine is not None:
         gang.next = mine["next"]
+        for job in gang.queue:  # the queue goes on behind them, and the driver forgot why they ended
+            if (reason := mine.get("given_up", {}).get(job.name)) is not None and job.name not in gang.done:
+                gang.give_up(job, reason)
         for student in mine["students"]:
             if student["slot"] is not None:
                 gang.open(student["slot"], student["job"])

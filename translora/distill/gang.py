@@ -66,6 +66,8 @@ class Gang:
         """Of the passes of this step: each student's share of them is logged, as what it cost."""
         self.saved: dict[str, tuple[dict[str, torch.Tensor], list[float]]] = {}
         """States of an earlier start, by recipe."""
+        self.given_up: dict[str, str] = {}
+        """Why jobs of the queue ended before their last step, by name."""
 
     def fill(self) -> None:
         """Open the next jobs of the queue in the free slots; done ones are skipped, unusable ones given up."""
@@ -105,6 +107,7 @@ class Gang:
 
     def give_up(self, job: TrainJob, error: Exception | str) -> None:
         """Record why a job ends here; its neighbours go on."""
+        self.given_up[job.name] = str(error)
         if self.rank == 0:
             write_json(Path(job.work_dir) / FAILURE, {"reason": str(error)})
 

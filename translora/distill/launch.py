@@ -131,6 +131,8 @@ def train_adapters(
     total = sum(job.expected_steps(config.batch_size) for job in missing)
     with Progress(label, total, run_dir) as progress, Follower(jobs, after_step):
         fit(trainer, directory, most_notes=len(jobs) + MAX_NOTES)
+    if lost := [job.name for job in jobs if job.failure() is None and not job.is_done(config, identity)]:
+        raise RuntimeError(f"neither trained nor given up: {', '.join(lost)}")
     remove_directory(directory)
 
 
