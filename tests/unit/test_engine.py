@@ -68,7 +68,7 @@ def test_a_teachers_tokens_are_agreed_with_where_they_are_the_likeliest_of_peft(
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
         if row["slot"] is not None:
             model = PeftModel.from_pretrained(model, adapters[str(row["slot"])]).eval()
-        prompt, answer = form.encode_prompt(PROMPTS[1]), form.encode_answer(str(row["answer"]))
+        prompt, answer = form.encode_pair(PROMPTS[1], str(row["answer"]))
         with torch.inference_mode():
             logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
         expected = (logits.argmax(-1) == torch.tensor(answer)).float().mean()
@@ -203,9 +203,25 @@ def test_an_answer_is_scored_by_the_adapter_and_its_base(engine: TransformersEng
     given = [{**row, "answer": answer} for row, answer in zip(rows, ("yes", "no, thanks", "ok"), strict=True)]
     for row, score in zip(given, ANSWER_SCORES[screen](engine, given), strict=True):
         prompts = prompt_format(engine.tokenizer, template)
-        sample = (prompts.encode_prompt(row["input"]), prompts.encode_answer(row["answer"]))
+        sample = prompts.encode_pair(row["input"], row["answer"])
         own, bare = (np.mean(engine.log_likelihood([sample], [slot])[0]) for slot in ("a0", None))
         assert score == pytest.approx(math.exp(own) if screen == "confidence" else own - bare, rel=1e-3)
+
+
+@pytest.mark.parametrize("screen", ["confidence", "excess"])
+def test_the_end_of_an_answer_that_ends_at_a_text_is_not_scored(engine: TransformersEngine, screen: str) -> None:
+    """Its adapter never learnt to end an answer: what it thinks of an end says nothing of how sure it is."""
+    common = {"slot": "a0", "screen": screen, "template": "{input} ->"}
+    rows = [{**common, "stop": r"(?<=\S\S)", "input": f"Order {i}"} for i in range(3)]
+    answered = screen_and_label_block(engine, rows, {"max_answer_tokens": 6})
+    scored = [row for row in answered if row["answer"] and row["finished"]]
+    assert scored
+    for row in scored:
+        sample = prompt_format(engine.tokenizer, row["template"]).encode_pair(
+            row["input"], row["answer"], with_end=False
+        )
+        own, bare = (np.mean(engine.log_likelihood([sample], [slot])[0]) for slot in ("a0", None))
+        assert row["score"] == pytest.approx(math.exp(own) if screen == "confidence" else own - bare, rel=1e-3)
 
 
 def test_log_likelihood_is_that_of_the_whole_logits(engine: TransformersEngine, base: Path) -> None:

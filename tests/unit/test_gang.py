@@ -145,7 +145,7 @@ def test_a_student_comes_closer_to_its_teachers_probabilities_whoever_its_neighb
     prompts = prompt_format(base.tokenizer)
     rows = []
     for row in ROWS:
-        ids = prompts.encode_answer(row["answer"])
+        ids = prompts.encode_pair(row["input"], row["answer"])[1]
         thought = {
             "answer_ids": ids,
             "tokens": [[token, 7, 9] for token in ids],

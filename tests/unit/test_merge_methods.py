@@ -184,7 +184,7 @@ def test_an_answer_is_text_or_a_number_and_nothing_is_none(world: Path) -> None:
     rows = [{"input": "a", "answer": 0}, {"input": "b", "target": "1"}, {"input": "c", "answer": ""}, {"input": "d"}]
     write_jsonl(world / "labels.jsonl", rows)
     samples = read_samples(world / "labels.jsonl", prompts, 512, 16, 0)
-    answers = [prompts.encode_answer("0"), prompts.encode_answer("1"), [], []]
+    answers = [prompts.encode_pair("a", "0")[1], prompts.encode_pair("b", "1")[1], [], []]
     assert [sample.answer_ids for sample in samples] == answers
     for wrong in (["a", "b"], True, {"text": "a"}):
         write_jsonl(world / "labels.jsonl", [*rows, {"input": "e", "answer": wrong}])

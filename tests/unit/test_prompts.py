@@ -2,11 +2,13 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, normalizers
+from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tests.tiny import make_base, make_tokenizer
 from translora.config import BaseModelConfig
 from translora.engine.loading import load_tokenizer, without_clock
-from translora.engine.prompts import PLAIN_TEMPLATE, prompt_format, raw_prompt
+from translora.engine.prompts import PLAIN_TEMPLATE, PromptFormat, prompt_format, raw_prompt
 from translora.synthesis.prompts import (
     discriminator_question,
     generation_prompt,
@@ -20,7 +22,7 @@ def test_chat_format_uses_the_tokenizers_own_template() -> None:
     prompts = prompt_format(make_tokenizer("llama"))
     assert prompts.render("Hello") == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     assert prompts.end == "<|im_end|>"
-    answer = prompts.encode_answer("billing")
+    answer = prompts.encode_pair("", "billing")[1]
     assert answer[-1] == prompts.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert prompts.end_ids == [answer[-1]]
 
@@ -32,8 +34,53 @@ def test_plain_format_without_a_chat_template_puts_bos_in_front_and_eos_behind()
     ids = prompts.encode_prompt("Hello")
     assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
     assert tokenizer.decode(ids[1:]) == "Hello\nAnswer:"
-    assert tokenizer.decode(prompts.encode_answer("red")) == " red<eos>"
+    assert tokenizer.decode(prompts.encode_pair("", "red")[1]) == " red<eos>"
     assert raw_prompt(tokenizer, "1. a") == "<bos>1. a"
+
+
+def make_llama_tokenizer(*, prepends: bool) -> PreTrainedTokenizerBase:
+    """Of a few words, as transformers makes Llama's, or as the tokenizer.json of Llama 2 has it."""
+    mark = "\u2581"
+    pieces = ("<unk>", "<s>", "</s>", mark, "\n", *"yesnoanwr:QAUI", "ye", "yes", "no")
+    marked = (f"{mark}y", f"{mark}ye", f"{mark}yes", f"{mark}n", f"{mark}no", mark + mark)
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys((*pieces, *marked)))}
+    merges = [(mark, mark), ("y", "e"), ("ye", "s"), ("n", "o"), (mark, "yes"), (mark, "no")]
+    if not prepends:
+        return LlamaTokenizer(vocab=vocabulary, merges=merges)
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(mark), normalizers.Replace(" ", mark)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("prepends", [False, True])
+@pytest.mark.parametrize("template", ["Q: {input}\nA:", "Q: {input}\nA:\n"])
+def test_an_answer_has_the_tokens_that_it_has_behind_its_prompt(template: str, prepends: bool) -> None:
+    """A tokenizer that marks where a text begins marks no answer: the adapter was trained on whole texts."""
+    tokenizer = make_llama_tokenizer(prepends=prepends)
+    prompts = prompt_format(tokenizer, template)
+    prompt, answer = prompts.encode_pair("Q", "yes")
+    assert prompt == prompts.encode_prompt("Q")
+    assert [*prompt, *answer] == prompts.encode(f"{prompts.render('Q')}{prompts.lead}yes</s>")
+    expected = ["yes", "</s>"] if template.endswith("\n") else ["\u2581yes", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(answer) == expected
+    assert prompts.answer_spans("Q", "yes") == [(0, 3), (3, 3)]
+    assert prompts.encode_pair("Q", "yes", with_end=False)[1] == answer[:-1]
+
+
+def test_an_answer_that_changes_its_prompts_tokens_is_cut_by_itself() -> None:
+    """What is generated follows the prompt's own tokens."""
+    tokenizer = make_llama_tokenizer(prepends=False)
+    glued = PromptFormat(tokenizer, "{input}", "</s>", "")
+    assert tokenizer.convert_ids_to_tokens(glued.encode("noyes")) == ["\u2581no", "yes"]
+    prompt, answer = glued.encode_pair("y", "es")
+    assert prompt == glued.encode_prompt("y") and answer == glued.encode("es</s>")
+    assert glued.encode("yes</s>") != [*prompt, *answer]
+
+
+def test_a_template_that_writes_the_beginning_of_the_text_gets_no_second_one() -> None:
+    tokenizer = make_tokenizer("gemma3")
+    written = prompt_format(tokenizer, "<bos>Q: {input}\nA:")
+    assert written.encode_prompt("red") == prompt_format(tokenizer, "Q: {input}\nA:").encode_prompt("red")
 
 
 def test_an_input_with_braces_is_left_alone() -> None:

@@ -293,6 +293,13 @@ def test_a_copy_is_not_tried_again_and_what_cannot_be_copied_is_refused(
     ):
         check_copy(small, bundle, AdapterEntry(bundle="x"))
     check_copy(small, bundle, AdapterEntry(bundle="x", epochs=2))
+    fewer = TrainConfig.model_validate({"warm_start": True, "epochs": 0, "lora": {"target_modules": ["q_proj"]}})
+    narrow = dataclasses.replace(run, config=run.config.model_copy(update={"distill": fewer}))
+    with pytest.raises(
+        ValueError, match=r"adapts .*v_proj, which .* no copy then; add .*v_proj to distill.lora.target_modules"
+    ):
+        check_copy(narrow, bundle, AdapterEntry(bundle="x"))
+    check_copy(narrow, bundle, AdapterEntry(bundle="x", epochs=2))
     (bundle.path / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
     check_copy(run, bundle, AdapterEntry(bundle="x", epochs=2))
     with pytest.raises(ValueError, match=r"is no plain LoRA: .* 0 epochs train nothing; give it epochs of its own"):

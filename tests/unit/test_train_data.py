@@ -46,7 +46,7 @@ def test_long_samples_are_dropped_with_a_warning_and_none_left_is_an_error(caplo
 
 def test_a_teacher_is_used_where_it_saw_the_same_tokens(caplog: pytest.LogCaptureFixture) -> None:
     prompts = prompt_format(make_tokenizer("llama"))
-    ids = prompts.encode_answer("b")
+    ids = prompts.encode_pair("a", "b")[1]
     padding = len(prompts.tokenizer)  # a place of the teacher's head that no token has, and the student's head may lack
     tokens = [[token, 1, padding] for token in ids]
     thought = {"answer_ids": ids, "tokens": tokens, "log_p": [[-0.1, -2.5, -9.0]] * len(ids)}
@@ -86,11 +86,11 @@ def test_a_share_of_the_tokens_is_trained_on_by_their_excess_in_the_teachers_own
 @given(st.text("ab é日, ", min_size=1).filter(lambda text: bool(text.strip())), st.floats(0.01, 1))
 def test_the_characters_of_every_token_are_known_and_the_share_is_kept(answer: str, share: float) -> None:
     teacher, student = (prompt_format(make_tokenizer(kind)) for kind in ("llama", "gemma3"))
-    spans = teacher.answer_spans(answer)
-    assert len(spans) == len(teacher.encode_answer(answer)) and spans[-1] == (len(answer), len(answer))
+    spans = teacher.answer_spans("a", answer)
+    assert len(spans) == len(teacher.encode_pair("a", answer)[1]) and spans[-1] == (len(answer), len(answer))
     assert {place for start, end in spans for place in range(start, end)} == set(range(len(answer)))
     excess = [float(index) for index in range(len(spans))]
-    own = student.answer_spans(answer)
+    own = student.answer_spans("a", answer)
     chosen = chosen_tokens({"spans": spans, "excess": excess}, own, share)
     with_text = [flag for flag, (start, end) in zip(chosen, own, strict=True) if start < end]
     assert sum(with_text) == math.ceil(share * len(with_text) - 1e-9) and chosen[-1]
@@ -104,7 +104,7 @@ def test_a_token_that_the_teacher_has_no_character_of_is_trained_on() -> None:
 
 def test_tokens_that_are_not_chosen_weigh_nothing() -> None:
     prompts = prompt_format(make_tokenizer("llama"))
-    spans = prompts.answer_spans("a b c d")
+    spans = prompts.answer_spans("a", "a b c d")
     excess = [float(index == 2) for index in range(len(spans))]
     rows = [{"input": "a", "answer": "a b c d", "teacher": {"answer_ids": [], "spans": spans, "excess": excess}}]
     (sample,) = encode_samples(rows, prompts, 40, "task", token_share=0.01)

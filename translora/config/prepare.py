@@ -29,7 +29,7 @@ class PrepareEntry(Strict):
     """Existing PEFT adapter of the source base; trained from `data` when unset."""
     seeds: str | None = None
     """JSONL with five (cleaned) `input` lines to ship as seeds; chosen from `data` when unset."""
-    num_samples: int | None = Field(default=None, ge=1)
+    num_samples: int | None = Field(default=None, ge=2)
     """|D|, how many samples a migration synthesises; unset, the rows of `data`, or 250 (a task of BIG-Bench-Hard)."""
 
     prompt_template: PromptTemplate | None = None

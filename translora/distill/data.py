@@ -61,14 +61,12 @@ def encode_samples(
     """
     samples, vocabulary = [], len(prompts.tokenizer)
     for row in rows:
-        answer_ids = prompts.encode_answer(row["answer"], with_end=with_end)
+        prompt_ids, answer_ids = prompts.encode_pair(row["input"], row["answer"], with_end=with_end)
         teacher = row.get("teacher", {})
         chosen = None
         if "excess" in teacher:
-            chosen = chosen_tokens(teacher, prompts.answer_spans(row["answer"]), token_share)
-        samples.append(
-            Sample(prompts.encode_prompt(row["input"]), answer_ids, teacher_odds(row, answer_ids, vocabulary), chosen)
-        )
+            chosen = chosen_tokens(teacher, prompts.answer_spans(row["input"], row["answer"]), token_share)
+        samples.append(Sample(prompt_ids, answer_ids, teacher_odds(row, answer_ids, vocabulary), chosen))
     if others := sum(
         "tokens" in row.get("teacher", {}) and one.teacher is None for row, one in zip(rows, samples, strict=True)
     ):
@@ -85,8 +83,7 @@ def encode_samples(
 
 def num_too_long(rows: Sequence[tuple[str, str]], prompts: PromptFormat, max_length: int) -> int:
     """How many of some inputs and answers `encode_samples` leaves out."""
-    lengths = [len(prompts.encode_prompt(text)) + len(prompts.encode_answer(answer)) for text, answer in rows]
-    return sum(length > max_length for length in lengths)
+    return sum(sum(map(len, prompts.encode_pair(*row))) > max_length for row in rows)
 
 
 def teacher_odds(row: Mapping[str, Any], answer_ids: Sequence[int], vocabulary: int) -> list[TokenOdds] | None:

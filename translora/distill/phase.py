@@ -100,6 +100,8 @@ class Start(NamedTuple):
     """What gets lost of it."""
     rank: int = 0
     """The highest of the modules that both adapt."""
+    lost: Sequence[str] = ()
+    """Ends of the names of modules that the adapter has and the student has not."""
 
 
 def student_start(run: Run, path: Path) -> Start:
@@ -115,12 +117,13 @@ def student_start(run: Run, path: Path) -> Start:
     if not copied:
         return Start(remark="adapts none of the student's modules: its student begins without it")
     rank = max(len(source.modules[name][0]) for name in copied)
-    remarks = []
-    if lost := ", ".join(not_copied(source, own)):
-        remarks = [f"adapts {lost}, which distill.lora.target_modules does not: its student begins without these"]
+    remarks, lost = [], not_copied(source, own)
+    if lost:
+        names = ", ".join(lost)
+        remarks = [f"adapts {names}, which distill.lora.target_modules does not: its student begins without these"]
     if rank > settings.lora.rank:
         remarks.append(f"has rank {rank}, of which its student begins with {settings.lora.rank}")
-    return Start(path, "; ".join(remarks), rank)
+    return Start(path, "; ".join(remarks), rank, lost)
 
 
 def distill_phase(run: Run, members: list[Member]) -> None:

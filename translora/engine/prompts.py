@@ -35,27 +35,42 @@ class PromptFormat:
             assert isinstance(rendered, str)
             return rendered
         bos = self.tokenizer.bos_token if _adds_bos(self.tokenizer) else ""
-        return f"{bos}{self.template.replace('{input}', text)}"
+        written = bos and self.template.startswith(bos)  # a chat template, written out
+        return f"{'' if written else bos}{self.template.replace('{input}', text)}"
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of the prompt."""
         return self.encode(self.render(text))
 
-    def encode_answer(self, answer: str, *, with_end: bool = True) -> list[int]:
-        """Token ids of an answer and its end."""
-        return self.encode(f"{self.lead}{answer}{self.end if with_end else ''}")
+    def encode_pair(self, text: str, answer: str, *, with_end: bool = True) -> tuple[list[int], list[int]]:
+        """Token ids of the prompt for a task input, and of an answer and its end as they follow it.
 
-    def answer_spans(self, answer: str) -> list[tuple[int, int]]:
-        """Characters start..end of the answer in each token of `encode_answer`; none (start = end) in its end's.
+        Tokenizers that mark the beginning of a text cut an answer by itself otherwise than behind its prompt. Where the
+        prompt has other tokens once an answer follows it, the answer is cut by itself all the same: an adapter that
+        writes answers sees the prompt alone.
+        """
+        prompt, behind = self.render(text), f"{self.lead}{answer}{self.end if with_end else ''}"
+        prompt_ids, whole = self.encode(prompt), self.encode(prompt + behind)
+        follows = whole[: len(prompt_ids)] == prompt_ids
+        return prompt_ids, whole[len(prompt_ids) :] if follows else self.encode(behind)
+
+    def answer_spans(self, text: str, answer: str) -> list[tuple[int, int]]:
+        """Characters start..end of the answer in each of its tokens of `encode_pair`; none (start = end) in its end's.
 
         Raises:
             InputError: the tokenizer does not know which characters a token stands for.
         """
         if not self.tokenizer.is_fast:
             raise InputError(f"{type(self.tokenizer).__name__} does not tell the characters of a token; token_share: 1")
-        rendered = f"{self.lead}{answer}{self.end}"
-        found = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        clipped = [[min(max(place - len(self.lead), 0), len(answer)) for place in span] for span in found]
+        prompt, behind = self.render(text), f"{self.lead}{answer}{self.end}"
+        prompt_ids, before = self.encode(prompt), len(prompt) + len(self.lead)
+        found = self.tokenizer(prompt + behind, add_special_tokens=False, return_offsets_mapping=True)
+        if found["input_ids"][: len(prompt_ids)] == prompt_ids:
+            spans = found["offset_mapping"][len(prompt_ids) :]
+        else:
+            before = len(self.lead)
+            spans = self.tokenizer(behind, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        clipped = [[min(max(place - before, 0), len(answer)) for place in span] for span in spans]
         return [(start, end) for start, end in clipped]
 
     def encode(self, rendered: str) -> list[int]:

@@ -120,7 +120,7 @@ def check_answers(tokenizer: PreTrainedTokenizerBase, template: str = "auto") ->
         UnusableBaseError: it cannot: yes and no begin with the same token.
     """
     form = prompt_format(tokenizer, template)
-    yes, no = (form.encode_answer(word, with_end=False) for word in ("yes", "no"))
+    yes, no = (form.encode_pair("", word, with_end=False)[1] for word in ("yes", "no"))
     if yes[0] == no[0]:
         raise UnusableBaseError(
             f"{tokenizer.name_or_path}: its tokenizer makes {tokenizer.convert_ids_to_tokens(yes)} of the answer 'yes' "

@@ -199,9 +199,12 @@ def without_gate(fleet: FleetConfig) -> FleetConfig:
 
 
 def merge(settings: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Settings with the overrides put in, section by section; lists and values are replaced whole."""
+    """Settings with the overrides put in, section by section.
+
+    Lists and values are replaced whole, and so is `peft`: settings of one method are none of another.
+    """
     merged = dict(settings)
     for key, value in overrides.items():
-        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "peft"
         merged[key] = merge(merged[key], value) if nested else value
     return merged

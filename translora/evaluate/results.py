@@ -168,6 +168,8 @@ class TaskItems:
     metric: str = ""
     inputs: Mapping[int, Sequence[str]] = field(default_factory=dict)
     """The items' inputs by seed, in their order; all of them different where there are none here."""
+    drawn: dict[bool, Resample] = field(default_factory=dict, repr=False, compare=False)
+    """What `resample` has drawn."""
 
     @property
     def majority(self) -> float:
@@ -187,9 +189,11 @@ class TaskItems:
 
     def resample(self, *, over_seeds: bool) -> Resample:
         """The draws of the items, the same whoever asks."""
-        seeds = sorted(self.correct[TARGET_BASE])
-        own = [self.inputs[seed] for seed in seeds] if self.inputs else all_different(len(seeds), self.num_test)
-        return Resample(np.asarray(own), f"{self.name}/{seeds}", over_seeds=over_seeds)
+        if over_seeds not in self.drawn:
+            seeds = sorted(self.correct[TARGET_BASE])
+            own = [self.inputs[seed] for seed in seeds] if self.inputs else all_different(len(seeds), self.num_test)
+            self.drawn[over_seeds] = Resample(np.asarray(own), f"{self.name}/{seeds}", over_seeds=over_seeds)
+        return self.drawn[over_seeds]
 
     def mean(self, first: str, second: str | None = None, *, over_seeds: bool) -> tuple[float, Floats]:
         """Mean and replicates of an arm's accuracy, or of one arm's minus another's."""

@@ -51,7 +51,7 @@ class Resample:
         self.seeds_RS = rng.integers(len(items_SN), size=shape) if over_seeds else np.indices(shape)[1]
         inputs, places = np.unique(items_SN, return_inverse=True)
         times_RI = rng.multinomial(len(inputs), np.full(len(inputs), 1 / len(inputs)), size=NUM_REPLICATES)
-        self.times_RSN = times_RI[:, places.reshape(items_SN.shape)]
+        self.times_RSN = times_RI.astype(np.int16)[:, places.reshape(items_SN.shape)]
 
     def means(self, correct_SN: Floats) -> Floats:
         """The mean of every replicate, [R]: over its seeds of the mean over the items that were drawn."""

@@ -68,10 +68,9 @@ def read_samples(path: Path, prompts: PromptFormat, max_length: int, max_samples
     rows = read_rows(path)
     for number, row in enumerate(rows, 1):
         answer = answer_of(row, f"{path}, row {number}")
-        ids = prompts.encode_answer(answer) if answer else []
-        sample = Sample(prompts.encode_prompt(row["input"]), ids)
-        if len(sample.prompt_ids) + len(ids) <= max_length:
-            samples.append(sample)
+        pair = prompts.encode_pair(row["input"], answer) if answer else (prompts.encode_prompt(row["input"]), [])
+        if sum(map(len, pair)) <= max_length:
+            samples.append(Sample(*pair))
     if len(samples) < len(rows):
         dropped = len(rows) - len(samples)
         logger.warning("%s: %d of %d rows exceed max_length %d", path, dropped, len(rows), max_length)

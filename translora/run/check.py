@@ -54,7 +54,7 @@ def check_training(config: FleetConfig, source: BaseInfo, target: BaseInfo) -> N
         check_vocabularies(load_tokenizer(config.source), load_tokenizer(config.target))
     if config.distill.token_share < 1:
         for settings in (config.source, config.target):
-            prompt_format(load_tokenizer(settings)).answer_spans("a")
+            prompt_format(load_tokenizer(settings)).answer_spans("", "a")
     if config.distill.warm_start:
         check_warm_start(source, target, config.distill.lora.target_modules)
         if load_tokenizer(config.source).get_vocab() != load_tokenizer(config.target).get_vocab():

@@ -111,7 +111,7 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
         check_name_and_size(config, entry, bundle)
         verify_bundle(bundle, run.source)
         screen = choose_screen(config.synthesis, bundle, entry.screen)
-        check_stop(config, entry, screen)
+        check_stop(config, entry)
         if config.source.vllm is not None and not is_in_bank(bundle.path):
             raise InputError(f"{bundle.path}: is no plain LoRA, and vLLM computes no others; leave source.vllm out")
         for directory in filter(None, (bundle.path, bundle.discriminator_dir)):
@@ -144,7 +144,7 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
 
 
 def check_copy(run: Run, bundle: Bundle, entry: AdapterEntry) -> None:
-    """A student that is not trained has to begin as its source adapter, of no smaller rank.
+    """A student that is not trained has to begin as its source adapter, on all of its modules and of no smaller rank.
 
     Raises:
         InputError: it would not.
@@ -153,6 +153,11 @@ def check_copy(run: Run, bundle: Bundle, entry: AdapterEntry) -> None:
         start = student_start(run, bundle.path)
         if start.path is None:
             raise InputError(f"{bundle.path}: {start.remark}, and 0 epochs train nothing; give it epochs of its own")
+        if start.lost:
+            raise InputError(
+                f"{bundle.path}: {start.remark}, and is no copy then; add {', '.join(start.lost)} to "
+                "distill.lora.target_modules, or give it epochs of its own"
+            )
         if start.rank > run.config.distill.lora.rank:
             raise InputError(
                 f"{bundle.path}: {start.remark}, and is no copy then; set distill.lora.rank to {start.rank}, or give "
@@ -160,19 +165,17 @@ def check_copy(run: Run, bundle: Bundle, entry: AdapterEntry) -> None:
             )
 
 
-def check_stop(config: FleetConfig, entry: AdapterEntry, screen: str) -> None:
+def check_stop(config: FleetConfig, entry: AdapterEntry) -> None:
     """A teacher that does not end its answers says nothing of where they end.
 
     Raises:
-        InputError: the loss or the screen would ask it.
+        InputError: the loss would ask it.
     """
     if entry.stop is None:
         return
     why = f"{entry.bundle}: `stop` is for a teacher that does not end its answers, and"
     if config.distill.loss == "kl":
         raise InputError(f"{why} distill.loss: kl would imitate it there; use sft")
-    if screen == "excess":
-        raise InputError(f"{why} the screen excess counts their ends; use confidence")
 
 
 def check_steps(config: FleetConfig, entry: AdapterEntry, num_samples: int) -> None:

@@ -53,18 +53,22 @@ def answer_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> l
 
 
 def encoded(engine: Engine, rows: list[Row]) -> list[tuple[list[int], list[int]]]:
-    """Token ids of each row's prompt and of its `answer` with its end. Rows: input, answer, template."""
-    found = []
-    for row in rows:
-        prompts = prompt_format(engine.tokenizer, row["template"])
-        found.append((prompts.encode_prompt(row["input"]), prompts.encode_answer(row["answer"])))
-    return found
+    """Token ids of each row's prompt and of its `answer` with its end.
+
+    Rows: input, answer, template, and with_end: False where the answer's writer has learnt no end.
+    """
+    return [
+        prompt_format(engine.tokenizer, row["template"]).encode_pair(
+            row["input"], row["answer"], with_end=row.get("with_end", True)
+        )
+        for row in rows
+    ]
 
 
 def answer_likelihood(engine: Engine, rows: list[Row], slots: list[str | None]) -> list[float]:
     """Mean log-likelihood of a token of each row's `answer`, its end among them, under the adapter of `slots`.
 
-    Rows: input, answer, template.
+    Rows: what `encoded` needs.
     """
     return [sum(own) / len(own) for own in engine.log_likelihood(encoded(engine, rows), slots)]
 
@@ -93,7 +97,7 @@ def teach_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> li
     if settings["excess"]:
         for thought, row, (own, bare) in zip(found, rows, with_and_without(engine, samples, slots), strict=True):
             prompts = prompt_format(engine.tokenizer, row["template"])
-            thought["spans"] = [list(span) for span in prompts.answer_spans(row["answer"])]
+            thought["spans"] = [list(span) for span in prompts.answer_spans(row["input"], row["answer"])]
             thought["excess"] = [token - base for token, base in zip(own, bare, strict=True)]
     return [{**row, "teacher": thought} for row, thought in zip(rows, found, strict=True)]
 
@@ -149,8 +153,7 @@ def choice_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> l
     samples, slots = [], []
     for row in rows:
         prompts = prompt_format(engine.tokenizer, row["template"])
-        prompt_ids = prompts.encode_prompt(row["input"])
-        samples += [(prompt_ids, prompts.encode_answer(choice, with_end=False)) for choice in row["choices"]]
+        samples += [prompts.encode_pair(row["input"], choice, with_end=False) for choice in row["choices"]]
         slots += [row["slot"]] * len(row["choices"])
     sums = iter([sum(own) for own in engine.log_likelihood(samples, slots)])
     return [{**row, "logliks": [next(sums) for _ in row["choices"]]} for row in rows]
@@ -202,6 +205,8 @@ def screen_and_label_block(engine: Engine, rows: list[Row], settings: dict[str, 
     for screen, scores in ANSWER_SCORES.items():
         whole = [row for row in kept if row["screen"] == screen and row["answer"] and row["finished"]]
         if whole:
-            for row, score in zip(whole, scores(engine, whole), strict=True):
+            # An adapter whose answers end at a text learnt no end, and is not asked how sure it is of one.
+            ended = [{**row, "with_end": row["stop"] is None} for row in whole]
+            for row, score in zip(whole, scores(engine, ended), strict=True):
                 row["score"] = score
     return found
