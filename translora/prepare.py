@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from translora.bundle import Bundle, BundleError, read_bundle, write_bundle
 from translora.bundle.base import BaseInfo, pinned, refuse_encoder_decoder
 from translora.bundle.manifest import SEEDS, DiscriminatorQuality
-from translora.bundle.task import Task, check_owned, is_made, provenance, read_task
+from translora.bundle.task import Task, check_own_template, check_owned, is_made, provenance, read_task
 from translora.config import DiscriminatorConfig, PrepareConfig, TrainConfig
 from translora.distill.job import TrainJob, make_job
 from translora.distill.launch import train_adapters
@@ -23,7 +23,7 @@ from translora.engine.protocol import warn_of_answers
 from translora.engine.vllm_settings import check_engine
 from translora.errors import InputError
 from translora.gate.owned import try_adapters
-from translora.run.check import check_section, check_source
+from translora.run.check import check_section, check_seeds, check_source, context_of
 from translora.run.commits import info_as_begun, note_commits
 from translora.run.files import derive_seed, digest, sha256_path
 from translora.run.rundir import open_run
@@ -50,7 +50,8 @@ def prepare(config: PrepareConfig, start_cluster: Callable[[], None] = lambda: N
         start_cluster: called before the first training.
 
     Raises:
-        InputError: the config, the base or what tasks are made from cannot be used: names all of these, none was begun.
+        InputError: the config, the base or what tasks are made from cannot be used: names all of these. Nothing was
+            trained.
         TasksFailedError: what was begun failed for some tasks.
     """
     asked = config.source
@@ -65,7 +66,13 @@ def prepare(config: PrepareConfig, start_cluster: Callable[[], None] = lambda: N
         Tracker(config.run_dir, config.tracking, config.model_dump(mode="json"), config.run_dir.name) as tracker,
     ):
         note_commits(config.run_dir, (asked, base))
-        todo = [task for task in tasks if not is_made(config, task, base)]
+        todo = []
+        for task in tasks:
+            try:
+                if not is_made(config, task, base):
+                    todo.append(task)
+            except InputError as error:
+                faults[task.entry.name] = str(error)
         make_bundles(config, [task for task in todo if not task.rows], base, {}, faults)
         if learnt := [task for task in todo if task.rows]:
             refuse_encoder_decoder(base, "train is for", "give no `data`, but `adapter` and `seeds`")
@@ -75,7 +82,9 @@ def prepare(config: PrepareConfig, start_cluster: Callable[[], None] = lambda: N
             warn_of_shipped_rows(learnt)
             start_cluster()
             try_adapters(config, learnt, base)
-            known, unseen = part_inputs(config, learnt, invent_negatives(config, learnt, base))
+            negatives = invent_negatives(config, learnt, base, faults)
+            learnt = [task for task in learnt if task.entry.name not in faults]
+            known, unseen = part_inputs(config, learnt, negatives)
             faults |= train(config, learnt, known, base, tracker)
             trained = [task for task in learnt if task.entry.name not in faults]
             found = measure_discriminators(config, trained, unseen, base)
@@ -100,7 +109,12 @@ def read_tasks(config: PrepareConfig, base: BaseInfo) -> list[Task]:
         try:
             template = prompt_format(tokenizer, wanted).template
             check_owned(entry.adapter, base)
-            tasks.append(dataclasses.replace(read_task(config, entry), template=template))
+            check_own_template(entry, wanted, tokenizer)
+            task = dataclasses.replace(read_task(config, entry), template=template)
+            if task.rows:  # its negatives are invented from its seeds
+                context = context_of(config.source, base)
+                check_seeds(task.seeds, tokenizer, config.synthesis.sampling, context, f"{entry.name}: the base")
+            tasks.append(task)
         except InputError as error:
             own = f"{entry.name}: " if entry.prompt_template is not None else ""
             faults.append(f"{own}{error}")

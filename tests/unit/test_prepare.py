@@ -15,7 +15,9 @@ from translora import cli
 from translora import prepare as module
 from translora.bundle import inspect_base, read_bundle, verify_bundle
 from translora.bundle.task import read_task
-from translora.config import PrepareConfig
+from translora.config import BaseModelConfig, PrepareConfig
+from translora.engine.loading import load_tokenizer
+from translora.engine.prompts import prompt_format
 from translora.prepare import TasksFailedError, prepare, train_jobs
 from translora.synthesis import negatives
 from translora.synthesis.negatives import part_inputs
@@ -39,7 +41,7 @@ class Owner:
         self.diverging: set[str] = set()
         self.write_rows("boxes.jsonl", INPUTS)
         monkeypatch.setattr(
-            module, "invent_negatives", lambda config, tasks, base: {task.entry.name: [] for task in tasks}
+            module, "invent_negatives", lambda config, tasks, base, faults: {task.entry.name: [] for task in tasks}
         )
         monkeypatch.setattr(module, "train", self.train)
         monkeypatch.setattr(module, "try_adapters", lambda config, tasks, base: None)
@@ -199,11 +201,55 @@ def test_without_data_an_adapter_and_its_seeds_become_a_bundle_and_nothing_is_tr
     (trained,) = prepare(owner.config(), lambda: started.append(True))
     assert started == [True] and owner.trainings == 1 and trained.discriminator_dir is not None
     assert prepare(owner.config(task=gone)) == [trained], "what cannot be trained again is not lost"
-    assert "has a discriminator, which cannot be trained again without data: kept; to have a bundle" in caplog.text
+    moved = str(shutil.copytree(owner.parts / "adapter", owner.root / "moved"))
+    (Path(moved) / "README.md").write_text("a note beside it makes no other adapter")
+    assert prepare(owner.config(task={**gone, "adapter": moved})) == [trained]
+    other = str(make_adapter(owner.root / "other", owner.parts / "old-base", seed=5))
+    for change, what in (({"adapter": other}, "adapter"), ({"prompt_template": "Q: {input}"}, "prompt_template")):
+        reason = rf"boxes was made with another {what}, and its discriminator cannot be trained"
+        with pytest.raises(TasksFailedError, match=reason) as error:
+            prepare(owner.config(task={**gone, **change}))
+        assert error.value.bundles == [] and read_bundle(owner.bundle) == trained, "and it is not lost"
     with pytest.raises(ValueError, match="boxes: is a bundle already; name it in the fleet file as it is"):
         prepare(owner.config(task={**gone, "adapter": str(owner.bundle)}))
     with pytest.raises(ValueError, match=r"shelf\.jsonl: cannot be read"):
         prepare(owner.config(task={**gone, "seeds": str(owner.root / "shelf.jsonl")}))
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_an_adapter_with_another_chat_template_than_its_base_has_to_say_how_it_is_prompted(
+    owner: Owner, name: str
+) -> None:
+    adapter = Path(shutil.copytree(owner.parts / "adapter", owner.root / "trl"))
+    own = "{{ messages[0]['content'] }} =>"
+    (adapter / name).write_text(own if name.endswith("jinja") else json.dumps({"chat_template": own}))
+    seeds = owner.write_rows("five.jsonl", INPUTS[:5])
+    gone = {"data": None, "adapter": str(adapter), "seeds": seeds}
+    with pytest.raises(ValueError, match=r"trl: brings a chat template, and the base has another one; set the task's"):
+        prepare(owner.config(task=gone))
+    (bundle,) = prepare(owner.config(task={**gone, "prompt_template": "{input} =>"}))
+    assert bundle.manifest.prompt_template == "{input} =>"
+    chat = prompt_format(load_tokenizer(BaseModelConfig(model=str(owner.parts / "old-base")))).tokenizer.chat_template
+    (adapter / name).write_text(chat if name.endswith("jinja") else json.dumps({"chat_template": chat}))
+    assert prepare(owner.config("two", task=gone))[0].manifest.prompt_template == "chat"
+
+
+def test_a_readme_that_leads_out_of_the_adapter_is_left_out(owner: Owner, caplog: pytest.LogCaptureFixture) -> None:
+    """The platform makes bundles of its tenants' adapters; but the files of the hub's cache are links to its blobs."""
+    secret = owner.root / "id_rsa"
+    secret.write_text("a key")
+    snapshot = owner.root / "models--a--b" / "snapshots" / "c0ffee"
+    adapter = Path(shutil.copytree(owner.parts / "adapter", snapshot))
+    (snapshot.parent.parent / "blobs").mkdir()
+    (snapshot.parent.parent / "blobs" / "1").write_text("of the hub")
+    seeds = owner.write_rows("five.jsonl", INPUTS[:5])
+    for run, place, kept in (("one", secret, False), ("two", snapshot.parent.parent / "blobs" / "1", True)):
+        (adapter / "README.md").unlink(missing_ok=True)
+        (adapter / "README.md").symlink_to(place)
+        (bundle,) = prepare(owner.config(run, task={"data": None, "adapter": str(adapter), "seeds": seeds}))
+        assert (bundle.path / "README.md").is_file() is kept
+        shutil.rmtree(bundle.path)
+    assert "outside the adapter: left out" in caplog.text
 
 
 def test_a_task_may_have_a_prompt_template_of_its_own(owner: Owner) -> None:
@@ -289,17 +335,26 @@ def test_negatives_are_invented_once_for_each_task(owner: Owner, monkeypatch: py
     other = {"name": "jars", "data": owner.write_rows("jars.jsonl", INPUTS[:6])}
     base = inspect_base(str(owner.parts / "old-base"))
     both = [read_task(config, entry) for entry in (config.tasks[0], config.tasks[0].model_copy(update=other))]
-    first = negatives.invent_negatives(config, both[:1], base)
+    first = negatives.invent_negatives(config, both[:1], base, {})
     assert first == {"boxes": ["new one"]}, "neither a real input nor the same twice"
-    assert negatives.invent_negatives(config, both, base) == first | {"jars": ["new one"]}
+    assert negatives.invent_negatives(config, both, base, {}) == first | {"jars": ["new one"]}
     assert asked == ["boxes"] * 8 + ["jars"] * 6, "what was invented for a task is kept"
     (kept,) = (owner.root / "one" / "negatives").glob("boxes-*.json")
     kept.write_text("half")
-    assert negatives.invent_negatives(config, both, base)["boxes"] == ["new one"], "a damaged file is made again"
+    assert negatives.invent_negatives(config, both, base, {})["boxes"] == ["new one"], "a damaged file is made again"
     del asked[14:]
     warmer = owner.config(synthesis={"sampling": {"temperature": 1.5}})
-    negatives.invent_negatives(warmer, both[:1], base)
+    negatives.invent_negatives(warmer, both[:1], base, {})
     assert asked[14:] == ["boxes"] * 8
+
+    def faulty(label: str, rows: list[dict[str, Any]], *_: object, faults: dict[str, str], **__: object) -> list[Any]:
+        faults["boxes"] = "out of memory"
+        return run_rows(label, [row for row in rows if row["adapter"] != "boxes"])
+
+    monkeypatch.setattr(negatives, "run_rows", faulty)
+    hotter, found = owner.config(synthesis={"sampling": {"temperature": 1.7}}), dict[str, str]()
+    assert negatives.invent_negatives(hotter, both, base, found) == {"jars": ["new one"]}
+    assert found == {"boxes": "out of memory"}, "a task whose rows cannot be computed costs the others nothing"
 
 
 def test_a_discriminator_without_negatives_is_refused(owner: Owner) -> None:

@@ -106,7 +106,7 @@ def test_malformed_copied_and_repeated_inputs_are_dropped_and_counted() -> None:
     rows = [*generated("task", "sell a red toy", "Sell a  RED toy", SEEDS[0].upper(), ""), cut_off]
     kept = clean(rows, {"task": one}, SynthesisConfig())
     assert [row["input"] for row in kept] == ["sell a red toy"]
-    assert one.stats.dropped == {"duplicate": 1, "seed_copy": 1, "malformed": 2}
+    assert one.stats.dropped == {"duplicate": 1, "seed_copy": 1, "malformed": 1, "long_input": 1}
     assert clean(generated("task", "sell a red toy"), {"task": one}, SynthesisConfig()) == [], (
         "a later round knows the earlier ones"
     )

@@ -3,6 +3,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,15 @@ import pytest
 from tests.bad_inputs.workshop import change_json, rehash
 from tests.tiny import make_base, make_bundle
 from translora.bundle import BaseInfo, Bundle, inspect_base
-from translora.config import AdapterEntry, BaseModelConfig, FleetConfig, GateConfig, TrainConfig, load_config
+from translora.config import (
+    AdapterEntry,
+    BaseModelConfig,
+    FleetConfig,
+    GateConfig,
+    SamplingConfig,
+    TrainConfig,
+    load_config,
+)
 from translora.distill.job import TrainJob
 from translora.distill.phase import distill_phase, train_jobs, warm_start
 from translora.engine.loading import load_tokenizer
@@ -24,7 +33,7 @@ from translora.gate.questions import GateMember
 from translora.merge.fleet import warn_of_templates
 from translora.report.table import note
 from translora.run.check import check_training
-from translora.run.files import read_jsonl, replace_directory, sha256_path, write_json
+from translora.run.files import read_jsonl, replace_directory, sha256_path, write_json, write_jsonl
 from translora.run.member import Member, Run, attempt_sizes, expand_entries
 from translora.run.recipes import Seals, recipes
 from translora.run.resume import continue_state, sent_back
@@ -499,14 +508,30 @@ def test_a_template_that_the_target_cannot_have_costs_its_adapter_alone(run: Run
         assert isinstance(state, AdapterState) and state.status == "quarantined" and reason in state.reason
 
 
-@pytest.mark.parametrize(("section", "setting"), [("distill", {"loss": "kl"}), ("synthesis", {"screen": "excess"})])
-def test_a_teacher_without_ends_is_asked_for_none(
-    run: Run, bundle: Bundle, section: str, setting: dict[str, str]
-) -> None:
-    part = getattr(run.config, section).model_copy(update=setting)
-    asking = dataclasses.replace(run, config=run.config.model_copy(update={section: part}))
+def test_a_teacher_without_ends_is_asked_for_none(run: Run, bundle: Bundle) -> None:
+    part = run.config.distill.model_copy(update={"loss": "kl"})
+    asking = dataclasses.replace(run, config=run.config.model_copy(update={"distill": part}))
     state = verify(asking, "a", AdapterEntry(bundle=str(bundle.path), stop="END"))
     assert isinstance(state, AdapterState) and "does not end its answers" in state.reason
+
+
+def test_seeds_and_real_inputs_that_have_no_room_are_refused_with_the_setting(
+    tmp_path: Path, run: Run, bundle: Bundle
+) -> None:
+    entry = AdapterEntry(bundle=str(bundle.path))
+    short = run.config.synthesis.model_copy(update={"sampling": SamplingConfig(max_new_tokens=2)})
+    state = verify(dataclasses.replace(run, config=run.config.model_copy(update={"synthesis": short})), "a", entry)
+    assert isinstance(state, AdapterState) and state.status == "quarantined"
+    assert re.search(
+        r"seeds have \d+ tokens and more, .* of more than 2 are cut off .*; raise .*max_new_tokens", state.reason
+    )
+    rows = [{"input": "send box 1", "target": "yes"}, {"input": "send box 2 " * 3000, "target": "no"}]
+    write_jsonl(tmp_path / "eval.jsonl", rows[:1])
+    assert isinstance(verify(run, "a", entry.model_copy(update={"eval_data": str(tmp_path / "eval.jsonl")})), Member)
+    write_jsonl(tmp_path / "eval.jsonl", rows)
+    state = verify(run, "a", entry.model_copy(update={"eval_data": str(tmp_path / "eval.jsonl")}))
+    assert isinstance(state, AdapterState) and state.status == "quarantined"
+    assert re.search(r"eval\.jsonl: 1 of its inputs make prompts of up to \d+ tokens, .*; leave them out", state.reason)
 
 
 def test_a_second_attempt_begins_anew_when_its_samples_are_touched(
@@ -713,7 +738,8 @@ def test_a_discriminator_is_trained_where_inputs_were_refused(
     assert [job.name for job in jobs] == ["a/student", "a/discriminator"][: 1 + left]
     assert (member.directory / "train/discriminator").exists() is left
     assert {job.template for job in jobs} == {"Q: {input}\nA:"}
-    assert {judge.template for judge in judges(run, [member]).values()} == ({"Q: {input}\nA:"} if left else set())
+    if left:
+        assert {judge.template for judge in judges(run, [member]).values()} == {"Q: {input}\nA:"}
 
 
 def test_what_a_training_of_before_failed_of_is_forgotten(

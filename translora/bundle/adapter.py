@@ -15,7 +15,7 @@ from translora.bundle.modules import linear_modules, output_head
 from translora.bundle.reading import FLOATS, MAX_ADAPTER_HEADER_BYTES, read_header, read_json_object
 from translora.errors import InputError
 from translora.lora.kinds import MAX_RANK
-from translora.run.files import write_json
+from translora.run.files import digest, sha256_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,11 @@ def is_in_bank(directory: Path) -> bool:
     from translora.lora.peft_io import is_banked
 
     return is_banked(read_adapter_config(directory))
+
+
+def adapter_digest(directory: Path) -> str:
+    """Hash of what an adapter is: its config and its weights, and not of the notes and checkpoints beside them."""
+    return digest(*(sha256_file(directory / name) for name in (CONFIG, WEIGHTS)))
 
 
 def check_recorded_base(directory: Path, expected: str, remedy: str, *, editable: bool = True) -> None:
@@ -213,7 +218,7 @@ def _check_method(directory: Path, base: BaseInfo) -> None:
         _check_finite(path, name, [tensor])
 
 
-def copy_adapter(source: Path, target: Path, base: BaseInfo) -> None:
+def copy_files(source: Path, target: Path, base: BaseInfo) -> None:
     """Copy weights and config, the latter as `portable_config` has it."""
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
@@ -222,8 +227,15 @@ def copy_adapter(source: Path, target: Path, base: BaseInfo) -> None:
 
 
 def copy_readme(source: Path, target: Path, base: BaseInfo) -> None:
-    """Copy README.md, if there is one, without the path that PEFT writes into it for a local base."""
+    """Copy README.md, if there is one, without the path that PEFT writes into it for a local base.
+
+    A link that leads out of the adapter's directory is not followed, but to the blobs of the hub's cache.
+    """
     if not (source / README).is_file():
+        return
+    own = {source.resolve(), source.resolve().parent.parent / "blobs"}
+    if (place := (source / README).resolve()).parent not in own:
+        logger.warning("%s: leads to %s, outside the adapter: left out", source / README, place)
         return
     text = (source / README).read_text(encoding="utf-8", errors="replace")
     recorded = recorded_base(source)

@@ -26,7 +26,7 @@ from translora.bundle.adapter import (
     README,
     check_adapter,
     check_recorded_base,
-    copy_adapter,
+    copy_files,
     copy_readme,
     same_name,
 )
@@ -244,7 +244,7 @@ def write_bundle(
         for name, directory in parts.items():
             check_recorded_base(directory, base.name, "give an adapter of this base")
             check_adapter(directory, base)
-            copy_adapter(directory, temporary / name, base)
+            copy_files(directory, temporary / name, base)
         if model_card is None:
             copy_readme(parts[""], temporary, base)
         else:

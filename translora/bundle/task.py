@@ -9,18 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from translora.bundle.adapter import check_adapter, check_recorded_base
+from transformers import PreTrainedTokenizerBase
+
+from translora.bundle.adapter import WEIGHTS, adapter_digest, check_adapter, check_recorded_base
 from translora.bundle.base import BaseInfo
 from translora.bundle.bundle import MAX_SEEDS, MIN_SEEDS, is_foreign, read_bundle, verify_bundle
 from translora.bundle.manifest import MANIFEST, BundleError
 from translora.config import PrepareConfig, PrepareEntry
 from translora.errors import InputError
-from translora.run.files import derive_seed, digest, read_jsonl, sha256_file, sha256_path
+from translora.run.files import derive_seed, digest, read_jsonl, read_object, sha256_file
 from translora.run.rundir import EXECUTION_ONLY
 from translora.synthesis.prompts import normalise
 
 logger = logging.getLogger(__name__)
-MADE_FROM = ("data_sha256", "adapter_sha256", "seeds_sha256", "num_samples", "recipe")
+SEEDS_HASH = "seeds_sha256"
+MADE_FROM = ("data_sha256", "adapter_sha256", SEEDS_HASH, "num_samples", "recipe")
 """Entries of a bundle's provenance that say what it was made from."""
 MIN_ROWS = 2
 NUM_SAMPLES = 250
@@ -90,6 +93,33 @@ def check_owned(adapter: str | None, base: BaseInfo) -> None:
         check_adapter(Path(adapter), base)
 
 
+def check_own_template(entry: PrepareEntry, wanted: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Whether an adapter that brings a chat template was trained with the one that `auto` gives it: the base's.
+
+    Nothing later could tell: a migration is judged by what the adapter answers.
+
+    Raises:
+        InputError: it brings another one, and nobody says how it is prompted.
+    """
+    if entry.adapter is None or wanted != "auto":
+        return
+    own = chat_template_beside(Path(entry.adapter))
+    if own and own != (tokenizer.chat_template or ""):
+        base_has = "another one" if tokenizer.chat_template else "none"
+        raise InputError(
+            f"{entry.adapter}: brings a chat template, and the base has {base_has}; set the task's prompt_template to "
+            "what the adapter was trained with: chat, which is the base's, or a text with {input}"
+        )
+
+
+def chat_template_beside(directory: Path) -> str:
+    """The chat template that was saved with an adapter; empty where there is none."""
+    if (path := directory / "chat_template.jinja").is_file():
+        return path.read_text(encoding="utf-8", errors="replace")
+    found = read_object(directory / "tokenizer_config.json").get("chat_template")
+    return found if isinstance(found, str) else ""
+
+
 def choose_seeds(rows: list[dict[str, Any]], num_seeds: int, seed: int) -> list[str]:
     """Different inputs drawn at random, one from each target in turn, the frequent targets first.
 
@@ -109,6 +139,10 @@ def is_made(config: PrepareConfig, task: Task, base: BaseInfo) -> bool:
     """Whether the task's bundle exists, is sound, and is of this base, this data and these settings.
 
     A bundle of an older version tells nothing of its settings: it is kept when the data is the same.
+
+    Raises:
+        InputError: it was made from another adapter, other seeds or for another template, and has a discriminator that
+            cannot be made again.
     """
     if not (task.output / MANIFEST).exists():
         return False
@@ -118,15 +152,21 @@ def is_made(config: PrepareConfig, task: Task, base: BaseInfo) -> bool:
     except BundleError as error:
         logger.warning("%s: made anew: %s", task.entry.name, error)
         return False
-    if not task.rows and bundle.discriminator_dir is not None:
-        logger.warning(
-            "%s: %s has a discriminator, which cannot be trained again without data: kept; to have a bundle without "
-            "one, move it away",
-            task.entry.name,
-            task.output,
-        )
-        return True
     now, then = provenance(config, task), bundle.manifest.provenance
+    if not task.rows and bundle.discriminator_dir is not None:
+        own = Path(str(task.entry.adapter)) / WEIGHTS
+        if others := [
+            *["adapter"] * (sha256_file(own) != sha256_file(bundle.path / WEIGHTS)),
+            *["seeds"] * (then.get(SEEDS_HASH, now[SEEDS_HASH]) != now[SEEDS_HASH]),
+            *["prompt_template"] * (bundle.manifest.prompt_template != task.template),
+        ]:
+            raise InputError(
+                f"{task.entry.name}: {task.output} was made with another {' and another '.join(others)}, and its "
+                "discriminator cannot be trained again without data; give the data, or, to have a bundle without a "
+                "discriminator, move it away"
+            )
+        logger.info("%s: %s keeps its discriminator", task.entry.name, task.output)
+        return True
     changed = {key for key in MADE_FROM if then.get(key) != now.get(key)}
     if "recipe" not in then:
         changed.discard("recipe")
@@ -161,9 +201,9 @@ def provenance(config: PrepareConfig, task: Task) -> dict[str, str | int]:
     if entry.data is not None:
         made_from["data_sha256"] = sha256_file(Path(entry.data))
     if entry.adapter is not None:
-        made_from["adapter_sha256"] = sha256_path(Path(entry.adapter))
+        made_from["adapter_sha256"] = adapter_digest(Path(entry.adapter))
     if entry.seeds is not None:
-        made_from["seeds_sha256"] = sha256_file(Path(entry.seeds))
+        made_from[SEEDS_HASH] = sha256_file(Path(entry.seeds))
     if entry.num_samples is not None:
         made_from["num_samples"] = entry.num_samples
     return made_from

@@ -33,8 +33,8 @@ class SynthesisConfig(Strict):
     batch_size: int = Field(default=24, ge=1)
     """Rows in one forward pass; rows of different adapters share it."""
     max_answer_tokens: int = Field(default=64, ge=1)
-    """Longest answer of the teacher, in tokens of the source base; longer answers are dropped as malformed. Students
-    have room for as much text."""
+    """Longest answer of the teacher, in tokens of the source base; longer answers are dropped. Students have room
+    for as much text."""
     screen: Screen = "auto"
     """Which inputs are kept: those that the owner's `discriminator` takes for real (the paper), those whose answer the
     adapter is surest of (`confidence`), or makes most likelier than its base does (`excess`), for bundles without a

@@ -31,6 +31,7 @@ from translora.bundle.base import (
     refuse_encoder_decoder,
     refuse_quantised,
 )
+from translora.bundle.hub import locate
 from translora.config import BaseModelConfig
 from translora.config_file import Attention, DType
 from translora.errors import InputError
@@ -166,7 +167,8 @@ def load_tokenizer(base: BaseModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         InputError: the base is not there, or its tokenizer files are incomplete or damaged; names the directory.
     """
-    return _tokenizer(info_of(base).path, base.trust_remote_code)
+    _, path, _ = locate(base.model, base.trust_remote_code, base.revision)
+    return _tokenizer(path, base.trust_remote_code)
 
 
 @functools.cache

@@ -21,6 +21,8 @@ from translora.bundle.task import check_owned
 from translora.config import TrainConfig
 from translora.distill.job import make_job, refuse_failures
 from translora.distill.launch import train_adapters
+from translora.engine.loading import load_tokenizer
+from translora.engine.prompts import prompt_format
 from translora.errors import InputError
 from translora.evaluate.answers import Repetition, answer, migrations, task_items, write_items
 from translora.evaluate.config import REAL, EvaluateConfig, without_gate
@@ -29,7 +31,7 @@ from translora.evaluate.results import BaseSize, Results, Setup, summarise
 from translora.evaluate.statistics import NUM_REPLICATES
 from translora.fleet import migrate
 from translora.prepare import prepare
-from translora.run.check import check_section, check_training
+from translora.run.check import check_inputs, check_section, check_training, context_of
 from translora.run.commits import info_as_begun, note_commits
 from translora.run.files import check_writable, digest, sha256_path, write_bytes, write_jsonl
 from translora.run.rundir import open_run, refuse_other_settings, versions
@@ -66,6 +68,11 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
         check_owned(task.adapter, source)
     for arm in config.arms:
         check_training(config.fleet(config.seeds[0], arm), source, target)
+    for base, settings in ((source, config.source), (target, config.target)):
+        prompts, context = prompt_format(load_tokenizer(settings)), context_of(settings, base)
+        for name, part in ((name, part) for own in splits.values() for name, part in own.items()):
+            inputs = (row["input"] for row in part.test)
+            check_inputs(inputs, prompts, config.synthesis.max_answer_tokens, context, f"tasks.{name}")
     for seed in config.seeds:
         refuse_other_settings((prepared := config.prepare(seed)).run_dir, prepared)
     check_writable(config.output, "change `output`")
@@ -83,7 +90,7 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
         distill=settings_of(config.distill),
         gate=config.gate.model_dump(),
         synthesis=without_places(config.synthesis.model_dump()),
-        discriminator=config.discriminator.model_dump(include={"epochs", "learning_rate", "batch_size", "max_samples"}),
+        discriminator=config.discriminator.model_dump(include={"epochs", "learning_rate", "max_samples"}),
         data={
             task.name: digest([[one.splits[task.name].train, one.splits[task.name].test] for one in repetitions])
             for task in config.tasks

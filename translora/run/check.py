@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from translora.bundle import BaseInfo
 from translora.bundle.base import ENCODER_DECODERS, info_of, refuse_encoder_decoder, refuse_quantised
 from translora.bundle.modules import linear_modules
-from translora.config import BaseModelConfig, FleetConfig, TrainConfig
+from translora.config import BaseModelConfig, FleetConfig, SamplingConfig, TrainConfig
 from translora.distill.ds_config import check_partitions, read_ds_config
 from translora.distill.teacher import check_vocabularies
 from translora.engine.loading import attention_of, check_attention, load_tokenizer, num_gpus, resolve_dtype
-from translora.engine.prompts import prompt_format
+from translora.engine.prompts import PromptFormat, prompt_format
 from translora.engine.protocol import warn_of_answers
 from translora.engine.vllm_settings import check_engine, check_rank
 from translora.errors import InputError
@@ -22,6 +24,7 @@ from translora.lora.peft_io import is_banked
 from translora.lora.targets import ALL_LINEAR, resolve_targets
 from translora.lora.warm_start import check_warm_start
 from translora.run.recipes import base_settings
+from translora.synthesis.prompts import generation_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +103,57 @@ def check_target_context(config: FleetConfig, target: BaseInfo, template: str) -
         raise InputError(
             f"{config.target.model}: inputs and answers of {num_tokens} tokens do not fit its context of {context}; "
             f"lower synthesis.sampling.max_new_tokens or max_answer_tokens{own}"
+        )
+
+
+def check_seeds(
+    seeds: Sequence[str], tokenizer: PreTrainedTokenizerBase, sampling: SamplingConfig, context: int | None, whose: str
+) -> None:
+    """Whether inputs like the seeds can be invented: each has room, and so has the prompt that shows them.
+
+    Args:
+        tokenizer: the generator's.
+        context: tokens that the generator takes, None where nothing is said.
+        whose: what the generator is called in an error.
+
+    Raises:
+        InputError: most inputs would be cut off, or the prompt does not fit.
+    """
+    lengths = sorted(len(tokenizer(seed, add_special_tokens=False)["input_ids"]) for seed in seeds)
+    if (usual := lengths[(len(lengths) - 1) // 2]) > sampling.max_new_tokens:
+        raise InputError(
+            f"{whose}: its seeds have {usual} tokens and more, and inputs of more than {sampling.max_new_tokens} are "
+            f"cut off and dropped; raise synthesis.sampling.max_new_tokens to at least {lengths[-1]}, or shorten them"
+        )
+    num_tokens = len(tokenizer(generation_prompt(seeds, 0, 0))["input_ids"]) + sampling.max_new_tokens
+    if context is not None and num_tokens > context:
+        raise InputError(
+            f"{whose}: its seeds make a prompt of {num_tokens} tokens, the generator's context is {context}; "
+            "ship fewer or shorter seeds"
+        )
+
+
+def check_inputs(
+    inputs: Iterable[str], prompts: PromptFormat, num_answer_tokens: int, context: int | None, where: str
+) -> None:
+    """Whether real inputs, and answers to them, fit into a base's context.
+
+    Args:
+        where: the file or task that they are from.
+
+    Raises:
+        InputError: some do not.
+    """
+    if context is None:
+        return
+    room = context - num_answer_tokens
+    # No token is shorter than a byte: most inputs need not be cut into tokens for this.
+    long = [text for text in inputs if len(prompts.render(text).encode()) > room]
+    if over := [size for text in long if (size := len(prompts.encode_prompt(text))) > room]:
+        raise InputError(
+            f"{where}: {len(over)} of its inputs make prompts of up to {max(over)} tokens, which leave "
+            f"{prompts.tokenizer.name_or_path} no room for answers of {num_answer_tokens} in its context of {context}; "
+            "leave them out"
         )
 
 

@@ -120,8 +120,8 @@ def digest(*parts: Any) -> str:
 
 def derive_seed(*parts: object) -> int:
     """A 63-bit seed that depends on all `parts` and on nothing else."""
-    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    hashed = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(hashed[:8], "big") >> 1
 
 
 def sha256_path(path: Path) -> str:

@@ -40,8 +40,8 @@ class SynthesisStats(BaseModel):
     num_too_long: int = 0
     """Those of them that distill.max_length leaves out."""
     dropped: dict[str, int] = {}
-    """Samples not used, by reason: malformed, seed_copy, duplicate, near_duplicate, refused, outranked, empty_answer or
-    long_answer."""
+    """Samples not used, by reason: malformed, long_input, seed_copy, duplicate, near_duplicate, refused, outranked,
+    empty_answer or long_answer."""
     shortfall: str = ""
     """Set when the budget ended before `needed` was reached."""
     screen: str = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from translora.bundle import Bundle, read_bundle, verify_bundle
 from translora.bundle.adapter import highest_rank, is_in_bank, read_adapter_config
@@ -11,18 +12,18 @@ from translora.bundle.remote import fetch_all, is_remote
 from translora.config import AdapterEntry, FleetConfig
 from translora.distill.data import check_links, num_steps
 from translora.distill.phase import student_start
+from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
 from translora.engine.protocol import check_answers
 from translora.engine.vllm_settings import check_rank
 from translora.errors import InputError
-from translora.run.check import check_target_context, context_of
+from translora.run.check import check_inputs, check_seeds, check_target_context, context_of
 from translora.run.files import read_jsonl
 from translora.run.member import MAX_NAME, Member, Run, attempt_sizes, cohort_names, is_name
 from translora.run.recipes import Seals, recipes
 from translora.run.resume import continue_state
 from translora.run.state import AdapterState, load_state, state_path
 from translora.synthesis.pool import choose_screen
-from translora.synthesis.prompts import generation_prompt
 
 DOWNLOADS = "downloads"
 """Copies of remote bundles, below the run directory."""
@@ -123,7 +124,7 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
         check_copy(run, bundle, entry)
         num_samples = entry.num_samples or bundle.manifest.num_samples
         check_steps(config, entry, num_samples)
-        eval_rows = read_jsonl(entry.eval_data, required=("input", "target")) if entry.eval_data else []
+        eval_rows = read_eval_rows(run, bundle, entry)
     except ValueError as error:
         run.quarantine(state, str(error))
         return state
@@ -141,6 +142,26 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
     run.save(state)
     sizes = attempt_sizes(state, config.gate)
     return Member(bundle, state, config.run_dir / "adapters" / name, *sizes, eval_rows, entry)
+
+
+def read_eval_rows(run: Run, bundle: Bundle, entry: AdapterEntry) -> list[dict[str, Any]]:
+    """Real inputs and targets that the adapter and its student are measured on.
+
+    Raises:
+        InputError: they cannot be read, or do not fit a base.
+    """
+    if entry.eval_data is None:
+        return []
+    rows, config = read_jsonl(entry.eval_data, required=("input", "target")), run.config
+    template = config.template_of(entry, bundle.manifest.prompt_template)
+    for settings, base, own in (
+        (config.source, run.source, bundle.manifest.prompt_template),
+        (config.target, run.target, template),
+    ):
+        prompts, context = prompt_format(load_tokenizer(settings), own), context_of(settings, base)
+        inputs = (row["input"] for row in rows)
+        check_inputs(inputs, prompts, config.synthesis.max_answer_tokens, context, entry.eval_data)
+    return rows
 
 
 def check_copy(run: Run, bundle: Bundle, entry: AdapterEntry) -> None:
@@ -212,7 +233,8 @@ def check_prompts(run: Run, bundle: Bundle) -> None:
     """Whether the bundle's template and seeds can be used with the bases' tokenizers.
 
     Raises:
-        InputError: no chat template for a `chat` bundle, or a template or seeds that do not fit a base's context.
+        InputError: no chat template for a `chat` bundle, a template or seeds that do not fit a base's context, or seeds
+            longer than what is invented.
     """
     synthesis = run.config.synthesis
     try:
@@ -227,11 +249,5 @@ def check_prompts(run: Run, bundle: Bundle) -> None:
             f"{bundle.path}: its prompt template {'and virtual tokens make' if virtual else 'makes'} prompts and "
             f"answers of {num_tokens} tokens, the source base's context is {context}; ship a shorter template"
         )
-    prompt = generation_prompt(bundle.seeds, 0, 0)
-    num_tokens = len(run.generator_tokenizer(prompt)["input_ids"]) + synthesis.sampling.max_new_tokens
     context = context_of(run.config.generator, run.generator)
-    if context is not None and num_tokens > context:
-        raise InputError(
-            f"{bundle.path}: its seeds make a prompt of {num_tokens} tokens, the generator's context is {context}; "
-            "ship fewer or shorter seeds"
-        )
+    check_seeds(bundle.seeds, run.generator_tokenizer, synthesis.sampling, context, str(bundle.path))

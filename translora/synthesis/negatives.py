@@ -14,10 +14,15 @@ from translora.synthesis.prompts import generation_order, generation_row, normal
 from translora.synthesis.stages import generate_block
 
 
-def invent_negatives(config: PrepareConfig, tasks: list[Task], base: BaseInfo) -> dict[str, list[str]]:
+def invent_negatives(
+    config: PrepareConfig, tasks: list[Task], base: BaseInfo, faults: dict[str, str]
+) -> dict[str, list[str]]:
     """Inputs invented by the source base from the seeds: the discriminator's negatives, by task.
 
     What was invented for a task is kept in RUN/negatives: tasks that come later do not have it invented again.
+
+    Args:
+        faults: gets why a task's rows cannot be computed, by its name; it is missing from the result.
     """
     settings = {"sampling": config.synthesis.sampling.model_dump()}
     identity = base.identity
@@ -42,13 +47,14 @@ def invent_negatives(config: PrepareConfig, tasks: list[Task], base: BaseInfo) -
                 weights=identity,
                 settings=settings,
                 order=generation_order,
+                faults=faults,
             )
         generated.sort(key=lambda row: row["sample_id"])
-        for name in missing:
+        for name in (one for one in missing if one not in faults):
             kept[name] = [row["text"] for row in generated if row["adapter"] == name and row["finished"]]
             write_json(files[name], {"texts": kept[name]})
     negatives: dict[str, list[str]] = {}
-    for task in tasks:
+    for task in (one for one in tasks if one.entry.name not in faults):
         known = {normalise(row["input"]) for row in task.rows} | {""}
         negatives[task.entry.name] = []
         for text in kept[task.entry.name] or []:

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from translora.synthesis.calls import Row
 
 logger = logging.getLogger(__name__)
+REMEDIES = {
+    "long_input": "raise synthesis.sampling.max_new_tokens",
+    "long_answer": "raise synthesis.max_answer_tokens",
+    "seed_copy": "ship more and more different seeds, or raise synthesis.seed_similarity",
+}
+"""Where most of what was generated was dropped for one reason."""
 
 
 @dataclass
@@ -163,6 +169,8 @@ def close(pool: Pool) -> None:
             f"{stats.accepted} of {pool.needed} samples after {stats.rounds} rounds and {stats.generated} "
             f"generated (acceptance {stats.acceptance:.0%}, dropped {stats.dropped})"
         )
+        commonest = max(stats.dropped, key=lambda reason: stats.dropped[reason], default="")
+        stats.shortfall += f"; {REMEDIES[commonest]}" if commonest in REMEDIES else ""
     texts, answers = ([row[key] for row in pool.accepted] for key in ("input", "answer"))
     stats.distinct = {f"distinct-{n}": round(distinct_ngrams(texts, n), 4) for n in (1, 2)}
     stats.classes = answer_classes(answers)

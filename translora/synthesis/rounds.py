@@ -43,8 +43,10 @@ def clean(generated: Sequence[Row], pools: Mapping[str, Pool], config: Synthesis
     for row in sorted(generated, key=lambda row: (row["adapter"], row["sample_id"])):
         pool = pools[row["adapter"]]
         key = normalise(row["text"])
-        if not row["finished"] or not key:
+        if not key:
             pool.drop("malformed")
+        elif not row["finished"]:
+            pool.drop("long_input")
         elif key in leaks[pool.name]:
             pool.drop("seed_copy")
         elif key in pool.seen:
