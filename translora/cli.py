@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="show where a run stands, also while it goes on")
     status.add_argument("run", type=Path, help="run directory")
     status.add_argument("--json", action="store_true", help="print JSON")
-    status.add_argument("--watch", type=float, metavar="SECONDS", help="show it again every so often, until Ctrl-C")
+    status.add_argument("--watch", type=seconds, metavar="SECONDS", help="show it again every so often, until Ctrl-C")
     status.set_defaults(work=run_status)
     report = commands.add_parser("report", help="write the HTML report of a run again and print its table")
     report.add_argument("run", type=Path, help="run directory")
@@ -116,6 +117,13 @@ def positive(text: str) -> int:
     """A whole number above 0."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def seconds(text: str) -> float:
+    """A time above 0."""
+    if not 0 < (value := float(text)) < threading.TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError(f"{text} is no time above 0")
     return value
 
 
@@ -314,13 +322,15 @@ def print_report(run_dir: Path, states: Sequence[AdapterState]) -> None:
     """Print the table of these adapters, list what did not migrate, and write RUN/report.html."""
     from translora.report.html import REPORT_FILE, write_report
     from translora.report.table import notes, render_table
-    from translora.run.state import state_names
+    from translora.run.state import BUNDLES, state_names
 
     console = wide_console()
     console.print(render_table(states))
     lines = notes(states)
     if earlier := set(state_names(run_dir)) - {state.name for state in states}:
         lines.append(f"earlier adapters of this run that are no longer in the fleet file: {len(earlier)}")
+    if published := sum(bool(state.output) for state in states):
+        lines.append(f"bundles: {run_dir / BUNDLES} ({published})")
     try:
         lines.append(f"report: {write_report(run_dir)}")
     except (OSError, ValueError) as error:

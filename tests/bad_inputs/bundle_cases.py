@@ -169,6 +169,12 @@ CASES = [
     Case("a module that PEFT would import", config(
         use_dora=True, megatron_config={"x": 1}, megatron_core="os"), "megatron_config is set"),
     Case("target modules that never end", config(use_dora=True, target_modules="(a+)+b"), "use plain module names"),
+    Case("thousands of target modules", config(
+        use_dora=True, target_modules=[f"m{number}" for number in range(3000)]), "3000 entries, the limit is 2000"),
+    Case("a target module of ten thousand parts", config(
+        use_dora=True, target_modules=["q_proj", "a." * 10_000]), "has 20000 characters; use plain module names"),
+    Case("thousands of ranks", config(
+        rank_pattern={f"m{number}": 4 for number in range(3000)}), "rank_pattern: 3000 entries, the limit is 2000"),
     Case("PiSSA, not converted", config(init_lora_weights="pissa"), "path_initial_model_for_weight_conversion"),
     Case("LoftQ", config(init_lora_weights="loftq"), "train the adapter again with init_lora_weights: true"),
     Case("a LoRA that calls itself prompt tuning", config(peft_type="PROMPT_TUNING"), "num_virtual_tokens is None"),

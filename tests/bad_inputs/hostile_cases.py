@@ -140,6 +140,10 @@ CASES = [
 FLEET_CASES = [
     Case("a |D| that would occupy the whole fleet", lambda bench: bench.migrate(
         _resized(bench, 9_000_000)), "its |D| is 9,000,000, max_num_samples is 20,000; set num_samples"),
+    Case("a rank that would make the bank large for all", lambda bench: bench.migrate(
+        bench.bundle(), max_rank=2), "its rank is 4, max_rank is 2; raise max_rank"),
+    Case("seeds longer than what is invented", lambda bench: bench.migrate(
+        bench.bundle(), synthesis={"sampling": {"max_new_tokens": 2}}), "are cut off and dropped; raise synthesis."),
     Case("a prompt template longer than the base's context", lambda bench: bench.migrate(
         _changed(bench, prompt_template="{input}" + " order" * 3000)), "ship a shorter template"),
     Case("seeds longer than the generator's context", lambda bench: bench.migrate(

@@ -75,9 +75,10 @@ def damaged(name: str, content: str) -> Callable[[Bench], object]:
 def shown(prepare: Callable[[Bench], object]) -> Callable[[Bench], object]:
     """Put something there, then ask for its states, as `status` and `report` do."""
 
-    def act(bench: Bench) -> None:
+    def act(bench: Bench) -> AdapterState:
         prepare(bench)
-        load_states(bench.directory / "run")
+        (state,) = load_states(bench.directory / "run")
+        return state
 
     return act
 

@@ -287,7 +287,10 @@ def test_bundles_at_hand_give_their_sizes(tmp_path: Path) -> None:
     assert work.adapters[0].adapter_weights == sum(tensor.numel() for tensor in weights)
     assert 5 <= work.adapters[0].input_tokens <= 10, "seeds of some 30 characters"
     (tmp_path / "bundles/orders-0/translora/manifest.json").unlink()
-    with pytest.raises(ValueError, match="no bundle here to plan with"):
+    left = bundled_work(load_config(tmp_path / "fleet.yaml", FleetConfig), 0.5)
+    assert [one.num_samples for one in left.adapters] == [7], "as a run would quarantine it"
+    (tmp_path / "bundles/orders-1/translora/manifest.json").unlink()
+    with pytest.raises(ValueError, match="none of the fleet's bundles can be read"):
         bundled_work(load_config(tmp_path / "fleet.yaml", FleetConfig), 0.5)
 
 

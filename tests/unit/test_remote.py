@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.tiny import make_base, make_bundle
 from tests.unit.test_run import config
-from translora.bundle import inspect_base
+from translora.bundle import inspect_base, remote
 from translora.bundle.manifest import BundleError
 from translora.bundle.remote import TRIES, expand_remote, fetch
 from translora.config import AdapterEntry, FleetConfig, load_config
@@ -160,6 +162,30 @@ def test_a_file_that_would_leave_the_bundle_is_refused(store: Path, tmp_path: Pa
 def test_a_url_that_cannot_be_used_is_named(url: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         expand_entries([AdapterEntry(bundle=url)])
+
+
+def test_a_store_that_fails_is_asked_again_and_ends_the_run_as_a_broken_cluster_does(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fleet file is no worse for it: the same command continues."""
+    asked, listing = [], MemoryFileSystem.glob
+
+    def glob(self: MemoryFileSystem, path: str, **options: Any) -> Any:
+        asked.append(path)
+        if len(asked) < fails_until:
+            raise TimeoutError("503 slow down")
+        return listing(self, path, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "glob", glob)
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    entries = [AdapterEntry(bundle="memory://bucket/bundles/*")]
+    fails_until = 3
+    assert expand_entries(entries).keys() == {"a", "b"}
+    asked.clear()
+    fails_until = 9
+    with pytest.raises(ConnectionError, match=r"bundles/\*: cannot be listed \(503 slow down\)"):
+        expand_entries(entries)
+    assert len(asked) == 3
 
 
 def test_a_config_file_leaves_urls_as_they_are(tmp_path: Path) -> None:

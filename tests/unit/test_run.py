@@ -368,6 +368,16 @@ def found(run: Run, entry: AdapterEntry) -> AdapterState:
         ("distill", {"epochs": 7}, "distill", {"synthetic.parquet"}),
         ("discriminator", {"epochs": 7}, "distill", {"synthetic.parquet"}),
         ("distill", {"gang_size": 3, "num_workers": 1}, "done", {"synthetic.parquet", "student", "discriminator", "a"}),
+        (
+            "distill",
+            {"ds_config": "zero3-offload.json"},
+            "done",
+            {"synthetic.parquet", "student", "discriminator", "a"},
+        ),
+        ("distill", {"ds_config": "zero3-zeropp.json"}, "distill", {"synthetic.parquet"}),
+        ("synthesis", {"batch_size": 3}, "done", {"synthetic.parquet", "student", "discriminator", "a"}),
+        ("synthesis", {"max_rounds": 9}, "done", {"synthetic.parquet", "student", "discriminator", "a"}),
+        ("gate", {"retries": 3}, "done", {"synthetic.parquet", "student", "discriminator", "a"}),
         ("resources", {"num_actors": 3}, "done", {"synthetic.parquet", "student", "discriminator", "a"}),
     ],
 )
@@ -386,7 +396,7 @@ def test_a_changed_setting_does_again_what_it_touches(
     state = found(changed, AdapterEntry(bundle=str(bundle.path)))
     assert state.phase == phase and state.status == ("migrated" if phase == "done" else "pending")
     assert {Path(name).name for name in state.artifacts} == kept
-    assert (tmp_path / "bundles/a").exists() == (phase == "done"), "what no longer holds is not shipped"
+    assert (tmp_path / "bundles/a").exists(), "what was published stays until it is replaced"
     assert (tmp_path / "adapters/a/student/w").exists(), "a training knows by itself what it made"
     assert (state.losses == [1.0]) == (phase in ("gate", "done")) and (state.gate is None)
     assert found(changed, AdapterEntry(bundle=str(bundle.path))) == state, "and is done again once"
@@ -399,7 +409,32 @@ def test_another_base_of_the_same_name_does_again_what_it_touches(
     moved = inspect_base(str(shutil.copytree(run.target.path, tmp_path / "elsewhere/base")))
     assert found(dataclasses.replace(run, target=moved), entry).phase == "done", "where it lies does not matter"
     other = dataclasses.replace(run.target, fingerprint="other")
+    assert (tmp_path / "bundles/a").exists()
     assert found(dataclasses.replace(run, generator=other, target=other), entry).phase == "synthesis"
+    assert not (tmp_path / "bundles/a").exists(), "what was published of another base is withdrawn"
+
+
+def test_more_to_spend_touches_those_alone_that_lacked_it(
+    tmp_path: Path, run: Run, bundle: Bundle, migrated: AdapterState
+) -> None:
+    entry = AdapterEntry(bundle=str(bundle.path))
+    more = {
+        "synthesis": run.config.synthesis.model_copy(update={"max_rounds": 9}),
+        "gate": run.config.gate.model_copy(update={"retries": 3}),
+    }
+    richer = dataclasses.replace(run, config=run.config.model_copy(update=more))
+    short = migrated.synthesis.model_copy(update={"shortfall": "12 of 16 samples"})
+    for change, phase in (
+        ({}, "done"),
+        ({"synthesis": short}, "synthesis"),
+        ({"status": "failed_gate", "artifacts": {}, "output": ""}, "gate"),
+    ):
+        state = found(run, entry).model_copy(update=change)
+        save_state(tmp_path, state)
+        assert found(run, entry).phase == "done", "with no more than before"
+        save_state(tmp_path, state)
+        assert found(richer, entry).phase == phase
+        save_state(tmp_path, migrated)
 
 
 def test_an_adapters_own_settings_and_eval_data_touch_it_alone(
@@ -550,7 +585,8 @@ def test_a_second_attempt_begins_anew_when_its_samples_are_touched(
 
 def test_a_state_of_an_older_version_is_kept(tmp_path: Path, run: Run, bundle: Bundle, migrated: AdapterState) -> None:
     save_state(tmp_path, migrated.model_copy(update={"recipes": {}}))
-    assert found(run, AdapterEntry(bundle=str(bundle.path))) == migrated.model_copy(update={"bundle": str(bundle.path)})
+    kept = found(run, AdapterEntry(bundle=str(bundle.path)))
+    assert kept == migrated.model_copy(update={"bundle": str(bundle.path), "spending": kept.spending})
 
 
 def test_a_sealed_adapter_is_not_read_again_until_a_file_or_a_setting_changes(
@@ -568,6 +604,9 @@ def test_a_sealed_adapter_is_not_read_again_until_a_file_or_a_setting_changes(
     assert isinstance(look_again(), AdapterState)
     write_json(tmp_path / "cohort-gate.json", ["a"])
     assert isinstance(look_again(), Member), "a killed run's cohort is completed with all of its members"
+    for damaged in ("", "{}", "[1]"):
+        (tmp_path / "cohort-gate.json").write_text(damaged)
+        assert isinstance(look_again(), AdapterState), "a damaged one is nobody's"
     (tmp_path / "cohort-gate.json").unlink()
     changed = run.config.model_copy(update={"seed": 1})
     for path in (own / "adapter_model.safetensors", tmp_path / "adapters/a/student/w"):
@@ -685,9 +724,34 @@ def test_globs_are_expanded_and_twice_the_same_name_is_refused(tmp_path: Path) -
     )
     assert turned["a"].num_samples == 3, "in any order"
     with pytest.raises(ValueError, match="are both named a; rename one directory"):
-        expand_entries([AdapterEntry(bundle=f"{tmp_path}/*/a")])
+        expand_entries([AdapterEntry(bundle=f"{tmp_path}/one/a"), AdapterEntry(bundle=f"{tmp_path}/two/a")])
     with pytest.raises(ValueError, match="matches no directory"):
         expand_entries([AdapterEntry(bundle=f"{tmp_path}/none/*")])
+    empty = expand_entries([AdapterEntry(bundle=f"{tmp_path}/none/*"), AdapterEntry(bundle=f"{tmp_path}/one/*")])
+    assert empty.keys() == {"a", "b"}, "a tenant without bundles stops nobody"
+
+
+def test_a_name_that_two_globs_find_is_the_first_ones(tmp_path: Path, run: Run, bundle: Bundle) -> None:
+    """And of an entry of its own, in any order; the other bundle is quarantined with the reason."""
+    paths = [shutil.copytree(bundle.path, tmp_path / tenant / "a") for tenant in ("one", "two")]
+    both, second = AdapterEntry(bundle=f"{tmp_path}/*/a"), AdapterEntry(bundle=str(paths[1]))
+    for entries, owner in (([both], 0), ([both, second], 1), ([second, both], 1)):
+        found = expand_entries(entries)
+        assert len(found) == 2 and found["a"].bundle == str(paths[owner])
+        (other,) = found.keys() - {"a"}
+        assert other.startswith("a-") and found[other].bundle == str(paths[1 - owner])
+    seals = Seals(tmp_path, run.config, (run.source, run.target, run.generator))
+    verified = verify_fleet(run, found, seals, {})
+    assert isinstance(verified["a"], Member)
+    refusal = verified[other]
+    assert isinstance(refusal, AdapterState) and refusal.status == "quarantined"
+    assert "one/a: another bundle of the fleet has its name; rename one directory" in refusal.reason
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    rows = [{"input": "a"}, {"input": "b"}]
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(row).encode() for row in rows))
+    assert read_jsonl(tmp_path / "rows.jsonl", required=("input",)) == rows
 
 
 def test_a_fleet_file_may_lie_in_a_directory_with_brackets(tmp_path: Path) -> None:

@@ -35,15 +35,23 @@ def expand_remote(pattern: str) -> list[str]:
     """URLs of the directories that a URL with `*`, `?` or `[]` matches; the URL itself where it has none of them.
 
     Raises:
-        InputError: the file system is not known, not installed, or cannot be reached.
+        InputError: the file system is not known or not installed, or there is no such place.
+        ConnectionError: it cannot be reached, or fails.
     """
     if not glob.has_magic(pattern):
         return [pattern.rstrip("/")]
     fs, path = _open(pattern)
-    try:
-        found = fs.glob(path, detail=True)
-    except Exception as error:  # a fault boundary: each store has errors of its own
-        raise InputError(f"adapters: {pattern}: cannot be listed ({first_line(error, 300)})") from error
+    for attempt in range(TRIES):
+        try:
+            found = fs.glob(path, detail=True)
+            break
+        except Exception as error:  # a fault boundary: each store has errors of its own
+            fault = f"adapters: {pattern}: cannot be listed ({first_line(error, 300)})"
+            if isinstance(error, FileNotFoundError | PermissionError):
+                raise InputError(fault) from error
+            if attempt + 1 == TRIES:
+                raise ConnectionError(fault) from error
+            time.sleep(2**attempt)
     return sorted(fs.unstrip_protocol(name).rstrip("/") for name, info in found.items() if info["type"] == "directory")
 
 

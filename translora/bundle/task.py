@@ -16,9 +16,9 @@ from translora.bundle.base import BaseInfo
 from translora.bundle.bundle import MAX_SEEDS, MIN_SEEDS, is_foreign, read_bundle, verify_bundle
 from translora.bundle.manifest import MANIFEST, BundleError
 from translora.config import PrepareConfig, PrepareEntry
+from translora.distill.ds_config import deciding
 from translora.errors import InputError
 from translora.run.files import derive_seed, digest, read_jsonl, read_object, sha256_file
-from translora.run.rundir import EXECUTION_ONLY
 from translora.synthesis.prompts import normalise
 
 logger = logging.getLogger(__name__)
@@ -182,9 +182,8 @@ def recipe(config: PrepareConfig, task: Task) -> str:
     """Hash of the settings that decide what a bundle is, given its base and its data; the same on every machine."""
     if not task.rows:
         return digest(config.template_of(task.entry))
-    ds_config = Path(config.train.ds_config).name
     return digest(
-        config.train.model_dump(exclude=EXECUTION_ONLY) | {"ds_config": ds_config},
+        deciding(config.train),
         config.discriminator.model_dump(),
         config.synthesis.sampling.model_dump(),
         config.synthesis.num_orderings,

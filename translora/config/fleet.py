@@ -13,6 +13,7 @@ from translora.config.synthesis import SynthesisConfig
 from translora.config.train import DiscriminatorConfig, TrainConfig
 from translora.config_file import ConfigFile, Strict
 from translora.errors import InputError
+from translora.lora.kinds import MAX_RANK
 from translora.merge.config import MergeEntry
 
 
@@ -72,7 +73,7 @@ class FleetConfig(ConfigFile):
     """`translora migrate fleet.yaml`: one hop of many bundles."""
 
     command = "migrate"
-    added: ClassVar[frozenset[str]] = frozenset({"prompt_template"})
+    added: ClassVar[frozenset[str]] = frozenset({"prompt_template", "max_rank"})
     run_dir: Path
     """Run directory; a rerun on it continues where it stopped."""
     source: BaseModelConfig
@@ -85,6 +86,8 @@ class FleetConfig(ConfigFile):
     """Bundles that become one adapter, before or after the migration."""
     max_num_samples: int = Field(default=20_000, ge=2)
     """Largest |D| that is taken over from a bundle, whose owner chose it; above it an adapter needs a `num_samples`."""
+    max_rank: int = Field(default=256, ge=1, le=MAX_RANK)
+    """Largest rank of a source adapter: all that answer together have room for the largest among them."""
     prompt_template: PromptTemplate = "auto"
     """How the new adapters are prompted: `chat` (the target's chat template), a string that contains {input}, `source`
     (each as its source adapter), or `auto`: chat where the target has a chat template."""

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from translora.config import TrainConfig
 from translora.errors import InputError
+from translora.run.rundir import EXECUTION_ONLY
 
 DS_CONFIGS = next(
     path / "ds_configs" for path in Path(__file__).resolve().parents[1:3] if (path / "ds_configs").is_dir()
@@ -39,6 +41,16 @@ def check_partitions(config: Mapping[str, Any], num_workers: int, where: str) ->
             f"{where}: zero_hpz_partition_size {size} does not divide {num_workers} workers; take a multiple of it, or "
             "set it to the GPUs of a machine"
         )
+
+
+def deciding(config: TrainConfig) -> dict[str, Any]:
+    """The settings of a training that decide what is learnt; the others change rounding alone.
+
+    Of DeepSpeed's config that is whether the base's weights are gathered in fewer bits, and not where they lie.
+    """
+    settings = config.model_dump(exclude={*EXECUTION_ONLY, "ds_config"})
+    zero = read_ds_config(config.ds_config, torch.float32)["zero_optimization"]
+    return settings | {"quantised": bool(zero.get("zero_quantized_weights"))}
 
 
 def read_ds_config(name: str, dtype: torch.dtype) -> dict[str, Any]:

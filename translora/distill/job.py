@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from translora.bundle.adapter import CONFIG, WEIGHTS
 from translora.config import DiscriminatorConfig, TrainConfig
 from translora.distill.data import Sample, encode_samples, num_steps
+from translora.distill.ds_config import deciding
 from translora.engine.prompts import prompt_format
 from translora.errors import InputError
 from translora.run.files import derive_seed, digest, read_jsonl, sha256_file, write_jsonl
-from translora.run.rundir import EXECUTION_ONLY
 
 RECIPE = "recipe.txt"
 """In a job's output: the hash of what it was made from."""
@@ -56,9 +56,9 @@ class TrainJob:
 
         Data that cannot be read makes a recipe that no output bears; `samples` says what is wrong with it.
         """
-        settings = self.settings(config).model_dump(
-            exclude={*EXECUTION_ONLY, "warm_start", "lora" if self.peft else "peft"}
-        )
+        settings = deciding(self.settings(config))
+        for of_others in ("warm_start", "lora" if self.peft else "peft"):
+            settings.pop(of_others, None)
         own = (self.seed, self.epochs, self.learning_rate, self.template, self.with_end, self.peft)
         begun = [Path(self.start) / name for name in (CONFIG, WEIGHTS)] if self.start is not None else []
         try:

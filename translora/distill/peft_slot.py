@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
@@ -28,7 +28,7 @@ from translora.distill.student import Student
 from translora.lora.banked import Factors
 from translora.lora.method_settings import parse_method
 from translora.lora.methods import put_on, saved_tensors, take_off
-from translora.run.files import write_json
+from translora.run.files import write_bytes, write_json
 
 
 class PeftSlot:
@@ -97,7 +97,7 @@ class PeftSlot:
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in saved_tensors(self.peft_model).items()
         }
-        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+        write_bytes(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
         self.peft_model.active_peft_config.save_pretrained(directory)
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         write_json(directory / CONFIG, portable_config(config, base_model) | {"inference_mode": True})

@@ -13,8 +13,9 @@ from translora.gate.agreement import run_gate
 from translora.gate.questions import GateMember
 from translora.report.card import Began, model_card
 from translora.run.check import context_of
+from translora.run.files import remove_directory
 from translora.run.member import Member, Run, relative_to
-from translora.run.state import DISCRIMINATOR, STUDENT
+from translora.run.state import BUNDLES, DISCRIMINATOR, STUDENT
 from translora.synthesis.discriminator import Judge, measure
 from translora.synthesis.hosts import Hosts
 
@@ -101,6 +102,7 @@ def fail(run: Run, member: Member) -> None:
         run.send_back(member)
         return
     state.status, state.reason = "failed_gate", reason
+    remove_directory(run.config.run_dir / BUNDLES / member.name)  # of an earlier run, with other settings
     run.advance(member, "done")
 
 

@@ -14,11 +14,16 @@ from transformers import PreTrainedTokenizerBase
 
 from translora.errors import InputError
 from translora.lora.kinds import MAX_RANK, VIRTUAL_TOKENS, check_kind
-from translora.lora.peft_io import MAX_PATTERNS, check_init, check_numbers, check_pattern, refuse_options
+from translora.lora.peft_io import (
+    MAX_PATTERNS,
+    check_init,
+    check_names,
+    check_numbers,
+    check_pattern,
+    refuse_options,
+)
 
 logger = logging.getLogger(__name__)
-MAX_NAMES = 2000
-"""Module names with a rank of their own, say: PEFT compares each with every module."""
 MAX_SIZE = 1 << 16
 """Of a number in a config, which may become a tensor's size."""
 SIZES_OF_THE_BASE = ("token_dim", "num_layers", "num_attention_heads")
@@ -124,6 +129,8 @@ def check_settings(settings: Mapping[str, Any], where: str | Path) -> str:
         if isinstance(value, dict) and not name.endswith("_pattern") and value:
             # Some name files that PEFT unpickles, or modules that it imports (megatron_core).
             raise InputError(f"{where}: {name} is set, which is not supported; train the adapter without it")
+        if isinstance(value, list | dict):
+            check_names(value, f"{where}: {name}")
         limit = LIMITS.get(name, MAX_SIZE)
         numbers = value.values() if isinstance(value, dict) else [value]
         is_size = not name.endswith(("seed", "key"))
@@ -136,16 +143,10 @@ def check_settings(settings: Mapping[str, Any], where: str | Path) -> str:
 
 
 def patterns_of(name: str, value: Any) -> list[str]:
-    """What PEFT takes for regular expressions in a setting.
-
-    Raises:
-        InputError: there are too many.
-    """
+    """What PEFT takes for regular expressions in a setting."""
     found = []
     if isinstance(value, dict) or (name == "layers_pattern" and isinstance(value, list)):
         found = list(value)
     elif name in PATTERNS and isinstance(value, str):
         found = [value]
-    if len(found) > MAX_NAMES:
-        raise InputError(f"{name}: {len(found)} entries, the limit is {MAX_NAMES}; use a pattern")
     return found

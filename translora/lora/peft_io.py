@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from translora.bundle.adapter import CONFIG, WEIGHTS, read_adapter_config
 from translora.errors import InputError
 from translora.lora.kinds import MAX_RANK
+from translora.run.files import write_bytes
 
 PREFIX = "base_model.model."
 LORA_TENSOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(A|B)\.weight")
 MAX_PATTERNS = 16
+MAX_NAMES, MAX_NAME_LENGTH = 2000, 256
+"""Of the names of modules in one setting."""
 _THROUGH_PEFT = {"use_dora": "DoRA", "lora_bias": "LoRA biases"}
 """Options of a LoRA that the bank does not have; PEFT computes such an adapter (see translora.lora.methods)."""
 _UNSUPPORTED = {
@@ -74,7 +77,7 @@ def check_pattern(key: str, option: str, path: Path | str) -> bool:
     Repeated groups and chains of repeats or alternatives can backtrack exponentially; module names need none.
     """
     if (
-        len(key) > 256
+        len(key) > MAX_NAME_LENGTH
         or re.search(r"\)[*+?{]|\(\?(?!:)", key)
         or len(re.findall(r"[*+?{]", key)) > 2
         or key.count("|") > 6
@@ -87,6 +90,18 @@ def check_pattern(key: str, option: str, path: Path | str) -> bool:
     return re.search(r"[*+?{(|]", key) is not None
 
 
+def check_names(names: Collection[Any], what: str) -> None:
+    """Refuse lists or keys without bound: each name is compared with every module, and PEFT makes all ends of each.
+
+    Raises:
+        InputError: there are too many, or one is no module's.
+    """
+    if len(names) > MAX_NAMES:
+        raise InputError(f"{what}: {len(names)} entries, the limit is {MAX_NAMES}; use a pattern")
+    if long := next((name for name in names if len(str(name)) > MAX_NAME_LENGTH), None):
+        raise InputError(f"{what}: {str(long)[:80]!r}... has {len(str(long))} characters; use plain module names")
+
+
 def check_numbers(config: Mapping[str, Any], path: Path | str, remedy: str = "restore the adapter's config") -> None:
     """Refuse ranks and alphas that are no positive numbers, and name patterns that could take for ever to match."""
     values = {option: config.get(option) for option in ("r", "lora_alpha")}
@@ -95,6 +110,7 @@ def check_numbers(config: Mapping[str, Any], path: Path | str, remedy: str = "re
         pattern = config.get(option) or {}
         if not isinstance(pattern, dict):
             raise InputError(f"{path}: {option} is no object; {remedy}")
+        check_names(pattern, f"{path}: {option}")
         for key, value in pattern.items():
             values[f"{option}.{key}"] = value
             num_patterns += check_pattern(key, option, path)
@@ -284,5 +300,5 @@ def write_lora(
     for name, (lora_A, lora_B) in modules.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = lora_A.detach().cpu().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = lora_B.detach().cpu().contiguous()
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    write_bytes(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

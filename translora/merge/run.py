@@ -61,7 +61,8 @@ def merge(config: MergeConfig) -> Path:
     Raises:
         InputError: an adapter, the base, the data or a setting cannot be used; names it and the remedy.
     """
-    if config.out.exists() and not (config.out / SETTINGS_FILE).is_file():
+    is_empty = config.out.is_dir() and not any(config.out.iterdir())
+    if config.out.exists() and not is_empty and not (config.out / SETTINGS_FILE).is_file():
         raise InputError(f"{config.out}: exists and is no merged adapter, so it is not replaced; give another --out")
     for path in config.data:
         if not path.is_file():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from translora.bundle import Bundle, read_bundle
+from translora.bundle import Bundle, BundleError, read_bundle
 from translora.bundle.adapter import WEIGHTS
-from translora.bundle.manifest import MANIFEST
 from translora.bundle.reading import read_header
 from translora.bundle.remote import is_remote
 from translora.config import FleetConfig
@@ -21,6 +21,7 @@ from translora.run.member import expand_entries, heldout_size
 from translora.run.state import REFUSING, ScreenName
 from translora.synthesis.pool import choose_screen
 
+logger = logging.getLogger(__name__)
 CHARACTERS_PER_TOKEN = 4
 """Of English text; the planner needs no tokenizer."""
 QUESTION_TOKENS = 30
@@ -85,12 +86,11 @@ def bundled_work(config: FleetConfig, acceptance: float) -> Work:
         raise InputError("the fleet's bundles are not on this machine; give --adapters and --samples instead")
     found = []
     for entry in entries.values():
-        path = Path(entry.bundle)
-        if not (path / MANIFEST).is_file():
-            raise InputError(
-                f"{path}: no bundle here to plan with; correct it, or give --adapters and --samples instead"
-            )
-        bundle = read_bundle(path)
+        try:
+            bundle = read_bundle(path := Path(entry.bundle))
+        except BundleError as error:
+            logger.warning("left out of the plan: %s", error)
+            continue
         characters = sum(map(len, bundle.seeds)) / max(1, len(bundle.seeds))
         found.append(
             AdapterWork(
@@ -103,6 +103,10 @@ def bundled_work(config: FleetConfig, acceptance: float) -> Work:
                 adapter_weights=num_weights(bundle),
                 screen=choose_screen(config.synthesis, bundle, entry.screen),
             )
+        )
+    if not found:
+        raise InputError(
+            "none of the fleet's bundles can be read; correct them, or give --adapters and --samples instead"
         )
     return Work(found, acceptance, f"{len(found)} bundles, {CHARACTERS_PER_TOKEN} characters a token")
 

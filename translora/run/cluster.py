@@ -91,13 +91,24 @@ def _end_with_ray() -> None:
 
 
 def check_resources(resources: ResourceConfig, num_workers: int, *, may_grow: bool = False) -> None:
-    """Refuse settings that would wait for ever on a local Ray; on a cluster, which may grow, only warn.
+    """Refuse settings that would wait for ever on the machines there are; on a cluster, which may grow, only warn.
 
     Raises:
         InputError: names the setting to lower.
     """
     import ray
 
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for setting, kind, amount in (
+        ("resources.gpus_per_actor", "GPU", resources.gpus_per_actor),
+        ("resources.cpus_per_actor", "CPU", resources.cpus_per_actor),
+    ):
+        largest = max((node.get(kind, 0) for node in nodes), default=0)
+        if amount > largest:
+            message = f"{setting} is {amount:g}, and no machine has more than {largest:g} {kind}s; lower it"
+            if not may_grow:
+                raise InputError(message)
+            logger.warning(message)
     has = ray.cluster_resources()
     actors = "resources.num_actors x resources."
     wanted = (

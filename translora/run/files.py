@@ -160,7 +160,7 @@ def read_jsonl(path: str | Path, required: tuple[str, ...]) -> list[dict[str, An
     """
     rows: list[dict[str, Any]] = []
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # a byte-order mark, as Windows writes it, is no row's
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); expected JSONL with {', '.join(required)}") from error
     for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut at U+2028 inside a string

@@ -170,17 +170,30 @@ def cohort(run_dir: Path, phase: Phase, todo: list[Member], members: list[Member
     """
     path = run_dir / f"cohort-{phase}.json"
     by_name = {member.name: member for member in members}
-    if path.is_file():
-        names = json.loads(path.read_text(encoding="utf-8"))
-        if all(name in by_name and reached(by_name[name].state, phase) for name in names):
-            return [by_name[name] for name in names]
+    names = read_cohort(path)
+    if names and all(name in by_name and reached(by_name[name].state, phase) for name in names):
+        return [by_name[name] for name in names]
     write_json(path, [member.name for member in todo])
     return todo
 
 
+def read_cohort(path: Path) -> list[str]:
+    """Names of a cohort; none where there is no file, or one that is damaged, which is warned of."""
+    if not path.is_file():
+        return []
+    try:
+        names = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        logger.warning("%s: cannot be read: unfinished batches are computed again", path)
+        return []
+    return names
+
+
 def cohort_names(run_dir: Path) -> set[str]:
     """Names of all adapters of the cohorts of a killed run."""
-    return {name for path in run_dir.glob("cohort-*.json") for name in json.loads(path.read_text(encoding="utf-8"))}
+    return {name for path in run_dir.glob("cohort-*.json") for name in read_cohort(path)}
 
 
 def end_cohort(run_dir: Path, phase: Phase) -> None:
@@ -196,39 +209,51 @@ def is_name(name: str) -> bool:
 def expand_entries(entries: list[AdapterEntry], run_dir: Path | None = None) -> dict[str, AdapterEntry]:
     """Entries by adapter name, globs expanded; an entry of its own overrides a glob's, in any order.
 
-    A directory whose name is none for an adapter gets another here, under which it can be quarantined.
+    A directory whose name is none for an adapter, or that of an earlier one, gets another here, under which it can be
+    quarantined (see `bundle_name`).
 
     Args:
         run_dir: of the run that is to migrate them.
 
     Raises:
-        InputError: a glob matches nothing, two bundles bear the same name, or one lies where the run would replace it.
+        InputError: no glob matches anything, two bundles that are named one by one bear the same name, or one lies
+            where the run would replace it.
     """
     own_output = None if run_dir is None else (run_dir / BUNDLES).resolve()
     found: dict[str, AdapterEntry] = {}
-    explicit: set[str] = set()
+    explicit = {bundle_name(one.bundle): one.bundle for one in reversed(entries) if not is_glob(one.bundle)}
+    empty: list[str] = []
     for entry in entries:
-        paths = [entry.bundle]
-        is_glob = glob.has_magic(entry.bundle) and not Path(entry.bundle).is_dir()
-        if is_remote(entry.bundle):
-            paths = expand_remote(entry.bundle)
-        elif is_glob:
+        paths = expand_remote(entry.bundle) if is_remote(entry.bundle) else [entry.bundle]
+        if is_glob(entry.bundle) and not is_remote(entry.bundle):
             paths = sorted(path for path in glob.glob(entry.bundle) if Path(path).is_dir())
-        if not paths:
-            raise InputError(f"adapters: the pattern {entry.bundle} matches no directory; correct it")
+        empty += [] if paths else [entry.bundle]
         for path in paths:
-            name = name_of_url(path) if is_remote(path) else Path(path).name
-            if not is_name(name):
-                name = f"unnamed-{digest(name)}"
-            if name in found and found[name].bundle != path:
-                raise InputError(
-                    f"adapters: {found[name].bundle} and {path} are both named {name}; rename one directory"
-                )
             if not is_remote(path) and Path(path).resolve().parent == own_output:
                 raise InputError(f"adapters: {path}: this run writes its own bundles there; give another run_dir")
-            if is_glob and name in explicit:
+            name = bundle_name(path)
+            owner = explicit.get(name) or (found[name].bundle if name in found else path)
+            if not is_name(name):
+                name = f"unnamed-{digest(name)}"
+            elif owner != path:
+                if not is_glob(entry.bundle):
+                    raise InputError(f"adapters: {owner} and {path} are both named {name}; rename one directory")
+                name = f"{name[: MAX_NAME - 20]}-{digest(path)}"
+            elif is_glob(entry.bundle) and name in explicit:
                 continue
             found[name] = entry.model_copy(update={"bundle": path})
-            if not is_glob:
-                explicit.add(name)
+    if empty and not found:
+        raise InputError(f"adapters: the pattern {empty[0]} matches no directory; correct it")
+    for pattern in empty:
+        logger.warning("adapters: the pattern %s matches no directory", pattern)
     return found
+
+
+def is_glob(bundle: str) -> bool:
+    """Whether an entry stands for what a pattern matches."""
+    return glob.has_magic(bundle) and (is_remote(bundle) or not Path(bundle).is_dir())
+
+
+def bundle_name(bundle: str) -> str:
+    """The name of a bundle's directory: the adapter's, unless `expand_entries` had to give it another."""
+    return name_of_url(bundle) if is_remote(bundle) else Path(bundle).name

@@ -9,12 +9,16 @@ from typing import Any
 from translora.bundle import BaseInfo
 from translora.bundle.base import pinned
 from translora.config import AdapterEntry, BaseModelConfig, FleetConfig
+from translora.distill.ds_config import deciding
 from translora.run.files import digest, read_object, sha256_file, write_json
-from translora.run.rundir import EXECUTION_ONLY
 from translora.run.state import AdapterState, Phase
 
 HELD_OUT = {"holdout_fraction", "min_holdout"}
 """Of the gate's settings: they decide the size of the synthetic set."""
+BUDGET = {"max_rounds", "max_generated_factor", "min_accepted_fraction"}
+"""Of the synthesis: they touch those alone that were left short of samples."""
+RETRIES = {"retries", "retry_factor"}
+"""Of the gate: they touch those alone that failed it."""
 SEALS = "seals.json"
 GATE_RULES = 3
 """Of the gate's verdict: a run of others judges again. 2: few answers are told from chance by their likelihood.
@@ -40,8 +44,7 @@ def recipes(
     )
     gate = config.gate.model_dump()
     template = config.template_of(entry, "source")  # itself: the bundle's is of its digest, which the synthesis has
-    synthesis = config.synthesis.model_dump(exclude={"generator"})
-    answers = {key: synthesis[key] for key in ("batch_size", "max_answer_tokens")}
+    synthesis = config.synthesis.model_dump(exclude={"generator", "batch_size", *BUDGET})
     return {
         "synthesis": digest(
             bundle_digest,
@@ -55,7 +58,7 @@ def recipes(
             *([] if entry.stop is None else [entry.stop]),
         ),
         "distill": digest(
-            config.distill.model_dump(exclude=EXECUTION_ONLY),
+            deciding(config.distill),
             entry.epochs,
             entry.learning_rate,
             config.discriminator.model_dump(),
@@ -65,14 +68,19 @@ def recipes(
         ),
         "gate": digest(
             GATE_RULES,
-            {key: value for key, value in gate.items() if key not in HELD_OUT},
-            answers,
+            {key: value for key, value in gate.items() if key not in HELD_OUT | RETRIES},
+            config.synthesis.max_answer_tokens,
             source,
             target,
             sha256_file(Path(entry.eval_data)) if entry.eval_data else None,
             *([] if entry.min_agreement is None else [entry.min_agreement]),
         ),
     }
+
+
+def spending(config: FleetConfig) -> str:
+    """A hash of how much may be spent on an adapter before it is given up."""
+    return digest(config.synthesis.model_dump(include=BUDGET), config.gate.model_dump(include=RETRIES))
 
 
 def at_commits(config: FleetConfig, bases: tuple[BaseInfo, BaseInfo, BaseInfo]) -> FleetConfig:

@@ -54,7 +54,7 @@ def continue_state(run_dir: Path, fresh: AdapterState, target: BaseInfo) -> Adap
         logger.info("%s: the bundle or its size changed: migrated anew", fresh.name)
         return begun_anew(run_dir, fresh)
     state.bundle = fresh.bundle
-    state = touched_again(run_dir, state, fresh)
+    state = touched_again(run_dir, state, fresh, target)
     earlier = [name for name in state.artifacts if name.startswith(f"adapters/{fresh.name}/synthetic-")]
     if any(artifact_digest(run_dir, name, target) != state.artifacts[name] for name in earlier):
         logger.warning("%s: the samples of its first attempt are missing or changed: migrated anew", fresh.name)
@@ -93,18 +93,38 @@ def begun_anew(run_dir: Path, fresh: AdapterState) -> AdapterState:
     return fresh
 
 
-def touched_again(run_dir: Path, state: AdapterState, fresh: AdapterState) -> AdapterState:
+def withdraw_unless_sound(run_dir: Path, name: str, target: BaseInfo) -> None:
+    """Remove what an earlier run published of the same bundle, where it is damaged or of another base."""
+    path = run_dir / BUNDLES / name
+    try:
+        verify_bundle(read_bundle(path), target)
+    except BundleError:
+        remove_directory(path)
+
+
+def first_touched(state: AdapterState, fresh: AdapterState) -> Phase | None:
+    """The first phase that was made from something else than now, or with less than may be spent on it now."""
+    more_to_spend = state.spending != fresh.spending
+    for phase in PHASES:
+        short = {"synthesis": bool(state.synthesis.shortfall), "gate": state.status == "failed_gate"}.get(phase, False)
+        if state.recipes.get(phase) != fresh.recipes.get(phase) or (more_to_spend and short):
+            return phase
+    return None
+
+
+def touched_again(run_dir: Path, state: AdapterState, fresh: AdapterState, target: BaseInfo) -> AdapterState:
     """The state, sent back to the first phase that was made from something else than now.
 
-    What was shipped goes; student and discriminator stay, because a training recognises by itself what it made. An
-    attempt beyond the first keeps its number and its samples unless the samples themselves are touched.
+    What was published stays until it is replaced, and so do student and discriminator, because a training recognises by
+    itself what it made. An attempt beyond the first keeps its number and its samples unless the samples themselves are
+    touched.
     """
-    touched = next((phase for phase in PHASES if state.recipes.get(phase) != fresh.recipes.get(phase)), None)
+    touched = first_touched(state, fresh)
     begun = touched is not None and (reached(state, touched) and (state.phase != touched or state.attempt > 1))
     if touched is None or not state.recipes or not begun:
-        return state.model_copy(update={"recipes": fresh.recipes})
+        return state.model_copy(update={"recipes": fresh.recipes, "spending": fresh.spending})
     logger.info("%s: settings or a base changed: done again from the phase %s on", state.name, touched)
-    remove_directory(run_dir / BUNDLES / state.name)
+    withdraw_unless_sound(run_dir, state.name, target)
     if touched == "synthesis":
         return fresh
     dropped = {f"{BUNDLES}/{state.name}"}

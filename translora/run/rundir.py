@@ -22,7 +22,17 @@ from translora.run.redact import without_secrets
 logger = logging.getLogger(__name__)
 LOCK, CONFIG = "lock", "config.json"
 PACKAGES = ("translora", "torch", "transformers", "peft", "deepspeed", "ray", "datasets", "wandb", "safetensors")
-MAY_CHANGE = {"adapters", "merges", "max_num_samples", "tasks", "resources", "tracking", "run_dir", "output_dir"}
+MAY_CHANGE = {
+    "adapters",
+    "merges",
+    "max_num_samples",
+    "max_rank",
+    "tasks",
+    "resources",
+    "tracking",
+    "run_dir",
+    "output_dir",
+}
 EXECUTION_ONLY = {
     "micro_batch_size",
     "gang_size",
@@ -32,6 +42,7 @@ EXECUTION_ONLY = {
     "checkpoint_every_seconds",
     "max_failures",
     "gradient_checkpointing",
+    "ds_config",
 }
 """What a rerun may change, sections and settings: they do not change the result of an adapter, but for rounding."""
 
@@ -172,6 +183,7 @@ def changed_settings(earlier: dict[str, Any], now: dict[str, Any]) -> str:
         for key in sorted(before.keys() | after.keys())
         if key.split(".")[0] not in MAY_CHANGE
         and key.split(".")[-1] not in indifferent
+        and not key.endswith("synthesis.batch_size")
         and before.get(key) != after.get(key)
     )
 

@@ -143,6 +143,8 @@ class AdapterState(BaseModel):
     """Wall seconds by phase (shared phases: the whole phase)."""
     recipes: dict[str, str] = {}
     """Hash of what each phase is made from; none in a state of an older version, which is kept as it is."""
+    spending: str = ""
+    """Hash of how much might be spent on it."""
     artifacts: dict[str, str] = {}
     """sha256 by path relative to the run directory: what a rerun verifies before it skips a phase."""
     output: str = ""
@@ -190,10 +192,10 @@ def load_state(run_dir: Path, name: str) -> AdapterState:
 
 
 def load_states(run_dir: Path) -> list[AdapterState]:
-    """Every adapter state of a run, by name.
+    """Every adapter state of a run, by name; one that cannot be read is that of a quarantined adapter.
 
     Raises:
-        InputError: `run_dir` is not the run directory of a fleet, or a state cannot be read.
+        InputError: `run_dir` is not the run directory of a fleet.
     """
     path = run_dir / "config.json"
     if not path.is_file():
@@ -212,7 +214,14 @@ def load_states(run_dir: Path) -> list[AdapterState]:
             f"{run_dir}: the run of a `translora prepare`, which has no states; "
             f"its bundles are written to {config.get('output_dir')}"
         )
-    return [load_state(run_dir, name) for name in state_names(run_dir)]
+    return [_load_or_quarantine(run_dir, name) for name in state_names(run_dir)]
+
+
+def _load_or_quarantine(run_dir: Path, name: str) -> AdapterState:
+    try:
+        return load_state(run_dir, name)
+    except InputError as error:
+        return AdapterState(name=name, bundle="", status="quarantined", reason=str(error))
 
 
 def state_names(run_dir: Path) -> list[str]:

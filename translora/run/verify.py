@@ -19,8 +19,8 @@ from translora.engine.vllm_settings import check_rank
 from translora.errors import InputError
 from translora.run.check import check_inputs, check_seeds, check_target_context, context_of
 from translora.run.files import read_jsonl
-from translora.run.member import MAX_NAME, Member, Run, attempt_sizes, cohort_names, is_name
-from translora.run.recipes import Seals, recipes
+from translora.run.member import MAX_NAME, Member, Run, attempt_sizes, bundle_name, cohort_names, is_name
+from translora.run.recipes import Seals, recipes, spending
 from translora.run.resume import continue_state
 from translora.run.state import AdapterState, load_state, state_path
 from translora.synthesis.pool import choose_screen
@@ -44,7 +44,13 @@ def verify_fleet(
     run_dir = run.config.run_dir
     busy = cohort_names(run_dir)
     remote = {name: entry.bundle for name, entry in entries.items() if is_remote(entry.bundle)}
-    unreachable = {**unmerged, **fetch_all(remote, run_dir / DOWNLOADS)}
+    taken = {
+        name: f"{entry.bundle}: another bundle of the fleet has its name; rename one directory"
+        for name, entry in entries.items()
+        if name != (own := bundle_name(entry.bundle)) and is_name(own)
+    }
+    wanted = {name: url for name, url in remote.items() if name not in taken}
+    unreachable = {**unmerged, **taken, **fetch_all(wanted, run_dir / DOWNLOADS)}
     for name, entry in entries.items():
         if name in unreachable:
             found[name] = refused(run, name, entry, unreachable[name])
@@ -116,7 +122,9 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
         if config.source.vllm is not None and not is_in_bank(bundle.path):
             raise InputError(f"{bundle.path}: is no plain LoRA, and vLLM computes no others; leave source.vllm out")
         for directory in filter(None, (bundle.path, bundle.discriminator_dir)):
-            check_rank(highest_rank(directory), config.source, str(directory))
+            if (rank := highest_rank(directory)) > config.max_rank:
+                raise InputError(f"{directory}: its rank is {rank}, max_rank is {config.max_rank}; raise max_rank")
+            check_rank(rank, config.source, str(directory))
         check_prompts(run, bundle)
         check_target_context(config, run.target, config.template_of(entry, bundle.manifest.prompt_template))
         if screen == "discriminator":
@@ -137,6 +145,7 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
         phase="synthesis",
         num_samples=num_samples,
         recipes=recipes(config, entry, bundle_digest=bundle.digest, num_samples=num_samples, bases=bases),
+        spending=spending(config),
     )
     state = continue_state(config.run_dir, fresh, run.target)
     run.save(state)

@@ -18,6 +18,8 @@ from translora.synthesis.calls import RETRY_SECONDS, STANDING_SECONDS
 logger = logging.getLogger(__name__)
 WAIT_SECONDS = 30.0
 """How long the first host that is ready waits for the others; those that come later join at the next stage."""
+SILENT_SECONDS = 120.0
+"""How long the first one may take before the log says what is waited for."""
 
 
 class Hosts:
@@ -67,7 +69,13 @@ class Hosts:
         deadline = None  # from the first death on: a cluster may take long to make room
         while True:
             asked = {actor.ready.remote(): actor for actor in self._actors[:wanted]}
-            ray.wait(list(asked), num_returns=1)
+            while not ray.wait(list(asked), num_returns=1, timeout=SILENT_SECONDS)[0]:
+                logger.warning(
+                    "no actor stands yet: each asks for %g GPUs and %g CPUs of one machine; none has them free, or the "
+                    "first actor still starts",
+                    resources.gpus_per_actor,
+                    resources.cpus_per_actor,
+                )
             ready, waiting = ray.wait(list(asked), num_returns=wanted, timeout=WAIT_SECONDS)
             standing, fault = [], None
             for reference in ready:

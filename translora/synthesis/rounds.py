@@ -106,7 +106,13 @@ def synthesise(
         identities: of the generator and of the source base; blocks computed on other weights are not reused.
         on_round: called after each round, with the pools' statistics up to date.
     """
-    decided_by = (config.model_dump(exclude={"generator"}), generator.decides(), source.decides(), identities, seed)
+    decided_by = (
+        config.model_dump(exclude={"generator", "batch_size"}),
+        generator.decides(),
+        source.decides(),
+        identities,
+        seed,
+    )
     known = read_outcomes(run_dir / "rounds")
     keyed = {
         digest(pool.name, pool.bundle.digest, pool.needed, pool.budget, pool.screen, *decided_by, *stops(pool)): pool
