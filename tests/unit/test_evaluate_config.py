@@ -65,6 +65,14 @@ def test_an_arm_may_have_more_samples(tmp_path: Path) -> None:
     assert (few.distill.epochs, many.distill.epochs) == (20, 6)
 
 
+def test_an_arm_of_another_method_has_none_of_the_others_settings(tmp_path: Path) -> None:
+    tuning = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 20}
+    ia3 = {"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": []}
+    config = load(tmp_path, distill={"peft": tuning}, arms={"as-set": {}, "ia3": {"distill": {"peft": ia3}}})
+    assert config.fleet(0, "as-set").distill.peft == tuning
+    assert config.fleet(0, "ia3").distill.peft == ia3
+
+
 RAW_NAMES = [task["name"] for task in RAW["tasks"]]
 
 

@@ -317,6 +317,9 @@ def test_what_is_no_merged_adapter_is_not_replaced(world: Path, capsys: pytest.C
     assert main([*arguments, "--out", str(world / "c")]) == 2
     assert "is no merged adapter" in capsys.readouterr().err
     assert (world / "c/adapter_config.json").exists()
+    (world / "empty").mkdir()
+    assert main([*arguments, "--out", str(world / "empty")]) == 0
+    assert (world / "empty/adapter_config.json").exists()
 
 
 def test_nothing_that_a_merge_is_made_of_is_replaced_or_written_into(world: Path) -> None:

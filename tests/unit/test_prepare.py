@@ -302,6 +302,11 @@ def test_every_task_that_cannot_be_read_is_named_before_anything_begins(owner: O
     assert owner.trainings == 0 and not owner.bundle.exists()
 
 
+def test_a_size_that_no_bundle_can_have_is_refused_before_the_training(owner: Owner) -> None:
+    with pytest.raises(ValueError, match="greater than or equal to 2"):
+        owner.config(task={"num_samples": 1})
+
+
 def test_too_many_seeds_are_refused_before_the_training(owner: Owner) -> None:
     seeds = owner.write_rows("seeds.jsonl", [f"send box {number}" for number in range(201)])
     with pytest.raises(ValueError, match=r"seeds\.jsonl: 201 seeds, the limit is 200; about five are usual"):
