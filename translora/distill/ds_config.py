@@ -46,11 +46,14 @@ def check_partitions(config: Mapping[str, Any], num_workers: int, where: str) ->
 def deciding(config: TrainConfig) -> dict[str, Any]:
     """The settings of a training that decide what is learnt; the others change rounding alone.
 
-    Of DeepSpeed's config that is whether the base's weights are gathered in fewer bits, and not where they lie.
+    Of DeepSpeed's config that is whether the base's weights are gathered in fewer bits, and not where they lie. A file
+    that is not here is refused where it is needed.
     """
-    settings = config.model_dump(exclude={*EXECUTION_ONLY, "ds_config"})
-    zero = read_ds_config(config.ds_config, torch.float32)["zero_optimization"]
-    return settings | {"quantised": bool(zero.get("zero_quantized_weights"))}
+    try:
+        zero = read_ds_config(config.ds_config, torch.float32)["zero_optimization"]
+    except InputError:
+        zero = {}
+    return config.model_dump(exclude=EXECUTION_ONLY) | {"quantised": bool(zero.get("zero_quantized_weights"))}
 
 
 def read_ds_config(name: str, dtype: torch.dtype) -> dict[str, Any]:
