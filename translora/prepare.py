@@ -10,6 +10,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
+from translora.actors.hosts import Hosts
 from translora.bundle import Bundle, BundleError, read_bundle, write_bundle
 from translora.bundle.base import BaseInfo, pinned, refuse_encoder_decoder
 from translora.bundle.manifest import SEEDS, DiscriminatorQuality
@@ -29,7 +30,6 @@ from translora.run.files import derive_seed, digest, sha256_path
 from translora.run.rundir import open_run
 from translora.run.tracker import Tracker
 from translora.synthesis.discriminator import Inputs, Judge, discriminator_rows, measure
-from translora.synthesis.hosts import Hosts
 from translora.synthesis.negatives import invent_negatives, part_inputs
 
 logger = logging.getLogger(__name__)

@@ -12,14 +12,14 @@ import pytest
 import ray.exceptions
 
 from tests.tiny import make_adapter, make_base
+from translora.actors import rows as actors
+from translora.actors.hosts import Hosts
+from translora.actors.rows import run_blocks
 from translora.config import BaseModelConfig, ResourceConfig
 from translora.engine.transformers import TransformersEngine
 from translora.run.files import write_parquet
-from translora.synthesis import actors
-from translora.synthesis.actors import run_blocks
 from translora.synthesis.discriminator import Inputs, Judge, measure, quality
-from translora.synthesis.hosts import Hosts
-from translora.synthesis.stages import judge_block
+from translora.synthesis.screens import judge_block
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
 Row = dict[str, Any]

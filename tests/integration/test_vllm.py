@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.integration.world import ROOT, TASKS, World, command, environment, make_world
+from translora.actors.blocks import answer_block
 from translora.bundle import read_bundle
 from translora.config import BaseModelConfig
 from translora.engine.transformers import TransformersEngine
 from translora.run.state import load_states
-from translora.synthesis.stages import answer_block
 
 pytestmark = [
     pytest.mark.timeout(1500),

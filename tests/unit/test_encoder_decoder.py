@@ -12,18 +12,18 @@ from peft import IA3Config, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from tests.tiny import make_adapter, make_base, make_bundle, make_encoder_decoder
+from translora.actors.blocks import answer_block
+from translora.actors.host import EngineHost
 from translora.bundle import inspect_base, verify_bundle
 from translora.bundle.adapter import check_adapter
 from translora.config import BaseModelConfig, FleetConfig, PrepareConfig
 from translora.engine.decode import Request
 from translora.engine.encoder_decoder import EncoderDecoderEngine
-from translora.engine.host import EngineHost
 from translora.engine.protocol import answer_tokens
 from translora.merge.config import MergeConfig
 from translora.merge.run import merge
 from translora.prepare import prepare
 from translora.run.check import check_training
-from translora.synthesis.stages import answer_block
 
 PROMPTS = ["Route the message:", "The parcel is late. I was charged twice", "When does the shop open", "yes"]
 PLAIN = {"num_beams": 1, "no_repeat_ngram_size": 0, "num_return_sequences": 1, "forced_bos_token_id": None}

@@ -10,13 +10,14 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.tiny import make_adapter, make_base, make_tokenizer
+from translora.actors.blocks import token_block
 from translora.bundle.base import UnusableBaseError
 from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request, Row, choose_tokens
 from translora.engine.prompts import prompt_format
 from translora.engine.protocol import answer_tokens, check_answers, warn_of_answers
 from translora.engine.transformers import TransformersEngine
-from translora.synthesis.stages import ANSWER_SCORES, screen_and_label_block, token_block
+from translora.synthesis.screens import ANSWER_SCORES, screen_and_label_block
 
 PROMPTS = ["Route the message:", "The parcel is late. I was charged twice", "When does the shop open", "a"]
 

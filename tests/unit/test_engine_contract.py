@@ -11,16 +11,16 @@ from peft import IA3Config, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.tiny import make_adapter, make_base
+from translora.actors.blocks import answer_block
+from translora.actors.calls import FAULT
+from translora.actors.host import compute_rows
 from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request
-from translora.engine.host import compute_rows
 from translora.engine.protocol import Engine, RowTooLong
 from translora.engine.transformers import TransformersEngine
 from translora.engine.vllm import VllmEngine
 from translora.engine.vllm_settings import check_engine
 from translora.lora.peft_io import write_lora
-from translora.synthesis.calls import FAULT
-from translora.synthesis.stages import answer_block
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 NEEDS_VLLM = pytest.mark.skipif(

@@ -21,7 +21,7 @@ from translora.bundle import Bundle
 from translora.config import DiscriminatorConfig, FleetConfig, PrepareConfig, load_config
 from translora.evaluate.config import EvaluateConfig
 from translora.synthesis.pool import Pool
-from translora.synthesis.stages import ANSWER_SCORES
+from translora.synthesis.screens import ANSWER_SCORES
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = "ticket-reply"

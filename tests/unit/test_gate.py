@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score
 
+from translora.actors.blocks import token_block
+from translora.actors.hosts import Hosts
 from translora.config import OPEN_GATE, BaseModelConfig, FleetConfig, GateConfig, ResourceConfig
 from translora.gate import agreement, questions
 from translora.gate.agreement import _judge_member, run_gate
@@ -18,8 +20,6 @@ from translora.gate.questions import GateMember, answer_limit, answer_rows, toke
 from translora.gate.verdict import chance_agreement, chance_gain, chance_likelihood, informedness, judge, share_equal
 from translora.report.table import remarks
 from translora.run.state import Accuracy, AdapterState, GateResult
-from translora.synthesis.hosts import Hosts
-from translora.synthesis.stages import token_block
 
 
 @pytest.fixture(autouse=True)

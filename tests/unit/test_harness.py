@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from tests.tiny import make_base
+from translora.actors.blocks import choice_block
 from translora.config import BaseModelConfig
 from translora.engine.transformers import TransformersEngine
 from translora.evaluate.answers import Repetition, item_rows
 from translora.evaluate.config import EvaluateTask
 from translora.evaluate.data import Split, load_task, split
-from translora.synthesis.stages import choice_block
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 COLOURS = ("red", "blue", "green", "grey")

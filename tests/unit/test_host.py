@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tests.tiny import make_adapter, make_base
+from translora.actors.calls import FAULT
+from translora.actors.host import EngineHost, base_bytes
 from translora.config import BaseModelConfig
-from translora.engine.host import EngineHost, base_bytes
 from translora.engine.transformers import TransformersEngine
-from translora.synthesis.calls import FAULT
 
 
 def count_slots(engine: TransformersEngine, rows: list[dict[str, object]], _: dict[str, object]) -> list[dict]:  # type: ignore[type-arg]

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from translora.actors.rows import Row, block_order, cut_blocks, read_block
 from translora.bundle.bundle import Bundle
 from translora.bundle.manifest import Manifest
 from translora.config import BaseModelConfig, ResourceConfig, SynthesisConfig
 from translora.run.state import ScreenName
 from translora.synthesis import rounds
-from translora.synthesis.actors import Row, block_order, cut_blocks, read_block
 from translora.synthesis.phase import draw_heldout
 from translora.synthesis.pool import Pool, admit, choose_screen, close
 from translora.synthesis.quality import answer_classes

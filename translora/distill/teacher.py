@@ -11,12 +11,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from translora.actors.blocks import teach_block
+from translora.actors.hosts import Hosts
+from translora.actors.rows import run_rows
 from translora.errors import InputError
 from translora.run.member import Member, Run
 from translora.run.state import SYNTHETIC
-from translora.synthesis.actors import run_rows
-from translora.synthesis.hosts import Hosts
-from translora.synthesis.stages import teach_block
 
 Teacher = dict[str, Any]
 """Of a sample with an answer of A tokens: answer_ids [A]; tokens [A, K] and log_p [A, K] for kl; spans [A, 2]

@@ -12,6 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from translora.actors.calls import Row
+from translora.actors.hosts import Hosts
 from translora.bundle import BaseInfo, read_bundle
 from translora.engine.loading import load_tokenizer
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, SOURCE_BASE, TARGET_BASE, EvaluateConfig
@@ -22,8 +24,6 @@ from translora.gate.verdict import judge
 from translora.run.check import context_of
 from translora.run.files import digest, sha256_path, write_parquet
 from translora.run.state import SYNTHETIC, AdapterState
-from translora.synthesis.calls import Row
-from translora.synthesis.hosts import Hosts
 from translora.synthesis.prompts import normalise
 from translora.synthesis.quality import num_seen
 

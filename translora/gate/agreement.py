@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from translora.actors.calls import Row
+from translora.actors.hosts import Hosts
 from translora.config import BaseModelConfig
 from translora.engine.loading import load_tokenizer
 from translora.gate.questions import (
@@ -30,8 +32,6 @@ from translora.gate.questions import (
 )
 from translora.gate.verdict import chance_agreement, chance_gain, chance_likelihood, informedness, judge, share_equal
 from translora.run.state import Accuracy, GateResult
-from translora.synthesis.calls import Row
-from translora.synthesis.hosts import Hosts
 from translora.synthesis.quality import majority_share, num_seen
 
 logger = logging.getLogger(__name__)

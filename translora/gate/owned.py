@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+from translora.actors.calls import Row
+from translora.actors.hosts import Hosts
 from translora.bundle import BaseInfo
 from translora.bundle.task import Task
 from translora.config import PrepareConfig
@@ -17,8 +19,6 @@ from translora.engine.prompts import prompt_format
 from translora.gate.questions import LONG, answer_rows, run_answers
 from translora.gate.verdict import share_equal
 from translora.run.files import derive_seed, sha256_path
-from translora.synthesis.calls import Row
-from translora.synthesis.hosts import Hosts
 
 logger = logging.getLogger(__name__)
 NUM_ROWS = 20

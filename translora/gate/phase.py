@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from translora.actors.hosts import Hosts
 from translora.bundle import BundleError, write_bundle
 from translora.bundle.manifest import DiscriminatorQuality
 from translora.distill.phase import discriminator_inputs, student_start
@@ -17,7 +18,6 @@ from translora.run.files import remove_directory
 from translora.run.member import Member, Run, relative_to
 from translora.run.state import BUNDLES, DISCRIMINATOR, STUDENT
 from translora.synthesis.discriminator import Judge, measure
-from translora.synthesis.hosts import Hosts
 
 logger = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
+from translora.actors.blocks import choice_block, gate_block, token_block
+from translora.actors.calls import Row
+from translora.actors.hosts import Hosts
+from translora.actors.rows import run_rows
 from translora.config import BaseModelConfig, GateConfig
-from translora.synthesis.actors import run_rows
-from translora.synthesis.calls import Row
-from translora.synthesis.hosts import Hosts
 from translora.synthesis.prompts import LINE_END, answer_stop
-from translora.synthesis.stages import choice_block, gate_block, token_block
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

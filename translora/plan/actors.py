@@ -77,7 +77,7 @@ class Stage:
         return min(hardware.room, share * hardware.gpu.memory_bytes)
 
     def num_resident(self, count: int, hardware: Hardware) -> int:
-        """Adapters that an actor holds at a time: all, or those of a block, as translora.engine.host decides."""
+        """Adapters that an actor holds at a time: all, or those of a block, as translora.actors.host decides."""
         if self.num_adapters * self.slot.file_bytes <= BANK_SHARE * count * hardware.gpu.memory_bytes:
             return self.num_adapters
         return min(self.num_adapters, 2 * self.batch_size)
@@ -168,7 +168,7 @@ def gpus_per_actor(stages: Sequence[Stage], config: FleetConfig, shapes: Shapes,
 def load_seconds(config: FleetConfig, shapes: Shapes, hardware: Hardware, per_actor: int) -> dict[str, float]:
     """Seconds of reading the bases: once each, or in every round where an actor cannot hold both."""
     source, target, generator = shapes.source, shapes.target, shapes.generator
-    # As translora.engine.host decides when the second base comes: the first one stays where there is room beside it.
+    # As translora.actors.host decides when the second base comes: the first one stays where there is room beside it.
     memory = per_actor * hardware.gpu.memory_bytes
 
     def held(base: BaseModelConfig, num_bytes: float) -> float:

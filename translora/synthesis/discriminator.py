@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from translora.actors.calls import Row
+from translora.actors.hosts import Hosts
+from translora.actors.rows import run_rows
 from translora.bundle.manifest import DiscriminatorQuality
 from translora.config import BaseModelConfig
-from translora.synthesis.actors import run_rows
-from translora.synthesis.calls import Row
-from translora.synthesis.hosts import Hosts
 from translora.synthesis.prompts import discriminator_question, normalise
-from translora.synthesis.stages import judge_block
+from translora.synthesis.screens import judge_block
 
 logger = logging.getLogger(__name__)
 UNSEEN_SHARE = 5

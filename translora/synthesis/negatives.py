@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from translora.actors.blocks import generate_block
+from translora.actors.calls import Row
+from translora.actors.hosts import Hosts
+from translora.actors.rows import run_rows
 from translora.bundle.base import BaseInfo
 from translora.bundle.task import Task
 from translora.config import PrepareConfig
 from translora.run.files import derive_seed, digest, read_object, write_json
-from translora.synthesis.actors import run_rows
-from translora.synthesis.calls import Row
 from translora.synthesis.discriminator import UNSEEN_SHARE, Inputs, hold_out
-from translora.synthesis.hosts import Hosts
 from translora.synthesis.prompts import generation_order, generation_row, normalise
-from translora.synthesis.stages import generate_block
 
 
 def invent_negatives(

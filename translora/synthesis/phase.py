@@ -16,7 +16,7 @@ from translora.run.state import SYNTHETIC
 from translora.synthesis.pool import Pool, choose_screen
 from translora.synthesis.quality import answer_classes, by_answer, deal
 from translora.synthesis.rounds import synthesise
-from translora.synthesis.stages import ANSWER_SCORES
+from translora.synthesis.screens import ANSWER_SCORES
 
 logger = logging.getLogger(__name__)
 

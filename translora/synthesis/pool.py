@@ -19,7 +19,7 @@ from translora.synthesis.prompts import normalise
 from translora.synthesis.quality import KnownInputs, answer_classes, by_answer, deal, deal_evenly, distinct_ngrams
 
 if TYPE_CHECKING:
-    from translora.synthesis.calls import Row
+    from translora.actors.calls import Row
 
 logger = logging.getLogger(__name__)
 REMEDIES = {

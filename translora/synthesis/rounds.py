@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from translora.actors.blocks import generate_block
+from translora.actors.calls import Row
+from translora.actors.hosts import Hosts
+from translora.actors.rows import run_rows
 from translora.config import BaseModelConfig, ResourceConfig, SynthesisConfig
 from translora.run.files import digest
-from translora.synthesis.actors import run_rows
-from translora.synthesis.calls import Row
-from translora.synthesis.hosts import Hosts
 from translora.synthesis.pool import Pool, admit, close, read_outcomes, restore, write_outcomes
 from translora.synthesis.prompts import answer_stop, generation_order, generation_row, normalise
 from translora.synthesis.quality import SeedCopies, own_cutoff
-from translora.synthesis.stages import generate_block, screen_and_label_block
+from translora.synthesis.screens import screen_and_label_block
 
 
 def plan_round(pools: Sequence[Pool], config: SynthesisConfig, seed: int) -> list[Row]:

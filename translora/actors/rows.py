@@ -23,17 +23,20 @@ import ray.data
 import ray.exceptions
 from ray.data import TaskPoolStrategy
 
+from translora.actors.calls import FAULT, SLOT_KEYS, TRIES, Computed, Row, Work, call_host, isolate
+from translora.actors.hosts import Hosts
 from translora.config import BaseModelConfig
 from translora.run.files import digest, write_parquet
 from translora.run.progress import Progress
-from translora.synthesis.calls import FAULT, TRIES, Computed, Row, Work, call_host, isolate
-from translora.synthesis.hosts import Hosts
 
 if TYPE_CHECKING:
-    from translora.engine.host import BlockFunction
+    from translora.actors.host import BlockFunction
 
 logger = logging.getLogger(__name__)
 OnBlock = Callable[[int, int], None]
+RULES = 1
+"""Of what the block functions compute: blocks of an older version, of others, are computed again. 1: answers are cut
+into tokens behind their prompts."""
 MAX_SUSPECTS = 8
 """Blocks that actors died of: more of them are no accident of a row, but of the settings or of the machine."""
 
@@ -53,8 +56,6 @@ def block_order(base: BaseModelConfig, order: Callable[[Row], Any]) -> Callable[
     """The order as it is where rows are padded; vLLM pads none and has few adapters at hand: by these first."""
     if base.vllm is None:
         return order
-    from translora.engine.host import SLOT_KEYS
-
     return lambda row: ([str(row.get(key) or "") for key in SLOT_KEYS], order(row))
 
 
@@ -84,7 +85,7 @@ def run_rows(
         weights: content hashes of base and adapters: blocks of the same weights alone are used again.
     """
     blocks, settings = cut_blocks(rows, batch_size, block_order(base, order)), settings or {}
-    key = digest(function.__name__, blocks, settings, base.decides(), weights)
+    key = digest(RULES, function.__name__, blocks, settings, base.decides(), weights)
     with Progress(label, len(rows), run_dir) as progress:
         return run_blocks(
             blocks,

@@ -1,4 +1,4 @@
-"""A process that keeps bases resident from one call to the next: the actor behind `translora.synthesis.hosts`."""
+"""A process that keeps bases resident from one call to the next: the actor behind `translora.actors.hosts`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 
+from translora.actors.calls import FAULT, SLOT_KEYS, Computed, Row
 from translora.bundle.base import info_of
 from translora.config import BaseModelConfig
 from translora.engine.encoder_decoder import EncoderDecoderEngine
@@ -24,12 +25,9 @@ from translora.engine.transformers import TransformersEngine
 from translora.engine.vllm import VllmEngine
 from translora.run.redact import first_line
 from translora.run.watchdog import Watchdog
-from translora.synthesis.calls import FAULT, Computed, Row
 
 logger = logging.getLogger(__name__)
 CLOSE_SECONDS = 30.0
-SLOT_KEYS = ("slot", "discriminator")
-"""Of a row: the adapters that it needs."""
 BlockFunction = Callable[[Engine, list[Row], dict[str, Any]], list[Row]]
 """Turns one block of rows into as many rows, on a resident engine, with plain settings."""
 

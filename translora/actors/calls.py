@@ -17,12 +17,14 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 if TYPE_CHECKING:
-    from translora.engine.host import BlockFunction
+    from translora.actors.host import BlockFunction
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 FAULT = "fault"
 """Key of a row that could not be computed: the reason."""
+SLOT_KEYS = ("slot", "discriminator")
+"""Of a row: the adapters that it needs."""
 TRIES = 3
 """Of a whole block: an actor may die of something else, its node for one."""
 STANDING_SECONDS = 300.0

@@ -12,8 +12,8 @@ import ray
 import ray.data
 import ray.exceptions
 
+from translora.actors.calls import RETRY_SECONDS, STANDING_SECONDS
 from translora.config import ResourceConfig
-from translora.synthesis.calls import RETRY_SECONDS, STANDING_SECONDS
 
 logger = logging.getLogger(__name__)
 WAIT_SECONDS = 30.0
@@ -52,7 +52,7 @@ class Hosts:
 
     def get(self, most: int) -> list[Any]:
         """Handles of the hosts that stand, `most` of them at most; waits for the first."""
-        from translora.engine.host import EngineHost
+        from translora.actors.host import EngineHost
 
         resources = self.resources
         on_cpu = resources.gpus_per_actor == 0
