@@ -3,6 +3,7 @@
 #
 #   launch/submit.sh /shared/fleets/fleet.yaml [options of translora migrate]
 #
+# TRANSLORA_COMMAND=prepare or evaluate runs that command with its own file instead.
 # RAY_API_SERVER_ADDRESS: the cluster's dashboard (default http://127.0.0.1:8265, where `ray dashboard` tunnels to).
 # The token: ~/.ray/auth_token, or the file that RAY_AUTH_TOKEN_PATH names. The fleet file and all paths in it must be
 # the same on the cluster. The job goes on when this script is stopped; `ray job stop ID` stops it.
@@ -17,7 +18,7 @@ export RAY_API_SERVER_ADDRESS=${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}
 job=translora-$(date +%Y%m%d-%H%M%S)-$$
 
 submitted=0
-ray job submit --submission-id "$job" -- python -m translora migrate "$fleet" "$@" || submitted=$?
+ray job submit --submission-id "$job" -- python -m translora "${TRANSLORA_COMMAND:-migrate}" "$fleet" "$@" || submitted=$?
 
 # Ray 2.60 exits with 1 whatever the job's exit code was, and with 0 for a job that was stopped.
 exec python -c '
