@@ -69,10 +69,8 @@ def expand(path: str, relative_to: Path, is_pattern: bool = False) -> str:
         if name not in os.environ:
             raise InputError(f"{path}: the environment variable {name} is not set; set it, or write the path out")
     expanded = os.path.expandvars(os.path.expanduser(path))
-    if is_pattern and "://" in expanded:
+    if os.path.isabs(expanded) or (is_pattern and "://" in expanded):
         return expanded
-    if os.path.isabs(expanded):
-        return os.path.normpath(expanded)
     joined = os.path.normpath(os.path.join(relative_to, expanded))
     if is_pattern and glob.has_magic(expanded) and not os.path.isdir(joined):
         return os.path.normpath(os.path.join(glob.escape(str(relative_to)), expanded))

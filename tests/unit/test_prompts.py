@@ -9,6 +9,7 @@ from tests.tiny import make_base, make_tokenizer
 from translora.config import BaseModelConfig
 from translora.engine.loading import load_tokenizer, without_clock
 from translora.engine.prompts import PLAIN_TEMPLATE, PromptFormat, prompt_format, raw_prompt
+from translora.engine.protocol import answer_tokens
 from translora.synthesis.prompts import (
     discriminator_question,
     generation_prompt,
@@ -38,6 +39,12 @@ def test_plain_format_without_a_chat_template_puts_bos_in_front_and_eos_behind()
     assert raw_prompt(tokenizer, "1. a") == "<bos>1. a"
 
 
+LLAMA_CHAT = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}<s>Q {{ message['content'] }} A"
+    "{% else %} {{ message['content'] }} </s>{% endif %}{% endfor %}"
+)
+
+
 def make_llama_tokenizer(*, prepends: bool) -> PreTrainedTokenizerBase:
     """Of a few words, as transformers makes Llama's, or as the tokenizer.json of Llama 2 has it."""
     mark = "\u2581"
@@ -65,6 +72,26 @@ def test_an_answer_has_the_tokens_that_it_has_behind_its_prompt(template: str, p
     assert tokenizer.convert_ids_to_tokens(answer) == expected
     assert prompts.answer_spans("Q", "yes") == [(0, 3), (3, 3)]
     assert prompts.encode_pair("Q", "yes", with_end=False)[1] == answer[:-1]
+
+
+@pytest.mark.parametrize("prepends", [False, True])
+@pytest.mark.parametrize("template", ["Q: {input}\nA:", "Q: {input}\nA: ", "Q: {input}\nA:\n", "chat"])
+def test_what_a_discriminator_learns_to_answer_is_what_is_scored(template: str, prepends: bool) -> None:
+    tokenizer = make_llama_tokenizer(prepends=prepends)
+    tokenizer.chat_template = LLAMA_CHAT
+    prompts, scored = prompt_format(tokenizer, template), answer_tokens(tokenizer)
+    for word in ("yes", "no"):
+        assert prompts.encode_pair("Q", word, with_end=False)[1][0] in scored[word]
+    assert not set(scored["yes"]) & set(scored["no"])
+
+
+def test_an_answer_is_led_by_what_the_chat_template_puts_before_it() -> None:
+    """Llama 2's: `[/INST] yes </s>`; the model writes the space."""
+    tokenizer = make_llama_tokenizer(prepends=True)
+    tokenizer.chat_template = LLAMA_CHAT
+    prompts = prompt_format(tokenizer, "chat")
+    assert (prompts.lead, prompts.end) == (" ", "</s>")
+    assert tokenizer.convert_ids_to_tokens(prompts.encode_pair("Q", "yes")[1]) == ["\u2581yes", "</s>"]
 
 
 def test_an_answer_that_changes_its_prompts_tokens_is_cut_by_itself() -> None:

@@ -60,6 +60,11 @@ def test_a_url_with_a_glob_is_a_fleet(store: Path, base: Path, tmp_path: Path) -
     assert sha256_path(member.bundle.path) == sha256_path(store)
 
 
+def test_a_url_is_one_bundle_however_it_is_spelled(store: Path) -> None:
+    entries = [AdapterEntry(bundle=f"memory://bucket/bundles/{name}") for name in ("*", "a", "a/")]
+    assert expand_entries(entries).keys() == {"a", "b"}
+
+
 def test_a_bundle_is_copied_again_when_it_changed_and_not_before(store: Path, tmp_path: Path) -> None:
     directory = tmp_path / "downloads/a"
 

@@ -36,7 +36,7 @@ from translora.run.check import check_training
 from translora.run.files import read_jsonl, replace_directory, sha256_path, write_json, write_jsonl
 from translora.run.member import Member, Run, attempt_sizes, expand_entries
 from translora.run.recipes import Seals, recipes
-from translora.run.resume import continue_state, sent_back
+from translora.run.resume import continue_state, sent_back, withdraw_others
 from translora.run.rundir import check_free, open_run
 from translora.run.state import AdapterState, GateResult, Phase, SynthesisStats, load_state, save_state
 from translora.run.tracker import Tracker
@@ -409,32 +409,54 @@ def test_another_base_of_the_same_name_does_again_what_it_touches(
     moved = inspect_base(str(shutil.copytree(run.target.path, tmp_path / "elsewhere/base")))
     assert found(dataclasses.replace(run, target=moved), entry).phase == "done", "where it lies does not matter"
     other = dataclasses.replace(run.target, fingerprint="other")
-    assert (tmp_path / "bundles/a").exists()
     assert found(dataclasses.replace(run, generator=other, target=other), entry).phase == "synthesis"
-    assert not (tmp_path / "bundles/a").exists(), "what was published of another base is withdrawn"
 
 
-def test_more_to_spend_touches_those_alone_that_lacked_it(
+def test_what_was_published_of_another_base_is_removed_whoever_it_was(
+    tmp_path: Path, run: Run, bundle: Bundle, base: BaseInfo
+) -> None:
+    """Also of adapters that left the fleet, or cannot be read tonight."""
+    for name in ("a", "left"):
+        shutil.copytree(bundle.path, tmp_path / "bundles" / name)
+    (tmp_path / "bundles/damaged").mkdir()
+    withdraw_others(tmp_path, base)
+    assert {path.name for path in (tmp_path / "bundles").iterdir()} == {"a", "left", "damaged"}
+    seals = Seals(tmp_path, run.config, (run.source, run.target, run.generator))
+    verify_fleet(dataclasses.replace(run, target=dataclasses.replace(base, fingerprint="other")), {}, seals, {})
+    assert {path.name for path in (tmp_path / "bundles").iterdir()} == {"damaged"}
+
+
+def test_more_to_spend_touches_those_alone_that_failed_for_lack_of_it(
     tmp_path: Path, run: Run, bundle: Bundle, migrated: AdapterState
 ) -> None:
     entry = AdapterEntry(bundle=str(bundle.path))
-    more = {
-        "synthesis": run.config.synthesis.model_copy(update={"max_rounds": 9}),
-        "gate": run.config.gate.model_copy(update={"retries": 3}),
-    }
-    richer = dataclasses.replace(run, config=run.config.model_copy(update=more))
-    short = migrated.synthesis.model_copy(update={"shortfall": "12 of 16 samples"})
-    for change, phase in (
-        ({}, "done"),
-        ({"synthesis": short}, "synthesis"),
-        ({"status": "failed_gate", "artifacts": {}, "output": ""}, "gate"),
+
+    def with_more(section: str, **change: float) -> Run:
+        settings = getattr(run.config, section).model_copy(update=change)
+        return dataclasses.replace(run, config=run.config.model_copy(update={section: settings}))
+
+    whole = found(run, entry)
+    short = {"synthesis": whole.synthesis.model_copy(update={"shortfall": "12 of 16 samples"})}
+    failed = {"status": "failed_gate", "artifacts": {}, "output": ""}
+    outage = {**failed, "status": "quarantined"}
+    rounds, fewer = with_more("synthesis", max_rounds=9), with_more("synthesis", max_rounds=2)
+    retries, none = with_more("gate", retries=3), with_more("gate", retries=0)
+    for state, settings, phase in (
+        ({}, rounds, "done"),
+        (short, rounds, "done"),  # it passed with what it had
+        (short, retries, "done"),
+        (failed, rounds, "done"),
+        (failed | short, rounds, "synthesis"),
+        (failed | short, fewer, "done"),
+        (failed, retries, "gate"),
+        (outage, retries, "gate"),  # its store was down for a night
+        (failed, none, "done"),
+        (failed | {"spending": {}}, retries, "done"),  # a state of an older version
     ):
-        state = found(run, entry).model_copy(update=change)
-        save_state(tmp_path, state)
+        save_state(tmp_path, whole.model_copy(update=state))
         assert found(run, entry).phase == "done", "with no more than before"
-        save_state(tmp_path, state)
-        assert found(richer, entry).phase == phase
-        save_state(tmp_path, migrated)
+        save_state(tmp_path, whole.model_copy(update=state))
+        assert found(settings, entry).phase == phase, (state, phase)
 
 
 def test_an_adapters_own_settings_and_eval_data_touch_it_alone(
@@ -693,7 +715,7 @@ def test_vllm_is_refused_where_it_cannot_compute(run: Run, bundle: Bundle, monke
     assert isinstance(state, AdapterState) and "the source base's context is 100" in state.reason
 
 
-def test_an_older_versions_recipes_still_fit(run: Run) -> None:
+def test_a_base_without_vllm_decides_as_before_there_was_any(run: Run) -> None:
     settings = run.config.source
     assert settings.decides() == settings.model_dump(exclude={"vllm"})
 
@@ -746,6 +768,15 @@ def test_a_name_that_two_globs_find_is_the_first_ones(tmp_path: Path, run: Run, 
     refusal = verified[other]
     assert isinstance(refusal, AdapterState) and refusal.status == "quarantined"
     assert "one/a: another bundle of the fleet has its name; rename one directory" in refusal.reason
+
+
+def test_a_bundle_is_one_however_it_is_spelled_and_two_without_a_usable_name_are_two(tmp_path: Path) -> None:
+    for path in ("one/a", "one/~x", "two/~x"):
+        (tmp_path / path).mkdir(parents=True)
+    both = [AdapterEntry(bundle=f"{tmp_path}/one/a/"), AdapterEntry(bundle=f"{tmp_path}/one/a")]
+    assert expand_entries(both).keys() == {"a"}
+    found = expand_entries([AdapterEntry(bundle=f"{tmp_path}/*/?x")])
+    assert len(found) == 2 and all(name.startswith("unnamed-") for name in found)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:

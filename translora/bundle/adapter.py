@@ -226,6 +226,12 @@ def copy_files(source: Path, target: Path, base: BaseInfo) -> None:
     write_json(target / CONFIG, portable_config(config, base.name))
 
 
+def is_copy(copy: Path, source: Path, base: BaseInfo) -> bool:
+    """Whether `copy_files` would make the one of the other."""
+    made, own = (portable_config(read_adapter_config(directory), base.name) for directory in (copy, source))
+    return made == own and sha256_file(copy / WEIGHTS) == sha256_file(source / WEIGHTS)
+
+
 def copy_readme(source: Path, target: Path, base: BaseInfo) -> None:
     """Copy README.md, if there is one, without the path that PEFT writes into it for a local base.
 

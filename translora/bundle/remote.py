@@ -55,6 +55,15 @@ def expand_remote(pattern: str) -> list[str]:
     return sorted(fs.unstrip_protocol(name).rstrip("/") for name, info in found.items() if info["type"] == "directory")
 
 
+def canonical_url(url: str) -> str:
+    """The URL as its file system spells it, where that is installed; `expand_remote` gives such."""
+    try:
+        fs, path = _open(url)
+        return str(fs.unstrip_protocol(path)).rstrip("/")
+    except Exception:  # a fault boundary: what is wrong with it is said when it is copied
+        return url.rstrip("/")
+
+
 def name_of_url(url: str) -> str:
     """The last component, by which the adapter is called.
 

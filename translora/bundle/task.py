@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from translora.bundle.adapter import WEIGHTS, adapter_digest, check_adapter, check_recorded_base
+from translora.bundle.adapter import adapter_digest, check_adapter, check_recorded_base, is_copy
 from translora.bundle.base import BaseInfo
 from translora.bundle.bundle import MAX_SEEDS, MIN_SEEDS, is_foreign, read_bundle, verify_bundle
 from translora.bundle.manifest import MANIFEST, BundleError
@@ -154,9 +154,8 @@ def is_made(config: PrepareConfig, task: Task, base: BaseInfo) -> bool:
         return False
     now, then = provenance(config, task), bundle.manifest.provenance
     if not task.rows and bundle.discriminator_dir is not None:
-        own = Path(str(task.entry.adapter)) / WEIGHTS
         if others := [
-            *["adapter"] * (sha256_file(own) != sha256_file(bundle.path / WEIGHTS)),
+            *["adapter"] * (not is_copy(bundle.path, Path(str(task.entry.adapter)), base)),
             *["seeds"] * (then.get(SEEDS_HASH, now[SEEDS_HASH]) != now[SEEDS_HASH]),
             *["prompt_template"] * (bundle.manifest.prompt_template != task.template),
         ]:
@@ -165,9 +164,22 @@ def is_made(config: PrepareConfig, task: Task, base: BaseInfo) -> bool:
                 "discriminator cannot be trained again without data; give the data, or, to have a bundle without a "
                 "discriminator, move it away"
             )
-        logger.info("%s: %s keeps its discriminator", task.entry.name, task.output)
+        if (asked := task.entry.num_samples or bundle.manifest.num_samples) != bundle.manifest.num_samples:
+            logger.warning(
+                "%s: %s keeps its discriminator, and its |D| of %d; set num_samples: %d in the fleet file",
+                task.entry.name,
+                task.output,
+                bundle.manifest.num_samples,
+                asked,
+            )
         return True
     changed = {key for key in MADE_FROM if then.get(key) != now.get(key)}
+    if (
+        "adapter_sha256" in changed
+        and task.entry.adapter is not None
+        and is_copy(bundle.path, Path(task.entry.adapter), base)
+    ):
+        changed.discard("adapter_sha256")  # older versions hashed the notes beside it, too
     if "recipe" not in then:
         changed.discard("recipe")
         if not changed:

@@ -17,6 +17,7 @@ DS_CONFIGS = next(
     path / "ds_configs" for path in Path(__file__).resolve().parents[1:3] if (path / "ds_configs").is_dir()
 )
 """At the top of a checkout, or inside the installed package."""
+PLAIN = "zero3.json"
 IN_TRAIN_CONFIG = {
     "optimizer": "distill.learning_rate",
     "scheduler": "distill.epochs",
@@ -46,14 +47,16 @@ def check_partitions(config: Mapping[str, Any], num_workers: int, where: str) ->
 def deciding(config: TrainConfig) -> dict[str, Any]:
     """The settings of a training that decide what is learnt; the others change rounding alone.
 
-    Of DeepSpeed's config that is whether the base's weights are gathered in fewer bits, and not where they lie. A file
-    that is not here is refused where it is needed.
+    DeepSpeed's config is one of them where it has the base's weights gathered in fewer bits; the name of the plain one
+    stands for all others. A file that is not here is refused where it is needed.
     """
     try:
         zero = read_ds_config(config.ds_config, torch.float32)["zero_optimization"]
     except InputError:
         zero = {}
-    return config.model_dump(exclude=EXECUTION_ONLY) | {"quantised": bool(zero.get("zero_quantized_weights"))}
+    quantised = any(zero[key] for key in zero if "quantized" in key and key != "zero_quantized_gradients")
+    own = Path(config.ds_config).name if quantised else PLAIN
+    return config.model_dump(exclude=EXECUTION_ONLY) | {"ds_config": own}
 
 
 def read_ds_config(name: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class PromptFormat:
     end: str
     """What follows an answer: the end-of-turn or end-of-text token."""
     lead: str
-    """What stands between prompt and answer: a space after a plain template."""
+    """What stands between prompt and answer: a space after a plain template, what the chat template has there."""
 
     def render(self, text: str) -> str:
         """The prompt for a task input, special tokens included."""
@@ -112,7 +112,9 @@ def prompt_format(tokenizer: PreTrainedTokenizerBase, template: str = "auto") ->
     if not has_chat:
         raise InputError("prompt template is 'chat', but the tokenizer has no chat template; use a string with {input}")
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
+    asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
     rendered = tokenizer.apply_chat_template(turns, tokenize=False)
-    assert isinstance(rendered, str)
-    after = rendered.rpartition(_MARK)[2].strip()
-    return PromptFormat(tokenizer, "chat", after or eos, "")
+    assert isinstance(asked, str) and isinstance(rendered, str)
+    before, _, after = rendered.rpartition(_MARK)
+    lead = before.removeprefix(asked)
+    return PromptFormat(tokenizer, "chat", after.strip() or eos, lead if lead.isspace() else "")

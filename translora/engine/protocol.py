@@ -100,15 +100,19 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | None) 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """Ids of the tokens that a discriminator's answer begins with, for `yes` and for `no`.
 
-    The single tokens that spell it, with or without a space, in any usual case; where there is none, the first of its
-    pieces, without those that both answers begin with, which tell nothing.
+    The single tokens that spell it, with or without a space, in any usual case, at the beginning of a text or of a line
+    (which SentencePiece tells apart); where there is none, the first of its pieces, without those that both answers
+    begin with, which tell nothing.
     """
+    line: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"]
     found = dict[str, set[int]]()
     for word in ("yes", "no"):
         texts = [f"{space}{text}" for text in (word, word.capitalize(), word.upper()) for space in ("", " ")]
-        ids = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts}
-        whole = {tokens[0] for tokens in ids.values() if len(tokens) == 1}
-        found[word] = whole or {ids[text][0] for text in (word, f" {word}")}
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        behind = [tokenizer(f"\n{text}", add_special_tokens=False)["input_ids"] for text in texts]
+        ids += [tokens[len(line) :] for tokens in behind if tokens[: len(line)] == line]
+        whole = {tokens[0] for tokens in ids if len(tokens) == 1}
+        found[word] = whole or {tokens[0] for tokens in (*ids[:2], *ids[len(texts) :][:2]) if tokens}
     shared = found["yes"] & found["no"]
     return {word: sorted(ids - shared or ids) for word, ids in found.items()}
 

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from translora.bundle import BaseInfo, Bundle
-from translora.bundle.remote import expand_remote, is_remote, name_of_url
+from translora.bundle.remote import canonical_url, expand_remote, is_remote, name_of_url
 from translora.config import AdapterEntry, FleetConfig, GateConfig
 from translora.errors import InputError
 from translora.run.files import digest, sha256_path, write_json
@@ -108,7 +108,7 @@ class Run:
                 state, f"{run_dir / damaged[0]}: damaged, {MAX_REPAIRS} times made anew; check the file system"
             )
             return False
-        identity = {"name", "bundle", "bundle_digest", "task_name", "num_samples", "recipes"}
+        identity = {"name", "bundle", "bundle_digest", "task_name", "num_samples", "recipes", "spending"}
         fresh = AdapterState(**state.model_dump(include=identity), phase="synthesis")
         member.state = continue_state(run_dir, fresh, self.target)
         member.num_samples, member.num_heldout = attempt_sizes(member.state, self.config.gate)
@@ -221,7 +221,7 @@ def expand_entries(entries: list[AdapterEntry], run_dir: Path | None = None) -> 
     """
     own_output = None if run_dir is None else (run_dir / BUNDLES).resolve()
     found: dict[str, AdapterEntry] = {}
-    explicit = {bundle_name(one.bundle): one.bundle for one in reversed(entries) if not is_glob(one.bundle)}
+    explicit = {bundle_name(one.bundle): place_of(one.bundle) for one in reversed(entries) if not is_glob(one.bundle)}
     empty: list[str] = []
     for entry in entries:
         paths = expand_remote(entry.bundle) if is_remote(entry.bundle) else [entry.bundle]
@@ -231,11 +231,11 @@ def expand_entries(entries: list[AdapterEntry], run_dir: Path | None = None) -> 
         for path in paths:
             if not is_remote(path) and Path(path).resolve().parent == own_output:
                 raise InputError(f"adapters: {path}: this run writes its own bundles there; give another run_dir")
-            name = bundle_name(path)
-            owner = explicit.get(name) or (found[name].bundle if name in found else path)
+            name, place = bundle_name(path), place_of(path)
+            owner = explicit.get(name) or (place_of(found[name].bundle) if name in found else place)
             if not is_name(name):
-                name = f"unnamed-{digest(name)}"
-            elif owner != path:
+                name = f"unnamed-{digest(path)}"
+            elif owner != place:
                 if not is_glob(entry.bundle):
                     raise InputError(f"adapters: {owner} and {path} are both named {name}; rename one directory")
                 name = f"{name[: MAX_NAME - 20]}-{digest(path)}"
@@ -252,6 +252,11 @@ def expand_entries(entries: list[AdapterEntry], run_dir: Path | None = None) -> 
 def is_glob(bundle: str) -> bool:
     """Whether an entry stands for what a pattern matches."""
     return glob.has_magic(bundle) and (is_remote(bundle) or not Path(bundle).is_dir())
+
+
+def place_of(bundle: str) -> str:
+    """One spelling of a path or URL, so that a bundle that is named in two ways is one."""
+    return canonical_url(bundle) if is_remote(bundle) else os.path.normpath(bundle)
 
 
 def bundle_name(bundle: str) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from translora.bundle import BaseInfo
 from translora.bundle.base import pinned
@@ -15,10 +18,12 @@ from translora.run.state import AdapterState, Phase
 
 HELD_OUT = {"holdout_fraction", "min_holdout"}
 """Of the gate's settings: they decide the size of the synthetic set."""
-BUDGET = {"max_rounds", "max_generated_factor", "min_accepted_fraction"}
-"""Of the synthesis: they touch those alone that were left short of samples."""
+BUDGET = ("max_rounds", "max_generated_factor")
+SPENT = {"batch_size", "min_accepted_fraction", *BUDGET}
+"""Of the synthesis: they touch no adapter that has its samples."""
 RETRIES = {"retries", "retry_factor"}
-"""Of the gate: they touch those alone that failed it."""
+"""Of the gate: they touch no adapter that passed it."""
+Settings = TypeVar("Settings", bound=BaseModel)
 SEALS = "seals.json"
 GATE_RULES = 3
 """Of the gate's verdict: a run of others judges again. 2: few answers are told from chance by their likelihood.
@@ -42,9 +47,10 @@ def recipes(
         (base.identity, {key: value for key, value in settings.decides().items() if key != "model"})
         for base, settings in zip(bases, base_settings(config), strict=True)
     )
-    gate = config.gate.model_dump()
+    gate = at_defaults(config.gate, RETRIES).model_dump()
     template = config.template_of(entry, "source")  # itself: the bundle's is of its digest, which the synthesis has
-    synthesis = config.synthesis.model_dump(exclude={"generator", "batch_size", *BUDGET})
+    synthesis = at_defaults(config.synthesis, SPENT).model_dump(exclude={"generator"})
+    answers = {key: synthesis[key] for key in ("batch_size", "max_answer_tokens")}
     return {
         "synthesis": digest(
             bundle_digest,
@@ -68,8 +74,8 @@ def recipes(
         ),
         "gate": digest(
             GATE_RULES,
-            {key: value for key, value in gate.items() if key not in HELD_OUT | RETRIES},
-            config.synthesis.max_answer_tokens,
+            {key: value for key, value in gate.items() if key not in HELD_OUT},
+            answers,
             source,
             target,
             sha256_file(Path(entry.eval_data)) if entry.eval_data else None,
@@ -78,9 +84,14 @@ def recipes(
     }
 
 
-def spending(config: FleetConfig) -> str:
-    """A hash of how much may be spent on an adapter before it is given up."""
-    return digest(config.synthesis.model_dump(include=BUDGET), config.gate.model_dump(include=RETRIES))
+def at_defaults(settings: Settings, names: Collection[str]) -> Settings:
+    """Settings of which some do not count: whatever they are, the hash is that of their defaults."""
+    return settings.model_copy(update={name: type(settings).model_fields[name].default for name in names})
+
+
+def spending(config: FleetConfig) -> dict[str, float]:
+    """How much may be spent on an adapter before it is given up."""
+    return {**{name: getattr(config.synthesis, name) for name in BUDGET}, "retries": config.gate.retries}
 
 
 def at_commits(config: FleetConfig, bases: tuple[BaseInfo, BaseInfo, BaseInfo]) -> FleetConfig:

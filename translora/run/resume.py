@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from translora.bundle import BaseInfo, BundleError, read_bundle, verify_bundle
+from translora.bundle.manifest import MANIFEST, read_manifest
 from translora.run.files import remove_directory, sha256_path
+from translora.run.recipes import BUDGET
 from translora.run.state import (
     BUNDLES,
     DISCRIMINATOR,
@@ -54,7 +56,7 @@ def continue_state(run_dir: Path, fresh: AdapterState, target: BaseInfo) -> Adap
         logger.info("%s: the bundle or its size changed: migrated anew", fresh.name)
         return begun_anew(run_dir, fresh)
     state.bundle = fresh.bundle
-    state = touched_again(run_dir, state, fresh, target)
+    state = touched_again(state, fresh)
     earlier = [name for name in state.artifacts if name.startswith(f"adapters/{fresh.name}/synthetic-")]
     if any(artifact_digest(run_dir, name, target) != state.artifacts[name] for name in earlier):
         logger.warning("%s: the samples of its first attempt are missing or changed: migrated anew", fresh.name)
@@ -72,6 +74,8 @@ def continue_state(run_dir: Path, fresh: AdapterState, target: BaseInfo) -> Adap
         logger.warning("%s: %s is missing or changed: made anew", fresh.name, run_dir / relative)
         for later in [other for other, maker in made_by.items() if PHASES.index(maker) >= PHASES.index(phase)]:
             state.artifacts.pop(later, None)
+            if later.startswith(BUNDLES) and later != relative:
+                continue  # what was published is sound: it stays until it is replaced
             if later.endswith(SYNTHETIC):
                 (run_dir / later).unlink(missing_ok=True)
             else:
@@ -93,26 +97,33 @@ def begun_anew(run_dir: Path, fresh: AdapterState) -> AdapterState:
     return fresh
 
 
-def withdraw_unless_sound(run_dir: Path, name: str, target: BaseInfo) -> None:
-    """Remove what an earlier run published of the same bundle, where it is damaged or of another base."""
-    path = run_dir / BUNDLES / name
-    try:
-        verify_bundle(read_bundle(path), target)
-    except BundleError:
-        remove_directory(path)
+def withdraw_others(run_dir: Path, target: BaseInfo) -> None:
+    """Remove what earlier runs published for another base, also of adapters that have left the fleet."""
+    for path in sorted((run_dir / BUNDLES).glob("*")):
+        try:
+            fits = read_manifest(path / MANIFEST).base_fingerprint == target.fingerprint
+        except (OSError, ValueError):
+            continue  # damaged: made anew
+        if not fits:
+            logger.info("%s: is for another base than %s: removed", path, target.name)
+            remove_directory(path)
 
 
 def first_touched(state: AdapterState, fresh: AdapterState) -> Phase | None:
-    """The first phase that was made from something else than now, or with less than may be spent on it now."""
-    more_to_spend = state.spending != fresh.spending
+    """The first phase that was made from something else than now, or of a failed adapter with less to spend on it."""
+    failed = state.phase == "done" and f"{BUNDLES}/{state.name}" not in state.artifacts
+    more = {name for name, value in fresh.spending.items() if value > state.spending.get(name, value)}
+    lacked = {
+        "synthesis": failed and bool(state.synthesis.shortfall) and not more.isdisjoint(BUDGET),
+        "gate": failed and "retries" in more,
+    }
     for phase in PHASES:
-        short = {"synthesis": bool(state.synthesis.shortfall), "gate": state.status == "failed_gate"}.get(phase, False)
-        if state.recipes.get(phase) != fresh.recipes.get(phase) or (more_to_spend and short):
+        if state.recipes.get(phase) != fresh.recipes.get(phase) or lacked.get(phase, False):
             return phase
     return None
 
 
-def touched_again(run_dir: Path, state: AdapterState, fresh: AdapterState, target: BaseInfo) -> AdapterState:
+def touched_again(state: AdapterState, fresh: AdapterState) -> AdapterState:
     """The state, sent back to the first phase that was made from something else than now.
 
     What was published stays until it is replaced, and so do student and discriminator, because a training recognises by
@@ -124,7 +135,6 @@ def touched_again(run_dir: Path, state: AdapterState, fresh: AdapterState, targe
     if touched is None or not state.recipes or not begun:
         return state.model_copy(update={"recipes": fresh.recipes, "spending": fresh.spending})
     logger.info("%s: settings or a base changed: done again from the phase %s on", state.name, touched)
-    withdraw_unless_sound(run_dir, state.name, target)
     if touched == "synthesis":
         return fresh
     dropped = {f"{BUNDLES}/{state.name}"}

@@ -143,8 +143,8 @@ class AdapterState(BaseModel):
     """Wall seconds by phase (shared phases: the whole phase)."""
     recipes: dict[str, str] = {}
     """Hash of what each phase is made from; none in a state of an older version, which is kept as it is."""
-    spending: str = ""
-    """Hash of how much might be spent on it."""
+    spending: dict[str, float] = {}
+    """How much might be spent on it, by setting."""
     artifacts: dict[str, str] = {}
     """sha256 by path relative to the run directory: what a rerun verifies before it skips a phase."""
     output: str = ""

@@ -21,7 +21,7 @@ from translora.run.check import check_inputs, check_seeds, check_target_context,
 from translora.run.files import read_jsonl
 from translora.run.member import MAX_NAME, Member, Run, attempt_sizes, bundle_name, cohort_names, is_name
 from translora.run.recipes import Seals, recipes, spending
-from translora.run.resume import continue_state
+from translora.run.resume import continue_state, withdraw_others
 from translora.run.state import AdapterState, load_state, state_path
 from translora.synthesis.pool import choose_screen
 
@@ -42,6 +42,7 @@ def verify_fleet(
     """
     found: dict[str, Member | AdapterState] = {}
     run_dir = run.config.run_dir
+    withdraw_others(run_dir, run.target)
     busy = cohort_names(run_dir)
     remote = {name: entry.bundle for name, entry in entries.items() if is_remote(entry.bundle)}
     taken = {
