@@ -174,11 +174,7 @@ def is_made(config: PrepareConfig, task: Task, base: BaseInfo) -> bool:
             )
         return True
     changed = {key for key in MADE_FROM if then.get(key) != now.get(key)}
-    if (
-        "adapter_sha256" in changed
-        and task.entry.adapter is not None
-        and is_copy(bundle.path, Path(task.entry.adapter), base)
-    ):
+    if task.entry.adapter and "adapter_sha256" in then and is_copy(bundle.path, Path(task.entry.adapter), base):
         changed.discard("adapter_sha256")  # older versions hashed the notes beside it, too
     if "recipe" not in then:
         changed.discard("recipe")
