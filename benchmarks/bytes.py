@@ -53,17 +53,19 @@ class Traffic:
         return self.num_gathers / self.num_adapters / NUM_STEPS
 
 
-def ds_config(directory: Path) -> Path:
-    """The shipped ZeRO-3 config, with the log on."""
-    config: dict[str, Any] = json.loads((Path(__file__).parents[1] / "ds_configs" / "zero3.json").read_text())
+def ds_config(directory: Path, *, resident: bool = False) -> Path:
+    """A shipped ZeRO-3 config, with the log on."""
+    name = "zero3-resident.json" if resident else "zero3.json"
+    config: dict[str, Any] = json.loads((Path(__file__).parents[1] / "ds_configs" / name).read_text())
     config["comms_logger"] = {"enabled": True, "verbose": False, "prof_all": True, "debug": False}
-    # The proportions of a large base: no matrix stays gathered, nor from its forward pass to its backward pass.
-    config["zero_optimization"] |= {
-        "stage3_param_persistence_threshold": 1000,
-        "stage3_prefetch_bucket_size": 100_000,
-        "stage3_max_live_parameters": 200_000,
-        "stage3_max_reuse_distance": 0,
-    }
+    if not resident:
+        # The proportions of a large base: no matrix stays gathered, nor from its forward pass to its backward pass.
+        config["zero_optimization"] |= {
+            "stage3_param_persistence_threshold": 1000,
+            "stage3_prefetch_bucket_size": 100_000,
+            "stage3_max_live_parameters": 200_000,
+            "stage3_max_reuse_distance": 0,
+        }
     path = directory / "zero3.json"
     path.write_text(json.dumps(config))
     return path
@@ -129,17 +131,19 @@ def measure(
     num_rows: int = 8,
     *,
     recompute: bool = False,
+    resident: bool = False,
 ) -> list[Traffic]:
     """Traffic of a worker for gangs of these (sizes, shared batches?), one behind the other on the same base.
 
     Args:
         recompute: distill.gradient_checkpointing.
+        resident: with zero3-resident.json.
     """
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         base = make_base(directory / "base", hidden_size=hidden_size, num_layers=num_layers)
         write_jsonl(directory / "rows.jsonl", ROWS[:num_rows])
-        ds_config(directory)
+        ds_config(directory, resident=resident)
         answers = mp.get_context("spawn").SimpleQueue()
         run_ranks(worker, directory, str(base), name, gangs, num_rows, recompute, answers)
         return [Traffic(*answers.get()) for _ in gangs]
@@ -152,10 +156,12 @@ def sequence_table() -> Table:
         table.add_column(column, justify="right")
     alone, *gangs = measure([(1, True), (2, False), (4, False), (8, False)])
     (recomputed,) = measure([(8, False)], recompute=True)
-    for traffic in (alone, *gangs, recomputed):
+    (resident,) = measure([(8, False)], resident=True)
+    notes = {id(recomputed): ", recomputed", id(resident): ", zero3-resident.json"}
+    for traffic in (alone, *gangs, recomputed, resident):
         share = traffic.bytes_per_adapter_step / alone.bytes_per_adapter_step
         table.add_row(
-            f"{traffic.num_adapters}{', recomputed' if traffic is recomputed else ''}",
+            f"{traffic.num_adapters}{notes.get(id(traffic), '')}",
             f"{traffic.bytes_per_adapter_step / 1e6:.2f} MB",
             f"{share:.3f}",
             f"{traffic.gathers_per_adapter_step:.1f}",

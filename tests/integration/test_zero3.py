@@ -199,6 +199,11 @@ def test_what_is_computed_again_is_gathered_a_third_time() -> None:
     assert again.num_bytes / plain.num_bytes == pytest.approx(expected, rel=0.07)
 
 
+def test_a_base_that_stays_on_every_worker_is_gathered_once() -> None:
+    (resident,) = measure([(4, False)], resident=True)
+    assert (resident.num_gathers, resident.num_bytes) == (0, 0), "the first gang, which is not counted, gathered it"
+
+
 def test_peft_trains_what_the_bank_does_not_have_on_the_same_partitioned_base(base: Path, ray_cluster: None) -> None:
     """Each method as one plain process with PEFT, beside a LoRA; then again from checkpoints, to the same bytes.
 
@@ -282,6 +287,7 @@ NEEDS_TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two G
 @pytest.mark.parametrize(
     ("name", "without"),
     [
+        ("zero3-resident.json", ()),
         ("zero3-offload.json", ()),
         ("zero3-zeropp.json", QUANTISED),
         pytest.param("zero3-zeropp.json", (), marks=[pytest.mark.gpu, NEEDS_TWO_GPUS]),

@@ -203,6 +203,13 @@ def test_with_zeropp_all_comes_from_the_gpus_own_machine(example: FleetConfig) -
         plan(zeropp, num_gpus=12)
 
 
+def test_a_base_that_stays_on_every_gpu_is_gathered_once_and_needs_the_room(example: FleetConfig) -> None:
+    shape = read_shape(BaseModelConfig(model=str(EXAMPLE / "qwen2.5-72b")), torch.bfloat16)
+    training = plan(with_config(example, ds_config="zero3-resident.json"), num_gpus=8).training
+    assert training.gathered_bytes == training.gather_seconds == 0
+    assert training.memory["gathered layers and head"] == pytest.approx(shape.num_bytes)
+
+
 def test_what_lies_in_the_machines_memory_comes_over_its_bus(example: FleetConfig) -> None:
     weights = read_shape(BaseModelConfig(model=str(EXAMPLE / "qwen2.5-72b")), torch.bfloat16).num_bytes
     found = plan(with_config(example, ds_config="zero3-offload.json", gradient_checkpointing=False), num_gpus=1)

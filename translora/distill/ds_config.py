@@ -59,6 +59,15 @@ def deciding(config: TrainConfig) -> dict[str, Any]:
     return config.model_dump(exclude=EXECUTION_ONLY) | {"ds_config": own}
 
 
+def is_resident(config: Mapping[str, Any], num_weights: int) -> bool:
+    """Whether a base stays whole on every worker once it has been gathered: no weight of it is ever given back.
+
+    Args:
+        num_weights: of the base.
+    """
+    return float(config["zero_optimization"].get("stage3_param_persistence_threshold", 100_000)) >= num_weights
+
+
 def read_ds_config(name: str, dtype: torch.dtype) -> dict[str, Any]:
     """A DeepSpeed config by path or by its name in ds_configs/, with bf16 set to the resolved dtype.
 

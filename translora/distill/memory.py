@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from translora.config import LoraSettings, TrainConfig
+from translora.distill.ds_config import is_resident
 from translora.distill.hooks import sketch_bytes
 from translora.distill.pass_memory import PassSize, loss_bytes, pass_bytes
 from translora.distill.plan import GangBytes
@@ -50,6 +51,8 @@ def weights_of(model: PreTrainedModel) -> BaseWeights:
 
 def gathered_weights(weights: BaseWeights, ds_config: Mapping[str, Any]) -> int:
     """Weights of the base that are whole on a worker at the fullest: layers, the next ones, the head for the loss."""
+    if is_resident(ds_config, weights.total):
+        return weights.total
     zero = ds_config["zero_optimization"]
     ahead = int(zero.get("stage3_prefetch_bucket_size", 50_000_000))
     most = int(zero.get("stage3_max_live_parameters", 1_000_000_000))

@@ -18,6 +18,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.parameter_offload import ZeROOrderedDict
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from safetensors import safe_open
 from torch import nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -113,8 +114,10 @@ class ShardedBase:
 
     @contextlib.contextmanager
     def gathered_head(self) -> Iterator[Head]:
-        """The head with its whole weight on every rank."""
-        with deepspeed.zero.GatheredParameters(self.head.parameters):
+        """The head with its whole weight on every rank; one that stays there is not given back after the loss."""
+        weights: list[Any] = list(self.head.parameters)
+        stays = all(one.ds_persist and one.ds_status == ZeroParamStatus.AVAILABLE for one in weights)
+        with contextlib.nullcontext() if stays else deepspeed.zero.GatheredParameters(self.head.parameters):
             yield self.head
 
     def free_bytes(self) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from translora.config import TrainConfig
-from translora.distill.ds_config import check_partitions
+from translora.distill.ds_config import check_partitions, is_resident
 from translora.distill.memory import gathered_weights, known_activations, known_gang_bytes, student_bytes
 from translora.distill.pass_memory import PassSize
 from translora.distill.plan import TOKENS_PER_PASS, GangBytes, JobSize, choose_gang_size, lay_out
@@ -80,6 +80,8 @@ def gathering(shape: Shape, ds_config: dict[str, Any], hardware: Hardware, *, re
     Args:
         recompute: distill.gradient_checkpointing.
     """
+    if is_resident(ds_config, shape.weights.total):
+        return Gathering(0.0, 0.0, 0.0)  # once, before the first pass
     zero, workers = ds_config["zero_optimization"], hardware.num_gpus
     size = shape.num_bytes / (shape.dtype.itemsize if zero.get("zero_quantized_weights") else 1)
     rate, copy, peers = hardware.gather_rate, 0.0, workers
