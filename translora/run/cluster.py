@@ -98,30 +98,27 @@ def check_resources(resources: ResourceConfig, num_workers: int, *, may_grow: bo
     """
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    has, machines = ray.cluster_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    actors, messages = "resources.num_actors x resources.", []
     for setting, kind, amount in (
         ("resources.gpus_per_actor", "GPU", resources.gpus_per_actor),
         ("resources.cpus_per_actor", "CPU", resources.cpus_per_actor),
     ):
-        largest = max((node.get(kind, 0) for node in nodes), default=0)
-        if amount > largest:
-            message = f"{setting} is {amount:g}, and no machine has more than {largest:g} {kind}s; lower it"
-            if not may_grow:
-                raise InputError(message)
-            logger.warning(message)
-    has = ray.cluster_resources()
-    actors = "resources.num_actors x resources."
-    wanted = (
+        if amount > (largest := max((machine.get(kind, 0) for machine in machines), default=0)):
+            messages.append(f"{setting} is {amount:g}, and no machine has more than {largest:g} {kind}s; lower it")
+    for setting, kind, amount in (
         (f"{actors}gpus_per_actor", "GPU", resources.num_actors * resources.gpus_per_actor),
         (f"{actors}cpus_per_actor", "CPU", resources.num_actors * resources.cpus_per_actor),
         ("num_workers (of distill or train)", "GPU" if resources.gpus_per_actor > 0 else "CPU", num_workers),
-    )
-    for setting, kind, amount in wanted:
+    ):
         if amount > has.get(kind, 0):
-            message = f"{setting} asks for {amount:g} {kind}s, Ray has {has.get(kind, 0):g}; lower it or add nodes"
-            if not may_grow:
-                raise InputError(message)
-            logger.warning(message)
+            messages.append(
+                f"{setting} asks for {amount:g} {kind}s, Ray has {has.get(kind, 0):g}; lower it or add nodes"
+            )
+    for message in messages:
+        if not may_grow:
+            raise InputError(message)
+        logger.warning(message)
 
 
 def ray_arguments(*, address: str | None = None, on_gpu: bool = False, verbose: bool = False) -> dict[str, Any]:
