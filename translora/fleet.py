@@ -19,8 +19,10 @@ from translora.errors import InputError
 from translora.gate.phase import gate_phase
 from translora.merge.fleet import entries_before, merge_after, merge_before, warn_of_templates
 from translora.run.check import check_training
+from translora.run.cohorts import cohort, end_cohort
 from translora.run.commits import info_as_begun, note_commits
-from translora.run.member import Member, Run, cohort, end_cohort, expand_entries
+from translora.run.entries import expand_entries
+from translora.run.member import Member, Run
 from translora.run.recipes import Seals, at_commits, base_settings
 from translora.run.rundir import open_run
 from translora.run.state import AdapterState, Phase
@@ -41,7 +43,7 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
     Raises:
         InputError: the config or a base cannot be used. A fault of one bundle quarantines that adapter alone.
     """
-    entries = expand_entries(config.adapters, config.run_dir)
+    entries, faults = expand_entries(config.adapters, config.run_dir)
     entries |= entries_before(config, list(entries))
     source, target, generator = (info_as_begun(config.run_dir, base) for base in base_settings(config))
     if source.fingerprint == target.fingerprint:
@@ -63,8 +65,8 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
         )
         check_training(config, source, target)
         seals = Seals(config.run_dir, config, (source, target, generator))
-        unmerged = merge_before(config, source, start_cluster)
-        verified = verify_fleet(run, entries, seals, unmerged)
+        faults |= merge_before(config, source, start_cluster)
+        verified = verify_fleet(run, entries, seals, faults)
         members = [member for member in verified.values() if isinstance(member, Member)]
         warn_of_templates(config, members)
         if todo := [member for member in members if member.state.status == "pending"]:

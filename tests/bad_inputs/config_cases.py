@@ -7,8 +7,8 @@ from collections.abc import Callable
 from tests.bad_inputs.workshop import Bench, Case
 from translora.config import AdapterEntry, FleetConfig, PrepareConfig, load_config
 from translora.merge.fleet import entries_before
+from translora.run.entries import expand_entries
 from translora.run.files import read_jsonl
-from translora.run.member import expand_entries
 
 FLEET = """\
 run_dir: run

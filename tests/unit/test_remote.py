@@ -18,8 +18,9 @@ from translora.bundle.manifest import BundleError
 from translora.bundle.remote import TRIES, expand_remote, fetch
 from translora.config import AdapterEntry, FleetConfig, load_config
 from translora.engine.loading import load_tokenizer
+from translora.run.entries import expand_entries
 from translora.run.files import sha256_path, write_json
-from translora.run.member import Member, Run, expand_entries
+from translora.run.member import Member, Run
 from translora.run.recipes import Seals
 from translora.run.state import AdapterState
 from translora.run.tracker import Tracker
@@ -46,10 +47,10 @@ def store(base: Path, tmp_path: Path) -> Iterator[Path]:
 def verified(run_dir: Path, base: Path, *bundles: str) -> dict[str, Member | AdapterState]:
     settings = config(run_dir, source={"model": str(base)}, target={"model": str(base)})
     info, tokenizer = inspect_base(str(base)), load_tokenizer(settings.source)
-    entries = expand_entries([AdapterEntry(bundle=bundle) for bundle in bundles])
+    entries, faults = expand_entries([AdapterEntry(bundle=bundle) for bundle in bundles])
     with Tracker(run_dir, settings.tracking, {}, "test") as tracker:
         run = Run(settings, info, info, info, tracker, tokenizer, tokenizer)
-        return verify_fleet(run, entries, Seals(run_dir, settings, (info, info, info)), {})
+        return verify_fleet(run, entries, Seals(run_dir, settings, (info, info, info)), faults)
 
 
 def test_a_url_with_a_glob_is_a_fleet(store: Path, base: Path, tmp_path: Path) -> None:
@@ -60,9 +61,22 @@ def test_a_url_with_a_glob_is_a_fleet(store: Path, base: Path, tmp_path: Path) -
     assert sha256_path(member.bundle.path) == sha256_path(store)
 
 
+def test_a_remote_directory_whose_name_is_none_is_quarantined_and_stops_nobody(
+    store: Path, base: Path, tmp_path: Path
+) -> None:
+    for name in (".hidden", "a:b"):
+        STORE.put(str(store), f"/bucket/bundles/{name}", recursive=True)
+    found = verified(tmp_path / "run", base, "memory://bucket/bundles/*", "memory://bucket/bundles/.hidden")
+    assert {name for name, one in found.items() if isinstance(one, Member)} == {"a", "b", "a:b"}
+    (hidden,) = (one for one in found.values() if isinstance(one, AdapterState))
+    assert hidden.name.startswith("unnamed-") and hidden.status == "quarantined"
+    assert "bucket/bundles/.hidden: the directory's name cannot be an adapter's; rename it" in hidden.reason
+    assert sorted(path.name for path in (tmp_path / "run/downloads").iterdir() if path.is_dir()) == ["a", "a:b", "b"]
+
+
 def test_a_url_is_one_bundle_however_it_is_spelled(store: Path) -> None:
     entries = [AdapterEntry(bundle=f"memory://bucket/bundles/{name}") for name in ("*", "a", "a/")]
-    assert expand_entries(entries).keys() == {"a", "b"}
+    assert expand_entries(entries)[0].keys() == {"a", "b"}
 
 
 def test_a_bundle_is_copied_again_when_it_changed_and_not_before(store: Path, tmp_path: Path) -> None:
@@ -161,7 +175,6 @@ def test_a_file_that_would_leave_the_bundle_is_refused(store: Path, tmp_path: Pa
         ("nope://bucket/*", "Protocol not known: nope"),
         ("s3://bucket/*", "s3fs"),
         ("memory://bucket/none/*", "matches no directory"),
-        ("memory://bucket/..", "'..' cannot be the name of an adapter"),
     ],
 )
 def test_a_url_that_cannot_be_used_is_named(url: str, message: str) -> None:
@@ -185,7 +198,7 @@ def test_a_store_that_fails_is_asked_again_and_ends_the_run_as_a_broken_cluster_
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     entries = [AdapterEntry(bundle="memory://bucket/bundles/*")]
     fails_until = 3
-    assert expand_entries(entries).keys() == {"a", "b"}
+    assert expand_entries(entries)[0].keys() == {"a", "b"}
     asked.clear()
     fails_until = 9
     with pytest.raises(ConnectionError, match=r"bundles/\*: cannot be listed \(503 slow down\)"):

@@ -33,8 +33,9 @@ from translora.gate.questions import GateMember
 from translora.merge.fleet import warn_of_templates
 from translora.report.table import note
 from translora.run.check import check_training
+from translora.run.entries import expand_entries
 from translora.run.files import read_jsonl, replace_directory, sha256_path, write_json, write_jsonl
-from translora.run.member import Member, Run, attempt_sizes, expand_entries
+from translora.run.member import Member, Run
 from translora.run.recipes import Seals, recipes
 from translora.run.resume import continue_state, sent_back, withdraw_others
 from translora.run.rundir import check_free, open_run
@@ -46,6 +47,13 @@ from translora.run.verify import check_copy, refused, verify, verify_fleet
 def config(run_dir: Path, **changes: object) -> FleetConfig:
     raw = {"run_dir": run_dir, "source": {"model": "a"}, "target": {"model": "b"}, "adapters": [{"bundle": "x"}]}
     return FleetConfig.model_validate(raw | changes)
+
+
+def entries_of(entries: list[AdapterEntry]) -> dict[str, AdapterEntry]:
+    """Those of a fleet none of whose directories has a name that it cannot bear in the run."""
+    found, faults = expand_entries(entries)
+    assert not faults
+    return found
 
 
 def hold(run_dir: Path, opened, leave) -> None:  # type: ignore[no-untyped-def]
@@ -237,14 +245,14 @@ def test_another_attempt_lays_the_first_set_aside_and_survives_a_kill(
     judged = {"phase": "gate", "status": "pending", "reason": "", "losses": [1.0], "step": 1, "num_steps": 1}
     state = finished.model_copy(update=judged | {"gate": verdict(0.4)})
     first = (tmp_path / "adapters/a/synthetic.parquet").read_bytes()
-    member = Member(bundle, state, tmp_path / "adapters/a", 4, 2, [], AdapterEntry(bundle="x"))
+    member = Member(bundle, state, tmp_path / "adapters/a", [], AdapterEntry(bundle="x"))
     run.send_back(member)
-    assert member.waits_for("synthesis") and (member.num_samples, member.num_heldout) == (8, 48) and state.losses == []
+    assert member.waits_for("synthesis") and state.attempt == 2 and state.losses == []
     assert member.earlier_set.read_bytes() == first and not (tmp_path / "adapters/a/synthetic.parquet").exists()
     assert "attempt 2: the gate sent it back for more samples" in note(state)
     assert (state.gate, state.accuracy, state.earlier_agreement) == (None, None, 0.4), "the verdict was on the first"
     again = continue_state(tmp_path, fresh(), target)
-    assert again == state and attempt_sizes(again, run.config.gate) == (8, 48)
+    assert again == state and run.config.gate.sizes(again.num_samples, again.attempt) == (8, 48)
     for phase in ("synthesis", "gate"):
         assert sent_back(state, fresh(), phase).earlier_agreement == 0.4, "what the next attempt is compared with"
     shipped = tmp_path / "bundles/a"
@@ -275,7 +283,7 @@ def test_attempts_end_when_more_samples_help_no_more(
     run = dataclasses.replace(run, config=settings)
     state = finished.model_copy(update={"phase": "gate", "status": "pending", "reason": ""})
     synthetic = (tmp_path / "adapters/a/synthetic.parquet").read_bytes()
-    member = Member(bundle, state, tmp_path / "adapters/a", 4, 2, [], AdapterEntry(bundle="x"))
+    member = Member(bundle, state, tmp_path / "adapters/a", [], AdapterEntry(bundle="x"))
     for number, agreement in enumerate(agreements, 1):
         (tmp_path / "adapters/a/synthetic.parquet").write_bytes(synthetic)
         state.gate = verdict(agreement)
@@ -293,7 +301,7 @@ def test_a_copy_is_not_tried_again_and_what_cannot_be_copied_is_refused(
         run, config=run.config.model_copy(update={"distill": TrainConfig(warm_start=True, epochs=0)})
     )
     state = finished.model_copy(update={"phase": "gate", "status": "pending", "reason": "", "gate": verdict(0.4)})
-    fail(run, Member(bundle, state, tmp_path / "adapters/a", 4, 2, [], AdapterEntry(bundle="x")))
+    fail(run, Member(bundle, state, tmp_path / "adapters/a", [], AdapterEntry(bundle="x")))
     assert state.status == "failed_gate" and "a copy of its source adapter, which more samples" in state.reason
     bundle = dataclasses.replace(bundle, path=shutil.copytree(bundle.path, tmp_path / "copy"))
     settings = json.loads((bundle.path / "adapter_config.json").read_text())
@@ -525,7 +533,7 @@ def test_the_gate_asks_students_in_their_own_template(
     state = AdapterState(name="a", bundle="x", phase="gate", synthesis=SynthesisStats(screen="none"))
     state.artifacts = {"adapters/a/student": "d"}
     entry = AdapterEntry(bundle="x", prompt_template="Q: {input}\nA:")
-    member = Member(bundle, state, tmp_path / "adapters/a", 4, 2, [], entry)
+    member = Member(bundle, state, tmp_path / "adapters/a", [], entry)
     member.directory.mkdir(parents=True, exist_ok=True)
     rows = [{"split": "heldout", "input": "send", "answer": "yes", "score": 0.5}]
     pq.write_table(pa.Table.from_pylist(rows), member.directory / "synthetic.parquet")
@@ -551,7 +559,7 @@ def test_merges_of_parts_that_are_prompted_in_two_ways_are_warned_of(
 
     def member(name: str, template: str | None) -> Member:
         entry = AdapterEntry(bundle="x", prompt_template=template)
-        return Member(bundle, AdapterState(name=name, bundle="x"), tmp_path / name, 4, 2, [], entry)
+        return Member(bundle, AdapterState(name=name, bundle="x"), tmp_path / name, [], entry)
 
     warn_of_templates(merging, [member("a", None), member("b", "chat")])
     assert not caplog.messages, "auto is chat where there is a chat template"
@@ -670,7 +678,7 @@ def test_a_file_that_is_damaged_in_the_middle_of_a_run_is_made_anew_a_few_times(
     judged = {"phase": "gate", "status": "pending", "num_samples": 4, "bundle_digest": "d"}
     artifacts = {name: value for name, value in finished.artifacts.items() if name.startswith("adapters/")}
     state = finished.model_copy(update=judged | {"artifacts": artifacts})
-    member = Member(bundle, state.model_copy(deep=True), tmp_path / "adapters/a", 4, 2, [], AdapterEntry(bundle="x"))
+    member = Member(bundle, state.model_copy(deep=True), tmp_path / "adapters/a", [], AdapterEntry(bundle="x"))
     assert run.is_whole(member) and member.waits_for("gate")
     for _ in range(2):
         (tmp_path / "adapters/a/synthetic.parquet").write_text("damaged")
@@ -738,21 +746,21 @@ def test_settings_of_vllm_that_change_no_result_do_nothing_again(run: Run, bundl
 def test_globs_are_expanded_and_twice_the_same_name_is_refused(tmp_path: Path) -> None:
     for path in ("one/a", "one/b", "two/a"):
         (tmp_path / path).mkdir(parents=True)
-    found = expand_entries([AdapterEntry(bundle=f"{tmp_path}/one/*", num_samples=7)])
+    found = entries_of([AdapterEntry(bundle=f"{tmp_path}/one/*", num_samples=7)])
     assert {name: entry.num_samples for name, entry in found.items()} == {"a": 7, "b": 7}
-    explicit = expand_entries(
+    explicit = entries_of(
         [AdapterEntry(bundle=f"{tmp_path}/one/*"), AdapterEntry(bundle=f"{tmp_path}/one/a", num_samples=3)]
     )
     assert explicit["a"].num_samples == 3, "a later entry overrides the glob's"
-    turned = expand_entries(
+    turned = entries_of(
         [AdapterEntry(bundle=f"{tmp_path}/one/a", num_samples=3), AdapterEntry(bundle=f"{tmp_path}/one/*")]
     )
     assert turned["a"].num_samples == 3, "in any order"
     with pytest.raises(ValueError, match="are both named a; rename one directory"):
-        expand_entries([AdapterEntry(bundle=f"{tmp_path}/one/a"), AdapterEntry(bundle=f"{tmp_path}/two/a")])
+        entries_of([AdapterEntry(bundle=f"{tmp_path}/one/a"), AdapterEntry(bundle=f"{tmp_path}/two/a")])
     with pytest.raises(ValueError, match="matches no directory"):
-        expand_entries([AdapterEntry(bundle=f"{tmp_path}/none/*")])
-    empty = expand_entries([AdapterEntry(bundle=f"{tmp_path}/none/*"), AdapterEntry(bundle=f"{tmp_path}/one/*")])
+        entries_of([AdapterEntry(bundle=f"{tmp_path}/none/*")])
+    empty = entries_of([AdapterEntry(bundle=f"{tmp_path}/none/*"), AdapterEntry(bundle=f"{tmp_path}/one/*")])
     assert empty.keys() == {"a", "b"}, "a tenant without bundles stops nobody"
 
 
@@ -761,12 +769,12 @@ def test_a_name_that_two_globs_find_is_the_first_ones(tmp_path: Path, run: Run, 
     paths = [shutil.copytree(bundle.path, tmp_path / tenant / "a") for tenant in ("one", "two")]
     both, second = AdapterEntry(bundle=f"{tmp_path}/*/a"), AdapterEntry(bundle=str(paths[1]))
     for entries, owner in (([both], 0), ([both, second], 1), ([second, both], 1)):
-        found = expand_entries(entries)
+        found, faults = expand_entries(entries)
         assert len(found) == 2 and found["a"].bundle == str(paths[owner])
         (other,) = found.keys() - {"a"}
-        assert other.startswith("a-") and found[other].bundle == str(paths[1 - owner])
+        assert faults.keys() == {other} and other.startswith("a-") and found[other].bundle == str(paths[1 - owner])
     seals = Seals(tmp_path, run.config, (run.source, run.target, run.generator))
-    verified = verify_fleet(run, found, seals, {})
+    verified = verify_fleet(run, found, seals, faults)
     assert isinstance(verified["a"], Member)
     refusal = verified[other]
     assert isinstance(refusal, AdapterState) and refusal.status == "quarantined"
@@ -777,9 +785,10 @@ def test_a_bundle_is_one_however_it_is_spelled_and_two_without_a_usable_name_are
     for path in ("one/a", "one/~x", "two/~x"):
         (tmp_path / path).mkdir(parents=True)
     both = [AdapterEntry(bundle=f"{tmp_path}/one/a/"), AdapterEntry(bundle=f"{tmp_path}/one/a")]
-    assert expand_entries(both).keys() == {"a"}
-    found = expand_entries([AdapterEntry(bundle=f"{tmp_path}/*/?x")])
+    assert entries_of(both).keys() == {"a"}
+    found, faults = expand_entries([AdapterEntry(bundle=f"{tmp_path}/*/?x")])
     assert len(found) == 2 and all(name.startswith("unnamed-") for name in found)
+    assert faults.keys() == found.keys() and all("rename it" in fault for fault in faults.values())
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
@@ -794,7 +803,7 @@ def test_a_fleet_file_may_lie_in_a_directory_with_brackets(tmp_path: Path) -> No
     for entry in ("bundles/*", "bundles/a"):
         raw = {"run_dir": "run", "source": {"model": "a"}, "target": {"model": "b"}, "adapters": [entry]}
         write_json(here / "fleet.yaml", raw)
-        found = expand_entries(load_config(here / "fleet.yaml", FleetConfig).adapters)
+        found = entries_of(load_config(here / "fleet.yaml", FleetConfig).adapters)
         assert {name: found[name].bundle for name in found} == {"a": str(here / "bundles/a")}
 
 
@@ -824,7 +833,7 @@ def test_a_discriminator_is_trained_where_inputs_were_refused(
     """Confidence ranks inputs and refuses none: there would be nothing to learn the difference from."""
     state = AdapterState(name="a", bundle="x", task_name="boxes", synthesis=SynthesisStats(screen=screen))
     entry = AdapterEntry(bundle="x", prompt_template="Q: {input}\nA:")
-    member = Member(bundle, state, tmp_path / "adapters/a", 4, 2, [], entry)
+    member = Member(bundle, state, tmp_path / "adapters/a", [], entry)
     member.directory.mkdir(parents=True, exist_ok=True)
     split = ["train"] * 60 + ["heldout"] * 20 + ["refused"] * 80
     rows = [
@@ -850,7 +859,7 @@ def test_what_a_training_of_before_failed_of_is_forgotten(
             write_json(Path(job.output) / "losses.json", [1.0, 0.5])
 
     state = AdapterState(name="a", bundle="x", phase="distill", synthesis=SynthesisStats(screen="confidence"))
-    member = Member(bundle, state, tmp_path / "adapters/a", 4, 2, [], AdapterEntry(bundle="x"))
+    member = Member(bundle, state, tmp_path / "adapters/a", [], AdapterEntry(bundle="x"))
     member.directory.mkdir(parents=True, exist_ok=True)
     rows = [{"split": "train", "input": "send", "answer": "yes", "score": 0.5}]
     pq.write_table(pa.Table.from_pylist(rows), member.directory / "synthetic.parquet")
@@ -874,7 +883,7 @@ def test_a_warm_start_says_what_it_does_not_copy(
     tmp_path: Path, run: Run, bundle: Bundle, caplog: pytest.LogCaptureFixture, targets: list[str], warning: str
 ) -> None:
     state = AdapterState(name="a", bundle=str(bundle.path))
-    member = Member(bundle, state, tmp_path / "adapters/a", 4, 2, [], AdapterEntry(bundle=str(bundle.path)))
+    member = Member(bundle, state, tmp_path / "adapters/a", [], AdapterEntry(bundle=str(bundle.path)))
     assert warm_start(run, member) is None and not caplog.messages, "by default there is none"
     settings = TrainConfig.model_validate({"warm_start": True, "lora": {"target_modules": targets}})
     warm = dataclasses.replace(run, config=run.config.model_copy(update={"distill": settings}))

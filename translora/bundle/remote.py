@@ -64,18 +64,6 @@ def canonical_url(url: str) -> str:
         return url.rstrip("/")
 
 
-def name_of_url(url: str) -> str:
-    """The last component, by which the adapter is called.
-
-    Raises:
-        InputError: it cannot be the name of a directory.
-    """
-    name = url.rstrip("/").rsplit("/", 1)[-1]
-    if name in ("", ".", "..") or set(name) & set('\\?*:"<>|\0'):
-        raise InputError(f"adapters: {url}: {name!r} cannot be the name of an adapter; rename the directory")
-    return name
-
-
 def fetch(url: str, directory: Path) -> None:
     """Copy a remote bundle to `directory`, if it is not there already in the version that the store has now.
 

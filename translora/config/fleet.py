@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
@@ -58,6 +59,18 @@ class GateConfig(Strict):
     retry_factor: float = Field(default=2.0, gt=1, le=4)
     """|D_syn| of a retry and its held-out samples, as a multiple of those of the attempt before; what was accepted then
     is kept."""
+
+    def sizes(self, num_samples: int, attempt: int = 1) -> tuple[int, int]:
+        """|D_syn| of an adapter's attempt, and its samples for the gate beyond it.
+
+        Both grow: it may have failed because the held-out prompts were too few to tell agreement from chance.
+
+        Args:
+            num_samples: |D_syn| of the first attempt.
+        """
+        factor = self.retry_factor ** (attempt - 1)
+        heldout = max(self.min_holdout, math.ceil(self.holdout_fraction * num_samples))
+        return math.ceil(num_samples * factor), math.ceil(heldout * factor)
 
 
 class TrackingConfig(Strict):

@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from translora.bundle import BaseInfo, Bundle, BundleError, common_template, read_bundle, verify_bundle, write_bundle
-from translora.bundle.remote import fetch_all, is_remote, name_of_url
+from translora.bundle.remote import fetch_all, is_remote
 from translora.config import AdapterEntry, BaseModelConfig, FleetConfig
 from translora.config.own import OwnSettings
 from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
 from translora.errors import InputError
 from translora.merge.config import MergeConfig, MergeEntry, MergeSettings, merge_config
+from translora.run.entries import bundle_name
 from translora.run.files import digest, remove_directory, sha256_file
 from translora.run.member import Member
 from translora.run.redact import first_line, printable, redact
@@ -78,7 +79,7 @@ def fetch_parts(config: FleetConfig, entry: MergeEntry) -> list[str]:
         InputError: one cannot be had.
     """
     directory = config.run_dir / MERGING / f"{entry.name}.parts"
-    urls = {f"{number}-{name_of_url(path)}": path for number, path in enumerate(entry.adapters) if is_remote(path)}
+    urls = {f"{number}-{bundle_name(path)}": path for number, path in enumerate(entry.adapters) if is_remote(path)}
     if faults := fetch_all(urls, directory):
         raise InputError("; ".join(faults.values()))
     copies = {url: str(directory / name) for name, url in urls.items()}

@@ -15,7 +15,6 @@ from translora.engine.fake import FEW_LAYERS, LiveBytes, fake_base, inner_size, 
 from translora.plan.hardware import Hardware
 from translora.plan.shape import Shape
 from translora.plan.work import QUESTION_TOKENS, SCORING_PASSES, Work
-from translora.run.member import heldout_size
 from translora.run.redact import first_line
 
 logger = logging.getLogger(__name__)
@@ -81,7 +80,7 @@ def gate_calls(config: FleetConfig, work: Work) -> Calls:
     """
     rows = prompts = longest = 0.0
     for one in work.adapters:
-        kept = heldout_size(config.gate, one.num_samples)
+        kept = config.gate.sizes(one.num_samples)[1]
         own = one.input_tokens + QUESTION_TOKENS
         rows += 2 * kept
         prompts += 2 * kept * (2 * own + one.answer_tokens)

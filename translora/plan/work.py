@@ -17,7 +17,7 @@ from translora.distill.data import num_steps
 from translora.distill.plan import JobSize
 from translora.engine.memory import weights_bytes
 from translora.errors import InputError
-from translora.run.member import expand_entries, heldout_size
+from translora.run.entries import expand_entries
 from translora.run.state import REFUSING, ScreenName
 from translora.synthesis.pool import choose_screen
 
@@ -52,7 +52,7 @@ class AdapterWork:
     def num_wanted(self, config: FleetConfig) -> float:
         """Samples to collect: |D_syn|, the gate's held-out prompts, and what a screen chooses from."""
         surplus = config.synthesis.surplus if self.screen in SCORING_PASSES else 1.0
-        return surplus * (self.num_samples + heldout_size(config.gate, self.num_samples))
+        return surplus * (self.num_samples + config.gate.sizes(self.num_samples)[1])
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,14 @@ def bundled_work(config: FleetConfig, acceptance: float) -> Work:
     Raises:
         InputError: a bundle is elsewhere, or cannot be read.
     """
-    entries = {} if any(is_remote(e.bundle) for e in config.adapters) else expand_entries(config.adapters)
-    if not entries:
+    if any(is_remote(entry.bundle) for entry in config.adapters):
         raise InputError("the fleet's bundles are not on this machine; give --adapters and --samples instead")
+    entries, faults = expand_entries(config.adapters)
     found = []
-    for entry in entries.values():
+    for name, entry in entries.items():
         try:
+            if name in faults:
+                raise BundleError(faults[name])
             bundle = read_bundle(path := Path(entry.bundle))
         except BundleError as error:
             logger.warning("left out of the plan: %s", error)
@@ -126,7 +128,7 @@ def training_sizes(config: FleetConfig, work: Work) -> list[JobSize]:
         sizes.append(JobSize(num_steps(one.num_samples, one.epochs or train.epochs, train.batch_size), tokens, tokens))
         if one.screen not in REFUSING:
             continue
-        count = min(judge.max_samples, 2 * (one.num_samples + heldout_size(config.gate, one.num_samples)))
+        count = min(judge.max_samples, 2 * (one.num_samples + config.gate.sizes(one.num_samples)[1]))
         tokens = min(train.max_length, one.input_tokens + 2 * QUESTION_TOKENS)
         sizes.append(JobSize(num_steps(count, judge.epochs, train.batch_size), tokens, tokens))
     return sizes

@@ -18,8 +18,9 @@ from translora.engine.protocol import check_answers
 from translora.engine.vllm_settings import check_rank
 from translora.errors import InputError
 from translora.run.check import check_inputs, check_seeds, check_target_context, context_of
+from translora.run.cohorts import cohort_names
 from translora.run.files import read_jsonl
-from translora.run.member import MAX_NAME, Member, Run, attempt_sizes, bundle_name, cohort_names, is_name
+from translora.run.member import Member, Run
 from translora.run.recipes import Seals, recipes, spending
 from translora.run.resume import continue_state, withdraw_others
 from translora.run.state import AdapterState, load_state, state_path
@@ -31,30 +32,25 @@ logger = logging.getLogger(__name__)
 
 
 def verify_fleet(
-    run: Run, entries: Mapping[str, AdapterEntry], seals: Seals, unmerged: Mapping[str, str]
+    run: Run, entries: Mapping[str, AdapterEntry], seals: Seals, faults: Mapping[str, str]
 ) -> dict[str, Member | AdapterState]:
     """Read and check every bundle and what an earlier run left of it; only the state where there is nothing to do.
 
     A finished adapter whose files are as they were when they were last verified is not read again.
 
     Args:
-        unmerged: why a bundle could not be merged from others, by name.
+        faults: why an entry is quarantined unread, by name.
     """
     found: dict[str, Member | AdapterState] = {}
     run_dir = run.config.run_dir
     withdraw_others(run_dir, run.target)
     busy = cohort_names(run_dir)
     remote = {name: entry.bundle for name, entry in entries.items() if is_remote(entry.bundle)}
-    taken = {
-        name: f"{entry.bundle}: another bundle of the fleet has its name; rename one directory"
-        for name, entry in entries.items()
-        if name != (own := bundle_name(entry.bundle)) and is_name(own)
-    }
-    wanted = {name: url for name, url in remote.items() if name not in taken}
-    unreachable = {**unmerged, **taken, **fetch_all(wanted, run_dir / DOWNLOADS)}
+    wanted = {name: url for name, url in remote.items() if name not in faults}
+    faults = {**faults, **fetch_all(wanted, run_dir / DOWNLOADS)}
     for name, entry in entries.items():
-        if name in unreachable:
-            found[name] = refused(run, name, entry, unreachable[name])
+        if name in faults:
+            found[name] = refused(run, name, entry, faults[name])
             continue
         if name in remote:
             entry = entry.model_copy(update={"bundle": str(run_dir / DOWNLOADS / name)})
@@ -116,7 +112,7 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
         return unreadable(name, entry, str(error))
     try:
         bundle = read_bundle(entry.bundle)
-        check_name_and_size(config, entry, bundle)
+        check_size(config, entry, bundle)
         verify_bundle(bundle, run.source)
         screen = choose_screen(config.synthesis, bundle, entry.screen)
         check_stop(config, entry)
@@ -150,8 +146,7 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
     )
     state = continue_state(config.run_dir, fresh, run.target)
     run.save(state)
-    sizes = attempt_sizes(state, config.gate)
-    return Member(bundle, state, config.run_dir / "adapters" / name, *sizes, eval_rows, entry)
+    return Member(bundle, state, config.run_dir / "adapters" / name, eval_rows, entry)
 
 
 def read_eval_rows(run: Run, bundle: Bundle, entry: AdapterEntry) -> list[dict[str, Any]]:
@@ -220,17 +215,12 @@ def check_steps(config: FleetConfig, entry: AdapterEntry, num_samples: int) -> N
         check_links(lora.num_links, steps, int(lora.init == "eva"), entry.bundle)
 
 
-def check_name_and_size(config: FleetConfig, entry: AdapterEntry, bundle: Bundle) -> None:
-    """What the bundle's owner chose and the fleet would feel: its directory's name, and how much work it asks for.
+def check_size(config: FleetConfig, entry: AdapterEntry, bundle: Bundle) -> None:
+    """How much work the bundle's owner asks for.
 
     Raises:
-        InputError: the name is none for an adapter, or |D| is above the limit and the fleet file does not confirm it.
+        InputError: |D| is above the limit, and the fleet file does not confirm it.
     """
-    if not is_name(bundle.path.name):
-        raise InputError(
-            f"{bundle.path}: the directory's name cannot be an adapter's; rename it: at most {MAX_NAME} printable "
-            "characters, no dot or ~ in front, no space at its ends"
-        )
     num_samples = bundle.manifest.num_samples
     if entry.num_samples is None and num_samples > config.max_num_samples:
         raise InputError(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from translora.config import GateConfig
 from translora.run.files import derive_seed, write_parquet
 from translora.run.member import Member, Run
 from translora.run.state import SYNTHETIC
@@ -26,7 +27,7 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
     config = run.config
     pools = []
     for member in members:
-        needed = member.num_samples + member.num_heldout
+        needed = sum(config.gate.sizes(member.state.num_samples, member.state.attempt))
         budget = math.ceil(config.synthesis.max_generated_factor * needed)
         asked = member.entry.screen or config.synthesis.screen
         screen = choose_screen(config.synthesis, member.bundle, member.entry.screen)
@@ -77,7 +78,7 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
         if len(pool.accepted) < max(2, config.synthesis.min_accepted_fraction * pool.needed):
             run.quarantine(member.state, f"too few synthetic samples: {pool.stats.shortfall}")
             continue
-        write_synthetic(member, pool, config.seed, config.gate.min_holdout)
+        write_synthetic(member, pool, config.seed, config.gate)
         if pool.stats.shortfall:
             logger.warning("%s: goes on with fewer samples: %s", member.name, pool.stats.shortfall)
         if pool.stats.warning:
@@ -109,13 +110,14 @@ def draw_heldout(answers: Sequence[str], count: int, seed: int) -> set[int]:
     return {order[place] for answer, places in own.items() for place in places[: counts[answer]]}
 
 
-def write_synthetic(member: Member, pool: Pool, seed: int, min_holdout: int) -> None:
+def write_synthetic(member: Member, pool: Pool, seed: int, gate: GateConfig) -> None:
     """Write the adapter's synthetic set: input, answer, score, split (train, heldout, refused)."""
-    share = round(len(pool.accepted) * member.num_heldout / pool.needed)
-    num_heldout = max(1, min(member.num_heldout, max(share, min_holdout), len(pool.accepted) // 2))
+    _, wanted = gate.sizes(member.state.num_samples, member.state.attempt)
+    share = round(len(pool.accepted) * wanted / pool.needed)
+    num_heldout = max(1, min(wanted, max(share, gate.min_holdout), len(pool.accepted) // 2))
     answers = [row["answer"] for row in pool.accepted]
-    if num_heldout < min_holdout:
-        short = f"samples held out for the gate: {num_heldout} of {min_holdout} (gate.min_holdout)"
+    if num_heldout < gate.min_holdout:
+        short = f"samples held out for the gate: {num_heldout} of {gate.min_holdout} (gate.min_holdout)"
         pool.stats.shortfall = "; ".join(filter(None, [pool.stats.shortfall, short]))
     heldout = draw_heldout(answers, num_heldout, derive_seed(seed, member.name, "split"))
     rows = [
