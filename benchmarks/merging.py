@@ -31,9 +31,9 @@ from examples.bases import base_path, default_cache
 from examples.tasks import generate
 from tests.tiny import make_adapter
 from translora.config import BaseModelConfig
+from translora.config.merge import METHODS, SETTINGS_OF, CatSettings, IterisSettings
 from translora.engine.transformers import TransformersEngine
 from translora.evaluate.statistics import Resample, all_different
-from translora.merge.config import METHODS, SETTINGS_OF, CatSettings, IterisSettings
 from translora.run.files import digest, sha256_file, sha256_path, write_json, write_jsonl
 
 WITH_DATA = ("cat", "iteris", "regmean")

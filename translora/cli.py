@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 from translora import __version__
 from translora.config import FleetConfig, PrepareConfig, ResourceConfig, load_config
+from translora.config.merge import METHODS, merge_config
 from translora.errors import InputError
 from translora.evaluate.config import EvaluateConfig
-from translora.merge.config import METHODS, merge_config
 from translora.plan.hardware import ACCEPTANCE, GPUS, Hardware
 from translora.run.cluster import BROKEN
 from translora.run.faults import RunFailedError, cluster_faults

@@ -19,6 +19,7 @@ from tests.tiny import make_adapter, make_base
 from translora.bundle import inspect_base
 from translora.bundle.adapter import check_adapter
 from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
+from translora.config.merge import IterisSettings
 from translora.distill.data import encode_samples
 from translora.distill.ds_config import DS_CONFIGS, read_ds_config
 from translora.distill.job import FAILURE, TrainJob
@@ -29,7 +30,6 @@ from translora.engine.prompts import prompt_format
 from translora.lora.bank import initial_weights
 from translora.lora.kinds import SOURCES_ONLY
 from translora.lora.peft_io import read_lora
-from translora.merge.config import IterisSettings
 from translora.merge.features import run_iteris
 from translora.run.files import sha256_path, write_jsonl
 

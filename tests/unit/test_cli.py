@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_help_and_configs_load_neither_torch_nor_ray() -> None:
     code = (
         "import sys; import translora.cli, translora.config, translora.run.status, translora.report.html\n"
-        "import translora.evaluate.config, translora.evaluate.render, translora.merge.config\n"
+        "import translora.evaluate.config, translora.evaluate.render, translora.config.merge\n"
         "translora.cli.build_parser().format_help()\n"
         "heavy = {'torch', 'ray', 'transformers', 'deepspeed', 'wandb'} & sys.modules.keys()\n"
         "assert not heavy, heavy"

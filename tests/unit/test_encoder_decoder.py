@@ -17,10 +17,10 @@ from translora.actors.host import EngineHost
 from translora.bundle import inspect_base, verify_bundle
 from translora.bundle.adapter import check_adapter
 from translora.config import BaseModelConfig, FleetConfig, PrepareConfig
+from translora.config.merge import MergeConfig
 from translora.engine.decode import Request
 from translora.engine.encoder_decoder import EncoderDecoderEngine
 from translora.engine.protocol import answer_tokens
-from translora.merge.config import MergeConfig
 from translora.merge.run import merge
 from translora.prepare import prepare
 from translora.run.check import check_training

@@ -9,10 +9,10 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import make_adapter, make_base
+from translora.config.merge import CatSettings
 from translora.distill.data import Sample
 from translora.lora.peft_io import read_lora, write_lora
 from translora.merge.cat import answer_loss, cat_modules, export, train_coefficients
-from translora.merge.config import CatSettings
 from translora.merge.data import pad_batch
 from translora.merge.run import pad_rank
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, T5Conf
 
 from tests.ranks import run_ranks
 from tests.tiny import make_adapter, make_base
+from translora.config.merge import IterisSettings
 from translora.lora.bank import load_bank
 from translora.lora.peft_io import LoraWeights, read_lora
-from translora.merge.config import IterisSettings
 from translora.merge.features import run_iteris
 from translora.merge.grams import collect, shared_inputs
 from translora.merge.iteris import Grams, adaptive_weights, gram_update, solve_module

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import SEEDS, make_adapter, make_base, make_bundle
 from translora.cli import main
+from translora.config.merge import COMBINATIONS, METHODS, merge_config
 from translora.engine.prompts import prompt_format
 from translora.lora.peft_io import LoraWeights, read_lora
 from translora.merge.aggregate import component_mean, fedex
-from translora.merge.config import COMBINATIONS, METHODS, merge_config
 from translora.merge.data import read_samples
 from translora.merge.peft_methods import ELEMENTWISE, combine, truncate
 from translora.run.files import write_jsonl

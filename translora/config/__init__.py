@@ -1,9 +1,11 @@
-"""Typed configuration of `translora migrate` and `translora prepare`; each setting has a sentence.
+"""Typed configuration of the commands; each setting has a sentence.
 
     base.py       a base model, and what its actors get
     synthesis.py  generate, screen, label
     train.py      students, source adapters, discriminators
+    own.py        what an adapter may have of its own
     fleet.py      `translora migrate`: the whole fleet file
+    merge.py      `translora merge`, and the merges of a fleet file
     prepare.py    `translora prepare`: the owner's side
 
 Importing these modules loads neither torch nor ray. Every field is checked before a model is touched; unknown keys are

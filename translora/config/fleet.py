@@ -9,13 +9,13 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from translora.config.base import BaseModelConfig, PromptTemplate, ResourceConfig
+from translora.config.merge import MergeEntry
 from translora.config.own import OwnSettings
 from translora.config.synthesis import SynthesisConfig
 from translora.config.train import DiscriminatorConfig, TrainConfig
 from translora.config_file import ConfigFile, Strict
 from translora.errors import InputError
 from translora.lora.kinds import MAX_RANK
-from translora.merge.config import MergeEntry
 
 
 class AdapterEntry(OwnSettings):

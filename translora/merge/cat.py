@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from translora.config.merge import CatSettings
 from translora.distill.data import Sample, batch_indices, num_steps
 from translora.errors import InputError
 from translora.lora.peft_io import LoraWeights
-from translora.merge.config import CatSettings
 from translora.merge.data import pad_batch
 from translora.merge.peft_methods import Merged, combine, exact
 

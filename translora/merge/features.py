@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 
+from translora.config.merge import IterisSettings
 from translora.errors import InputError
 from translora.lora.bank import AdapterBank, load_bank
 from translora.lora.peft_io import LoraWeights
-from translora.merge.config import IterisSettings
 from translora.merge.grams import MERGED, Batch, check_batches, check_grams, collect, shared_inputs
 from translora.merge.iteris import Grams, adaptive_weights, solve_module
 from translora.merge.peft_methods import Merged

@@ -15,11 +15,11 @@ from pathlib import Path
 from translora.bundle import BaseInfo, Bundle, BundleError, common_template, read_bundle, verify_bundle, write_bundle
 from translora.bundle.remote import fetch_all, is_remote
 from translora.config import AdapterEntry, BaseModelConfig, FleetConfig
+from translora.config.merge import MergeConfig, MergeEntry, MergeSettings, merge_config
 from translora.config.own import OwnSettings
 from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
 from translora.errors import InputError
-from translora.merge.config import MergeConfig, MergeEntry, MergeSettings, merge_config
 from translora.run.entries import bundle_name
 from translora.run.files import digest, remove_directory, sha256_file
 from translora.run.member import Member

@@ -16,9 +16,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from translora.config.merge import Combination
 from translora.errors import InputError
 from translora.lora.peft_io import LoraWeights, truncated
-from translora.merge.config import Combination
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Merged = dict[str, Pair]

@@ -20,6 +20,7 @@ from translora.bundle.base import BaseInfo, refuse_encoder_decoder
 from translora.bundle.manifest import MANIFEST
 from translora.bundle.modules import linear_modules
 from translora.config import BaseModelConfig
+from translora.config.merge import COMBINATIONS, NEED_OWN_DATA, Combination, MergeConfig
 from translora.engine.loading import device, load_model, load_tokenizer, resolve_dtype
 from translora.engine.memory import is_out_of_memory
 from translora.engine.prompts import prompt_format
@@ -27,7 +28,6 @@ from translora.errors import InputError
 from translora.lora.kinds import MAX_RANK
 from translora.lora.peft_io import LoraWeights, pad_rank, read_lora, write_lora
 from translora.merge import aggregate, cat
-from translora.merge.config import COMBINATIONS, NEED_OWN_DATA, Combination, MergeConfig
 from translora.merge.data import batches, read_samples
 from translora.merge.features import run_iteris
 from translora.merge.peft_methods import Merged, combine, fingerprint, truncate
