@@ -9,9 +9,9 @@ import difflib
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
@@ -39,6 +39,10 @@ class Strict(BaseModel):
             if getattr(self, name) == type(self).model_fields[name].default:
                 del found[name]
         return found
+
+    def at_defaults(self, names: Collection[str]) -> Self:
+        """These settings, of which some do not count: whatever they are, they are at their defaults."""
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in names})
 
 
 class ConfigFile(Strict):

@@ -13,7 +13,7 @@ import ray.exceptions
 
 from tests.tiny import make_adapter, make_base
 from translora.actors import rows as actors
-from translora.actors.hosts import Hosts
+from translora.actors.hosts import Hosts, hosts_of_a_machine
 from translora.actors.rows import run_blocks
 from translora.config import BaseModelConfig, ResourceConfig
 from translora.engine.transformers import TransformersEngine
@@ -66,6 +66,13 @@ def run(function: Any, base: BaseModelConfig, hosts: Hosts, directory: Path, **c
     blocks = [[{"row": 2 * block + row} for row in range(2)] for block in range(4)]
     rest: dict[str, Any] = {"adapters": {}, "settings": {}} | changes
     return run_blocks(blocks, function, base=base, hosts=hosts, directory=directory, **rest)
+
+
+def test_actors_share_the_memory_of_their_own_machine_alone(bases: list[BaseModelConfig]) -> None:
+    cpus = int(ray.cluster_resources()["CPU"])
+    found = [hosts_of_a_machine(ResourceConfig(num_actors=number)) for number in (1, cpus, 10 * cpus)]
+    assert found == [1, cpus, cpus], "a cluster of more actors has them on other machines"
+    assert hosts_of_a_machine(ResourceConfig(num_actors=9, cpus_per_actor=cpus)) == 1
 
 
 def test_bases_and_processes_outlive_a_dataset(bases: list[BaseModelConfig], tmp_path: Path) -> None:

@@ -360,3 +360,14 @@ def test_options_that_came_later_leave_what_was_made_before_as_it_is() -> None:
     assert TrainConfig.model_validate_json(plain.model_dump_json()) == plain
     job = TrainJob("a", "", "", "", seed=3, epochs=1, learning_rate=LR)
     assert job.recipe(changed, "f") != job.recipe(plain, "f")
+
+
+def test_how_a_student_learns_from_its_teacher_does_not_touch_a_discriminator() -> None:
+    plain = TrainConfig()
+    judge, student = (TrainJob("a", "", "", "", 3, 1, LR, with_end=with_end) for with_end in (False, True))
+    for change in ({"loss": "kl"}, {"token_share": 0.5}, {"loss": "kl", "kl_top_k": 7}):
+        changed = plain.model_copy(update=change)
+        assert judge.recipe(changed, "f") == judge.recipe(plain, "f")
+        assert student.recipe(changed, "f") != student.recipe(plain, "f")
+    longer = plain.model_copy(update={"epochs": 9, "learning_rate": 0.5})
+    assert {job.recipe(longer, "f") == job.recipe(plain, "f") for job in (judge, student)} == {True}, "jobs have theirs"

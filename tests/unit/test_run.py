@@ -470,6 +470,17 @@ def test_more_to_spend_touches_those_alone_that_failed_for_lack_of_it(
         assert found(settings, entry).phase == phase, (state, phase)
 
 
+def test_a_setting_in_whose_place_an_adapter_has_its_own_does_not_touch_it(
+    tmp_path: Path, run: Run, bundle: Bundle, migrated: AdapterState
+) -> None:
+    entry = AdapterEntry(bundle=str(bundle.path), epochs=3, learning_rate=1e-3)
+    save_state(tmp_path, migrated.model_copy(update={"recipes": recipes_of(run, entry, bundle)}))
+    for change, phase in (({"epochs": 7, "learning_rate": 0.5}, "done"), ({"batch_size": 3}, "distill")):
+        settings = run.config.distill.model_copy(update=change)
+        changed = dataclasses.replace(run, config=run.config.model_copy(update={"distill": settings}))
+        assert found(changed, entry).phase == phase
+
+
 def test_an_adapters_own_settings_and_eval_data_touch_it_alone(
     tmp_path: Path, run: Run, bundle: Bundle, migrated: AdapterState
 ) -> None:

@@ -64,8 +64,9 @@ class Hosts:
         wanted = min(resources.num_actors, most)
         while len(self._actors) < wanted:
             num_threads = max(1, int(resources.cpus_per_actor)) if on_cpu else None
-            limit = resources.worker_timeout_seconds
-            self._actors.append(remote.remote(num_threads, resources.num_actors, limit))
+            self._actors.append(
+                remote.remote(num_threads, hosts_of_a_machine(resources), resources.worker_timeout_seconds)
+            )
         deadline = None  # from the first death on: a cluster may take long to make room
         while True:
             asked = {actor.ready.remote(): actor for actor in self._actors[:wanted]}
@@ -94,3 +95,10 @@ class Hosts:
             logger.warning("%d of %d actors stand, the cluster has no room for the others yet", len(standing), wanted)
         self._standing += [actor for actor in standing if actor not in self._standing]
         return standing
+
+
+def hosts_of_a_machine(resources: ResourceConfig) -> int:
+    """The most actors that one machine of the cluster has CPUs for, and so may have to share its memory."""
+    cpus = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    room = int(max(cpus, default=0.0) // resources.cpus_per_actor)
+    return min(resources.num_actors, room) or resources.num_actors

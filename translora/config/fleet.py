@@ -140,6 +140,7 @@ class FleetConfig(ConfigFile):
         own = self.prompt_template if entry.prompt_template is None else entry.prompt_template
         return source if own == "source" else own
 
-    def epochs_of(self, entry: AdapterEntry) -> float:
-        """Passes over an adapter's training samples."""
-        return self.distill.epochs if entry.epochs is None else entry.epochs
+    def training_of(self, entry: AdapterEntry) -> TrainConfig:
+        """The training of an adapter's student."""
+        own = {"epochs": entry.epochs, "learning_rate": entry.learning_rate}
+        return self.distill.model_copy(update={name: value for name, value in own.items() if value is not None})

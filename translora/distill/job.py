@@ -22,6 +22,8 @@ RECIPE = "recipe.txt"
 """In a job's output: the hash of what it was made from."""
 FAILURE = "failure.json"
 """In a job's work_dir: why it was given up."""
+OF_TEACHERS = ("loss", "kl_top_k", "token_share")
+"""Settings of a training that say what a teacher is imitated in."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,11 @@ class TrainJob:
     """A LoRA's PEFT directory, whose weights the student begins with."""
 
     def settings(self, config: TrainConfig) -> TrainConfig:
-        """How this job is trained: the options of `lora` are for students, discriminators have its shape alone."""
-        return config if self.with_end else config.model_copy(update={"lora": config.lora.plain()})
+        """How this job is trained: a student as the config says, a discriminator by LoRAs of its shape alone."""
+        own: dict[str, Any] = {"epochs": self.epochs, "learning_rate": self.learning_rate}
+        if not self.with_end:
+            config, own["lora"] = config.at_defaults(OF_TEACHERS), config.lora.plain()
+        return config.model_copy(update=own)
 
     def recipe(self, config: TrainConfig, identity: str) -> str:
         """Hash of all that decides the result: data, seed, settings, base. A finished output bears it.

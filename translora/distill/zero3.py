@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,8 @@ class ShardedBase:
         if self.place.type == "cuda":
             free = int(torch.cuda.mem_get_info(self.place)[0])
         else:
-            free = int(psutil.virtual_memory().available) // dist.get_world_size()
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))  # ranks on this machine
+            free = int(psutil.virtual_memory().available) // here
         return free - gathered_weights(weights_of(self.model), self.ds_config) * self.dtype.itemsize
 
     def gang_bytes(self, train: TrainConfig, num_samples: int, num_tokens: int) -> GangBytes:

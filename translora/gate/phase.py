@@ -93,7 +93,7 @@ def fail(run: Run, member: Member) -> None:
     state = member.state
     assert state.gate is not None
     reason, agreement, before = state.gate.reason, state.gate.agreement_student, state.earlier_agreement
-    if run.config.epochs_of(member.entry) == 0:
+    if run.config.training_of(member.entry).epochs == 0:
         reason += "; it is a copy of its source adapter, which more samples do not change: give it epochs of its own"
     elif before is not None and agreement <= before:
         reason += f"; more samples do not help: agreement {agreement:.2f} after {before:.2f}"
@@ -108,7 +108,7 @@ def fail(run: Run, member: Member) -> None:
 
 def trained_inputs(run: Run, member: Member) -> list[str]:
     """What a student was trained on, where it is compared with real data; a copy was trained on nothing."""
-    if not member.eval_rows or run.config.epochs_of(member.entry) == 0:
+    if not member.eval_rows or run.config.training_of(member.entry).epochs == 0:
         return []
     return [row["input"] for row in member.samples("train")]
 
@@ -138,7 +138,7 @@ def publish(run: Run, member: Member, quality: DiscriminatorQuality | None) -> N
     assert gate is not None
     template = prompt_format(load_tokenizer(run.config.target), member.template(run.config)).template
     start = student_start(run, member.bundle.path).path
-    began: Began = "fresh" if start is None else "copy" if run.config.epochs_of(member.entry) == 0 else "warm"
+    began: Began = "fresh" if start is None else "copy" if run.config.training_of(member.entry).epochs == 0 else "warm"
     output = run.config.run_dir / "bundles" / member.name
     write_bundle(
         output,

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import BaseModel
+from typing import Any
 
 from translora.bundle import BaseInfo
 from translora.bundle.base import pinned
@@ -23,7 +20,6 @@ SPENT = {"batch_size", "min_accepted_fraction", *BUDGET}
 """Of the synthesis: they touch no adapter that has its samples."""
 RETRIES = {"retries", "retry_factor"}
 """Of the gate: they touch no adapter that passed it."""
-Settings = TypeVar("Settings", bound=BaseModel)
 SEALS = "seals.json"
 GATE_RULES = 3
 """Of the gate's verdict: a run of others judges again. 2: few answers are told from chance by their likelihood.
@@ -47,9 +43,9 @@ def recipes(
         (base.identity, {key: value for key, value in settings.decides().items() if key != "model"})
         for base, settings in zip(bases, base_settings(config), strict=True)
     )
-    gate = at_defaults(config.gate, RETRIES).model_dump()
+    gate = config.gate.at_defaults(RETRIES).model_dump()
     template = config.template_of(entry, "source")  # itself: the bundle's is of its digest, which the synthesis has
-    synthesis = at_defaults(config.synthesis, SPENT).model_dump(exclude={"generator"})
+    synthesis = config.synthesis.at_defaults(SPENT).model_dump(exclude={"generator"})
     answers = {key: synthesis[key] for key in ("batch_size", "max_answer_tokens")}
     return {
         "synthesis": digest(
@@ -64,9 +60,8 @@ def recipes(
             *([] if entry.stop is None else [entry.stop]),
         ),
         "distill": digest(
-            deciding(config.distill),
-            entry.epochs,
-            entry.learning_rate,
+            deciding(config.training_of(entry)),
+            *(None, None),  # what an entry has of its own stood here
             config.discriminator.model_dump(),
             (target[0], {key: value for key, value in target[1].items() if key != "vllm"}),
             config.seed,
@@ -82,11 +77,6 @@ def recipes(
             *([] if entry.min_agreement is None else [entry.min_agreement]),
         ),
     }
-
-
-def at_defaults(settings: Settings, names: Collection[str]) -> Settings:
-    """Settings of which some do not count: whatever they are, the hash is that of their defaults."""
-    return settings.model_copy(update={name: type(settings).model_fields[name].default for name in names})
 
 
 def spending(config: FleetConfig) -> dict[str, float]:

@@ -175,7 +175,7 @@ def check_copy(run: Run, bundle: Bundle, entry: AdapterEntry) -> None:
     Raises:
         InputError: it would not.
     """
-    if run.config.epochs_of(entry) == 0:
+    if run.config.training_of(entry).epochs == 0:
         start = student_start(run, bundle.path)
         if start.path is None:
             raise InputError(f"{bundle.path}: {start.remark}, and 0 epochs train nothing; give it epochs of its own")
@@ -210,8 +210,11 @@ def check_steps(config: FleetConfig, entry: AdapterEntry, num_samples: int) -> N
     Raises:
         InputError: it has not.
     """
-    if config.distill.peft is None and config.epochs_of(entry) > 0:
-        lora, steps = config.distill.lora, num_steps(num_samples, config.epochs_of(entry), config.distill.batch_size)
+    if config.distill.peft is None and config.training_of(entry).epochs > 0:
+        lora, steps = (
+            config.distill.lora,
+            num_steps(num_samples, config.training_of(entry).epochs, config.distill.batch_size),
+        )
         check_links(lora.num_links, steps, int(lora.init == "eva"), entry.bundle)
 
 
