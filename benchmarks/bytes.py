@@ -43,6 +43,8 @@ class Traffic:
     reduced_bytes: int
     """LoRA gradients that a worker gave to an all-reduce."""
     seconds: float
+    awaited_bytes: int
+    """Of the base, that the memory for the worker's first gang leaves out."""
 
     @property
     def bytes_per_adapter_step(self) -> float:
@@ -94,6 +96,7 @@ def worker(
     settings = {"batch_size": rows, "micro_batch_size": rows, "dtype": "bfloat16", "gradient_checkpointing": recompute}
     config = TrainConfig.model_validate({**settings, "ds_config": f"{directory}/zero3.json"})
     resident = zero3.ShardedBase(BaseModelConfig(model=base), config)
+    awaited = resident.awaited_bytes()
     # The first gang is not counted: ZeRO-3 learns the order of the modules.
     for number, (size, shared) in enumerate([(1, True), *gangs]):
         own = config.model_copy(update={"gang_size": size if shared else max(1, size // NUM_RANKS)})
@@ -121,7 +124,7 @@ def worker(
             total = sum(num_bytes * count for num_bytes, count in counts)
             num_parameters = sum(8 * (out + inner) for out, inner in resident.bank.shapes.values())
             reduced = 4 * num_parameters * size * NUM_STEPS if shared else 0
-            answers.put((size, sum(count for _, count in counts), total, reduced, seconds))
+            answers.put((size, sum(count for _, count in counts), total, reduced, seconds, awaited))
 
 
 def measure(

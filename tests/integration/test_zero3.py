@@ -202,6 +202,7 @@ def test_what_is_computed_again_is_gathered_a_third_time() -> None:
 def test_a_base_that_stays_on_every_worker_is_gathered_once() -> None:
     (resident,) = measure([(4, False)], resident=True)
     assert (resident.num_gathers, resident.num_bytes) == (0, 0), "the first gang, which is not counted, gathered it"
+    assert resident.awaited_bytes == 0, "it takes its memory before a gang is given what is left"
 
 
 def test_peft_trains_what_the_bank_does_not_have_on_the_same_partitioned_base(base: Path, ray_cluster: None) -> None:

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import make_adapter, make_base
 from translora.engine.attention import PACKED, packed_inputs
+from translora.engine.memory import adapter_sizes, bank_numbers
 from translora.lora.bank import AdapterBank, initial_weights, load_bank, new_bank
 from translora.lora.banked import Segment, SegmentLora, Slot
 from translora.lora.peft_io import read_lora, write_lora
@@ -62,6 +63,18 @@ def test_each_row_of_a_mixed_batch_equals_peft(base: Path, adapters: dict[str, P
             assert (mixed[row] - bare[row]).abs().max() > 1e-2, name
 
 
+def test_a_module_has_room_for_those_alone_that_adapt_it(base: Path, adapters: dict[str, Path]) -> None:
+    """Of their greatest rank, and as a plan counts it."""
+    bank = load_bank(load(base), {name: read_lora(path) for name, path in adapters.items()})
+    loras = [read_lora(path) for path in adapters.values()]
+    for name, module in bank.modules.items():
+        own = [lora.modules[name] for lora in loras if name in lora.modules]
+        assert module.lora_A.shape[:2] == (len(own) + 1, max(len(lora_A) for lora_A, _ in own))
+    assert {len(module.lora_A) for module in bank.modules.values()} > {len(adapters) + 1}, "some adapt less than others"
+    numbers = sum(module.lora_A.numel() + module.lora_B.numel() for module in bank.modules.values())
+    assert numbers == bank_numbers([adapter_sizes(str(path)) for path in adapters.values()])
+
+
 def test_a_batch_of_one_adapter_equals_the_mixed_batch(base: Path, adapters: dict[str, Path]) -> None:
     ids_BT = torch.randint(4, 300, (3, 7), generator=torch.Generator().manual_seed(1))
     model = load(base)
@@ -83,7 +96,7 @@ def test_a_neighbour_that_is_not_a_number_poisons_nobody(base: Path, adapters: d
     with torch.no_grad():
         before = model(ids_BT).logits
         for module in bank.modules.values():
-            module.lora_A[bank.slot("plain")] = float("nan")
+            module.slots[bank.slot("plain")].lora_A.fill_(float("nan"))
         after = model(ids_BT).logits
     assert after[0].isnan().all()
     torch.testing.assert_close(after[1:], before[1:], rtol=0, atol=0)

@@ -19,7 +19,14 @@ from translora.bundle.base import info_of
 from translora.config import BaseModelConfig
 from translora.engine.encoder_decoder import EncoderDecoderEngine
 from translora.engine.loading import device, hide_gpus, num_gpus, resolve_dtype
-from translora.engine.memory import BANK_SHARE, VLLM_SHARE, is_out_of_memory, release_memory, weights_bytes
+from translora.engine.memory import (
+    BANK_SHARE,
+    VLLM_SHARE,
+    adapter_sizes,
+    bank_numbers,
+    is_out_of_memory,
+    release_memory,
+)
 from translora.engine.protocol import Engine, EngineDied, RowTooLong
 from translora.engine.transformers import TransformersEngine
 from translora.engine.vllm import VllmEngine
@@ -66,9 +73,9 @@ class EngineHost:
         """
         self.watchdog.alive()
         try:
-            start = time.monotonic()
-            engine = self._engine(BaseModelConfig.model_validate(base))
-            damaged = self._use_adapters(engine, self._needed(adapters, rows))
+            start, config = time.monotonic(), BaseModelConfig.model_validate(base)
+            engine = self._engine(config)
+            damaged = self._use_adapters(engine, self._needed(config, adapters, rows))
             engine.load()
             loaded = time.monotonic()
             computed = compute_rows(engine, function, rows, settings, damaged)
@@ -93,13 +100,10 @@ class EngineHost:
         psutil.wait_procs(children, timeout=CLOSE_SECONDS)
         self.watchdog.stop()
 
-    def _needed(self, adapters: Mapping[str, str], rows: Sequence[Row]) -> Mapping[str, str]:
-        """All adapters, or where a bank of all is too much for this machine those that the rows name.
-
-        A bank pads every slot to its greatest rank: as many times the largest file as there are adapters, at most.
-        """
-        largest = max((weights_bytes(path) for path in adapters.values()), default=0)
-        if len(adapters) * largest <= BANK_SHARE * self._all_bytes():
+    def _needed(self, base: BaseModelConfig, adapters: Mapping[str, str], rows: Sequence[Row]) -> Mapping[str, str]:
+        """All adapters, or where a bank of all is too much for this machine those that the rows name."""
+        numbers = bank_numbers([adapter_sizes(path) for path in adapters.values()])
+        if numbers * resolve_dtype(base.dtype).itemsize <= BANK_SHARE * self._all_bytes():
             return adapters
         named = {row.get(key) for row in rows for key in SLOT_KEYS}
         return {slot: path for slot, path in adapters.items() if slot in named}

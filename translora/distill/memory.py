@@ -74,11 +74,21 @@ def student_bytes(shapes: dict[str, tuple[int, int]], lora: LoraSettings, dtype:
         shapes: (out, in) of the adapted modules.
     """
     copy = 0 if dtype == torch.float32 else dtype.itemsize
+    weights, moments = lora_weights(shapes, lora.total_rank), num_moments(shapes, lora)
     sketches = sum(sketch_bytes(num_in, lora.total_rank) for _, num_in in shapes.values()) if lora.init == "eva" else 0
     scales = 8 if lora.scales_updates else 0
-    weights = lora_weights(shapes, lora.total_rank)
-    moments = sum(map(math.prod, shapes.values())) if lora.gradient == "lora-pro" else weights
     return (8 + copy + scales) * weights + 8 * moments + sketches
+
+
+def checkpoint_bytes(shapes: dict[str, tuple[int, int]], lora: LoraSettings) -> int:
+    """Bytes of a student in a checkpoint: its weights and both moments, in float32."""
+    return 4 * lora_weights(shapes, lora.total_rank) + 8 * num_moments(shapes, lora)
+
+
+def num_moments(shapes: dict[str, tuple[int, int]], lora: LoraSettings) -> int:
+    """Numbers in each of a student's moments; LoRA-Pro's are of the modules' whole matrices."""
+    whole = sum(map(math.prod, shapes.values()))
+    return whole if lora.gradient == "lora-pro" else lora_weights(shapes, lora.total_rank)
 
 
 def gang_bytes(

@@ -121,15 +121,21 @@ class ShardedBase:
         with contextlib.nullcontext() if stays else deepspeed.zero.GatheredParameters(self.head.parameters):
             yield self.head
 
+    def awaited_bytes(self) -> int:
+        """What this rank is yet to gather of the base at the fullest; one that stays on it is there by now."""
+        parameters: list[Any] = list(self.model.parameters())
+        here = sum(one.ds_numel for one in parameters if one.ds_status == ZeroParamStatus.AVAILABLE)
+        return max(0, gathered_weights(weights_of(self.model), self.ds_config) - here) * self.dtype.itemsize
+
     def free_bytes(self) -> int:
-        """Memory that this rank has left, less what it gathers of the base."""
+        """Memory that this rank has left, less what it is yet to gather of the base."""
         release_memory()
         if self.place.type == "cuda":
             free = int(torch.cuda.mem_get_info(self.place)[0])
         else:
             here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))  # ranks on this machine
             free = int(psutil.virtual_memory().available) // here
-        return free - gathered_weights(weights_of(self.model), self.ds_config) * self.dtype.itemsize
+        return free - self.awaited_bytes()
 
     def gang_bytes(self, train: TrainConfig, num_samples: int, num_tokens: int) -> GangBytes:
         """What a gang takes of it, see translora.distill.memory."""

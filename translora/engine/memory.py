@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from translora.bundle.adapter import WEIGHTS
+from translora.bundle.reading import read_header
 
 BANK_SHARE = 0.25
 """Of a machine's memory: most for the adapters of a bank."""
@@ -28,10 +32,46 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+Sizes = Mapping[str, tuple[int, int]]
+"""Of an adapter: by module, its rank and the sum of the module's inputs and outputs."""
+
+
 @functools.cache
-def weights_bytes(adapter: str) -> int:
-    """Size of an adapter's weights on disk, looked up once; 0 where there is none, which reading it will say."""
+def adapter_sizes(directory: str) -> Sizes:
+    """Of a PEFT directory, from the header of its weights, looked up once; nothing where reading it will fail.
+
+    What is no LoRA's counts by its numbers, each tensor as a module of its own.
+    """
     try:
-        return (Path(adapter) / WEIGHTS).stat().st_size
-    except OSError:
-        return 0
+        tensors = read_header(Path(directory) / WEIGHTS)
+    except ValueError:
+        return {}
+    found: dict[str, tuple[int, int]] = {}
+    for name, tensor in tensors.items():
+        module, is_lora, side = name.removeprefix("base_model.model.").rpartition(".lora_")
+        if not is_lora or side not in ("A.weight", "B.weight") or len(tensor.shape) != 2:
+            found[name] = (1, math.prod(tensor.shape))
+            continue
+        rank, width = tensor.shape if side == "A.weight" else tensor.shape[::-1]
+        found[module] = (rank, found.get(module, (0, 0))[1] + width)
+    return found
+
+
+def union(adapters: Iterable[Sizes]) -> Sizes:
+    """All modules that any of them adapts, each with its greatest rank."""
+    found: dict[str, tuple[int, int]] = {}
+    for sizes in adapters:
+        for module, size in sizes.items():
+            found[module] = max(size, found.get(module, size))
+    return found
+
+
+def num_weights(sizes: Sizes) -> int:
+    """Numbers of an adapter."""
+    return sum(rank * width for rank, width in sizes.values())
+
+
+def bank_numbers(adapters: Sequence[Sizes]) -> int:
+    """Numbers in the stacks of a bank: a module's have the greatest rank in it, and a place that stays zero."""
+    counts = Counter(module for sizes in adapters for module in sizes)
+    return sum((counts[module] + 1) * rank * width for module, (rank, width) in union(adapters).items())

@@ -1,8 +1,8 @@
 """The adapter bank: N LoRA adapters resident on one frozen base, each part of a batch routed to its own.
 
 Discriminators, teachers and students are all slots of a bank. A batch is routed in one of two ways:
-  rows      [B, T, in], row i belongs to slot slots_B[i]: batched matmuls over the stacks A [N, r, in], B [N, out, r]
-            (smaller ranks are padded with zeros, which changes nothing). Inference.
+  rows      [B, T, in], row i belongs to slot slots_B[i]: batched matmuls over a module's stacks A [M, r, in] and
+            B [M, out, r], of those that adapt it; smaller ranks are padded with zeros. Inference.
   segments  [1, T, in], adapter-major: tokens start..end belong to a slot. Each segment meets only its own A [r, in]
             and B [out, r], in their own shapes, so that no neighbour changes a bit of its result. Training.
 """
@@ -117,11 +117,11 @@ def load_bank(model: nn.Module, adapters: Mapping[str, LoraWeights]) -> AdapterB
     Raises:
         InputError: an adapter names a module that the model lacks, that is no nn.Linear, or of another shape.
     """
-    max_rank = max((weights.max_rank for weights in adapters.values()), default=1)
     modules = linears(model)
-    targets = sorted({module for weights in adapters.values() for module in weights.modules})
-    for adapter, weights in adapters.items():
+    ranks: dict[str, dict[int, int]] = {}
+    for slot, (adapter, weights) in enumerate(adapters.items()):
         for module, (lora_A, lora_B) in weights.modules.items():
+            ranks.setdefault(module, {})[slot] = len(lora_A)
             linear = modules.get(module)
             if linear is None:
                 raise InputError(
@@ -132,24 +132,24 @@ def load_bank(model: nn.Module, adapters: Mapping[str, LoraWeights]) -> AdapterB
                     f"adapter {adapter}: {module} is {linear.in_features} -> {linear.out_features} in this base, but "
                     f"{lora_A.shape[1]} -> {lora_B.shape[0]} in the adapter; it belongs to another base"
                 )
-    bank = _attach(model, targets, list(adapters))
+    bank = _attach(model, sorted(ranks), list(adapters))
     try:
-        for banked in bank.modules.values():
-            banked.stack(len(adapters), max_rank)
+        for module, banked in bank.modules.items():
+            banked.stack(list(ranks[module]), len(adapters), max(ranks[module].values()))
     except RuntimeError:  # out of memory
         bank.detach(model)
         raise
     for name, weights in adapters.items():
-        slot = bank.slot(name)
-        for module, (lora_A, lora_B) in weights.modules.items():
-            banked = bank.modules[module]
-            own = Slot(
-                banked.lora_A[slot, : len(lora_A)], banked.lora_B[slot, :, : len(lora_A)], weights.scaling[module]
-            )
-            own.lora_A.copy_(lora_A)
-            own.lora_B.copy_(lora_B)
-            banked.scaling[slot] = own.scaling
-            banked.slots[slot] = own
+        for module, factors in weights.modules.items():
+            bank.modules[module].fill(bank.slot(name), *factors, weights.scaling[module])
+    return bank
+
+
+def empty_bank(model: nn.Module, ranks: Mapping[str, int]) -> AdapterBank:
+    """A bank for inference of one adapter of zeros, named "", with these ranks by module; its memory is looked at."""
+    bank = _attach(model, sorted(ranks), [""])
+    for module, banked in bank.modules.items():
+        banked.stack([0], 1, ranks[module])
     return bank
 
 

@@ -127,19 +127,35 @@ class BankedLinear(nn.Module):
         self.route = route
         self.slots: dict[int, Slot] = {}
         """Each slot's own factors; where there are stacks, views of them."""
-        self.lora_A = self.lora_B = self.scaling = torch.empty(0)
+        self.lora_A = self.lora_B = self.scaling = self.places = torch.empty(0)
+        self.own_places: dict[int, int] = {}
 
     @property
     def weight(self) -> torch.Tensor:
         """The base's own, which some blocks ask for its dtype (T5's)."""
         return self.base.weight
 
-    def stack(self, num_slots: int, rank: int) -> None:
-        """Allocate zero stacks for routing by rows: lora_A [N, r, in], lora_B [N, out, r], scaling [N]."""
+    def stack(self, slots: Sequence[int], num_slots: int, rank: int) -> None:
+        """Allocate stacks of zeros for routing by rows, for those M of the bank's N slots that adapt this module.
+
+        lora_A is [M + 1, r, in], lora_B [M + 1, out, r], scaling [M + 1]. `places` [N + 1] leads from a slot to its
+        place in them; all other slots, and the bare base, are led to the last place, which stays zero.
+        """
         kwargs: Any = {"dtype": self.base.weight.dtype, "device": self.base.weight.device}
-        self.lora_A = torch.zeros(num_slots, rank, self.base.in_features, **kwargs)
-        self.lora_B = torch.zeros(num_slots, self.base.out_features, rank, **kwargs)
-        self.scaling = torch.ones(num_slots, device=self.base.weight.device)
+        self.lora_A = torch.zeros(len(slots) + 1, rank, self.base.in_features, **kwargs)
+        self.lora_B = torch.zeros(len(slots) + 1, self.base.out_features, rank, **kwargs)
+        self.scaling = torch.ones(len(slots) + 1, **kwargs)
+        self.own_places = {slot: place for place, slot in enumerate(slots)}
+        everyone = [self.own_places.get(slot, len(slots)) for slot in range(num_slots)]
+        self.places = torch.tensor([*everyone, len(slots)], device=self.base.weight.device)
+
+    def fill(self, slot: int, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> None:
+        """Copy an adapter's factors, of the stacks' rank or less, to the place of its slot."""
+        place, rank = self.own_places[slot], len(lora_A)
+        self.slots[slot] = Slot(self.lora_A[place, :rank], self.lora_B[place, :, :rank], scaling)
+        self.slots[slot].lora_A.copy_(lora_A)
+        self.slots[slot].lora_B.copy_(lora_B)
+        self.scaling[place] = scaling
 
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
         """W x + scaling * B A x, with A and B of each row's or segment's slot; x is [B, T, in]."""
@@ -152,17 +168,11 @@ class BankedLinear(nn.Module):
                 return out_BTO
             result: torch.Tensor = SegmentLora.apply(out_BTO, x_BTI, route.anchor, parts)
             return result
-        if route.single == BASE_SLOT:
-            return out_BTO
-        x = x_BTI.to(self.lora_A.dtype)
         if route.single is not None:
-            delta = F.linear(F.linear(x, self.lora_A[route.single]), self.lora_B[route.single])
-            return out_BTO + (delta * self.scaling[route.single]).to(out_BTO.dtype)
-        assert route.slots_B is not None and len(route.slots_B) == len(x), "route the batch before the forward pass"
-        slots_B = route.slots_B.to(x.device)  # a base may be spread over GPUs
-        # Rows of the base compute slot 0 and drop it, whatever it holds.
-        safe_B = slots_B.clamp(min=0)
-        hidden_BTR = torch.bmm(x, self.lora_A[safe_B].transpose(1, 2))
-        delta_BTO = torch.bmm(hidden_BTR, self.lora_B[safe_B].transpose(1, 2))
-        scaled_BTO = (delta_BTO * self.scaling[safe_B][:, None, None]).to(out_BTO.dtype)
-        return out_BTO + torch.where((slots_B >= 0)[:, None, None], scaled_BTO, 0)
+            if (own := self.slots.get(route.single)) is None:
+                return out_BTO
+            return out_BTO + F.linear(F.linear(x_BTI, own.lora_A) * own.scaling, own.lora_B)
+        assert route.slots_B is not None and len(route.slots_B) == len(x_BTI), "route the batch before the forward pass"
+        places_B = self.places[route.slots_B.to(self.places.device)]  # a base may be spread over GPUs
+        hidden_BTR = torch.bmm(x_BTI, self.lora_A[places_B].transpose(1, 2)) * self.scaling[places_B][:, None, None]
+        return torch.baddbmm(out_BTO, hidden_BTR, self.lora_B[places_B].transpose(1, 2))

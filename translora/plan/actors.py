@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from typing import Any
 
 from translora.config import BaseModelConfig, FleetConfig
 from translora.engine.fake import attention_shape
-from translora.engine.memory import BANK_SHARE, VLLM_SHARE
-from translora.engine.vllm_settings import MAX_LORAS
+from translora.engine.memory import BANK_SHARE, VLLM_SHARE, Sizes, bank_numbers, union
+from translora.engine.vllm_settings import MAX_LORAS, RANKS
 from translora.errors import InputError
 from translora.plan.hardware import Hardware
 from translora.plan.inference import ROUNDS, Calls, prompt_pass_bytes, seconds
@@ -25,15 +26,6 @@ SEQUENCES = 256
 
 
 @dataclass(frozen=True)
-class Slot:
-    """The largest adapter of a phase: all slots of a bank are as large."""
-
-    weights: int
-    """Numbers."""
-    file_bytes: int
-
-
-@dataclass(frozen=True)
 class Stage:
     """A phase on actors: a base, its rows, and the adapters on it."""
 
@@ -41,8 +33,8 @@ class Stage:
     base: BaseModelConfig
     shape: Shape
     calls: Calls
-    num_adapters: int
-    slot: Slot
+    adapters: Sequence[Sizes]
+    """Of the bank: teachers and discriminators, or students."""
     batch_size: int
 
     @property
@@ -78,9 +70,27 @@ class Stage:
 
     def num_resident(self, count: int, hardware: Hardware) -> int:
         """Adapters that an actor holds at a time: all, or those of a block, as translora.actors.host decides."""
-        if self.num_adapters * self.slot.file_bytes <= BANK_SHARE * count * hardware.gpu.memory_bytes:
-            return self.num_adapters
-        return min(self.num_adapters, 2 * self.batch_size)
+        if self.bank_bytes <= BANK_SHARE * count * hardware.gpu.memory_bytes:
+            return len(self.adapters)
+        return min(len(self.adapters), 2 * self.batch_size)
+
+    @functools.cached_property
+    def bank_bytes(self) -> int:
+        """Of a bank of all adapters."""
+        return bank_numbers(self.adapters) * self.shape.dtype.itemsize
+
+    @functools.cached_property
+    def ranks(self) -> tuple[tuple[str, int], ...]:
+        """Of the bank, by module."""
+        return tuple((module, rank) for module, (rank, _) in sorted(union(self.adapters).items()))
+
+    @functools.cached_property
+    def slot_bytes(self) -> int:
+        """Of one of vLLM's slots, which are all alike: of every module, and of the greatest rank."""
+        modules = union(self.adapters)
+        most = max((own for own, _ in modules.values()), default=0)
+        rank = min(value for value in RANKS if value >= most)
+        return rank * sum(width for _, width in modules.values()) * self.shape.dtype.itemsize
 
     def token_bytes(self, count: int) -> float:
         """Keys and values of a token on each GPU: vLLM copies heads to those that would have none."""
@@ -98,16 +108,16 @@ class Stage:
             rows = math.ceil(self.batch_size * self.calls.distinct)
             tokens = max(1, int(self.calls.context_tokens - self.calls.new_tokens))
             return base | {
-                "adapters": self.num_resident(count, hardware) * self.slot.weights * item / count,
+                "adapters": self.bank_bytes * self.num_resident(count, hardware) / max(1, len(self.adapters)) / count,
                 "keys and values": self.batch_size * self.calls.context_tokens * self.token_bytes(count),
-                "pass over the prompts": prompt_pass_bytes(shape, rows, tokens),
+                "pass over the prompts": prompt_pass_bytes(shape, rows, tokens, self.ranks),
                 "logits": rows * vocabulary * (item + 4),  # of last tokens, in the base's dtype and in float32
             }
         tokens = self.options.get("max_num_batched_tokens", BATCHED_TOKENS)
-        slots = min(self.num_adapters, self.options.get("max_loras", MAX_LORAS))
+        slots = min(len(self.adapters), self.options.get("max_loras", MAX_LORAS))
         return base | {
             # One factor of each pair is dealt out, the other is on every GPU.
-            "adapters": slots * self.slot.weights * item * (1 + 1 / count) / 2,
+            "adapters": slots * self.slot_bytes * (1 + 1 / count) / 2,
             "keys and values of one row": self.longest_row * self.token_bytes(count),
             "pass of max_num_batched_tokens": prompt_pass_bytes(shape, 1, tokens),
             "logits": self.options.get("max_num_seqs", SEQUENCES)

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from translora.config import FleetConfig
-from translora.distill.ds_config import read_ds_config
-from translora.distill.memory import lora_weights
+from translora.distill.ds_config import PLAIN, is_resident, read_ds_config
+from translora.distill.memory import checkpoint_bytes
+from translora.engine.memory import num_weights
 from translora.engine.vllm_settings import check_rank
 from translora.errors import InputError
-from translora.plan.actors import TENSOR_PARALLEL, Slot, Stage, gpus_per_actor, load_seconds
+from translora.plan.actors import TENSOR_PARALLEL, Stage, gpus_per_actor, load_seconds
 from translora.plan.hardware import Hardware
 from translora.plan.inference import gate_calls, generate_calls, label_calls
 from translora.plan.shape import Shape, Shapes
@@ -97,20 +98,17 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
     target, num_adapters = shapes.target, len(work.adapters)
     ds_config = read_ds_config(config.distill.ds_config, shapes.trained.dtype)
     training = plan_training(shapes.trained, config.distill, ds_config, training_sizes(config, work), hardware)
-    num_weights = lora_weights(target.adapted(config.distill.lora.target_modules), config.distill.lora.total_rank)
-    student = Slot(num_weights, 4 * num_weights)
-    teacher = Slot(
-        weights=max(one.adapter_weights or num_weights for one in work.adapters),
-        file_bytes=max(one.adapter_bytes or 4 * num_weights for one in work.adapters),
-    )
-    judges = sum(one.screen == "discriminator" for one in work.adapters)
+    adapted, lora = target.adapted(config.distill.lora.target_modules), config.distill.lora
+    student = {name: (lora.total_rank, num_out + num_in) for name, (num_out, num_in) in adapted.items()}
+    teachers = [one.sizes or student for one in work.adapters]
+    judges = [one.judge_sizes or student for one in work.adapters if one.screen == "discriminator"]
     trained = num_adapters + sum(one.screen in REFUSING for one in work.adapters)
     batch = config.synthesis.batch_size
-    on_source = num_adapters + judges
+    on_source, students = [*teachers, *judges], [student] * num_adapters
     stages = [
-        Stage("generate", config.generator, shapes.generator, generate_calls(config, work), 0, student, batch),
-        Stage("screen and label", config.source, shapes.source, label_calls(config, work), on_source, teacher, batch),
-        Stage("gate", config.target, target, gate_calls(config, work), num_adapters, student, batch),
+        Stage("generate", config.generator, shapes.generator, generate_calls(config, work), [], batch),
+        Stage("screen and label", config.source, shapes.source, label_calls(config, work), on_source, batch),
+        Stage("gate", config.target, target, gate_calls(config, work), students, batch),
     ]
     per_actor = gpus_per_actor(stages, config, shapes, hardware)
     num_actors = hardware.num_groups(per_actor)
@@ -127,9 +125,10 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
         )
         for stage in stages
     ]
+    is_whole = is_resident(ds_config, shapes.trained.weights.total)
     phases.insert(2, distill_phase(target, training, hardware, loads["distill"]))
     for phase in phases:
-        phase.problem = too_large(phase, config, hardware, training.gang_size)
+        phase.problem = too_large(phase, config, hardware, training.gang_size, is_whole=is_whole)
     settings: dict[str, dict[str, Any]] = {
         "resources": {"num_actors": num_actors, "gpus_per_actor": per_actor},
         "distill": {"num_workers": hardware.num_gpus, "tokens_per_pass": training.tokens_wanted},
@@ -138,13 +137,15 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
         one.num_wanted(config) / work.acceptance * (one.input_tokens + one.answer_tokens) for one in work.adapters
     )
     disk = {
-        "students and discriminators": trained * 4.0 * num_weights,
-        "checkpoints of the gangs": training.checkpointed * 12.0 * num_weights,
+        "students and discriminators": trained * 4.0 * num_weights(student),
+        "checkpoints of the gangs": training.checkpointed * checkpoint_bytes(adapted, lora),
         "synthetic sets and blocks": 3 * 4 * rows,
     }
     notes = []
     if in_vllm := [stage for stage in stages if stage.base.vllm is not None]:
-        copied = max(stage.num_resident(per_actor, hardware) * stage.slot.file_bytes for stage in in_vllm)
+        copied = max(
+            4 * sum(sorted(map(num_weights, one.adapters))[-one.num_resident(per_actor, hardware) :]) for one in in_vllm
+        )
         disk["vLLM's copies of adapters, on each machine"] = copied * max(1, hardware.gpus_at_hand // per_actor)
         notes.append(
             f"vllm: an actor's GPUs work together, at {TENSOR_PARALLEL:.0%} of their speeds (assumed); the memory is "
@@ -176,8 +177,12 @@ def distill_phase(shape: Shape, training: TrainingPlan, hardware: Hardware, load
     )
 
 
-def too_large(phase: PhasePlan, config: FleetConfig, hardware: Hardware, gang_size: int) -> str:
-    """Why a phase does not fit and what to change; empty where it does."""
+def too_large(phase: PhasePlan, config: FleetConfig, hardware: Hardware, gang_size: int, *, is_whole: bool) -> str:
+    """Why a phase does not fit and what to change; empty where it does.
+
+    Args:
+        is_whole: whether every GPU keeps all of the base that the students are trained on.
+    """
     needed, room = sum(phase.memory.values()), phase.room
     if needed <= room:
         return ""
@@ -193,6 +198,8 @@ def too_large(phase: PhasePlan, config: FleetConfig, hardware: Hardware, gang_si
             return f"{why}; raise vllm.gpu_memory_utilization, or lower vllm.max_model_len or max_num_batched_tokens"
         return f"{why}; lower synthesis.batch_size, or take more or larger GPUs"
     if phase.memory["its part of the base"] + phase.memory["gathered layers and head"] > room:
+        if is_whole:
+            return f"{why}; set distill.ds_config to {PLAIN}, with which a GPU gathers a layer at a time"
         return f"{why}; take more GPUs, or set distill.ds_config to zero3-offload.json"
     if gang_size > 1:
         return f"{why}; set distill.gang_size to auto"

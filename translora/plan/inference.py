@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
+from translora.bundle.modules import linears
 from translora.config import FleetConfig
 from translora.engine.fake import FEW_LAYERS, LiveBytes, fake_base, inner_size, num_layers, with_layers
+from translora.lora.bank import empty_bank
 from translora.plan.hardware import Hardware
 from translora.plan.shape import Shape
 from translora.plan.work import QUESTION_TOKENS, SCORING_PASSES, Work
@@ -109,10 +111,13 @@ def seconds(
 
 
 @functools.cache
-def prompt_pass_bytes(shape: Shape, num_rows: int, num_tokens: int) -> int:
+def prompt_pass_bytes(shape: Shape, num_rows: int, num_tokens: int, ranks: tuple[tuple[str, int], ...] = ()) -> int:
     """The most that a pass over prompts has in memory beside weights, cache and logits, from the pass on fake tensors.
 
     A layer's states are gone when the next one's are made, so that a few layers have as much of them as all.
+
+    Args:
+        ranks: of the adapter bank, by module: every row has an adapter.
     """
     text = shape.config.get_text_config()
     depth = min(num_layers(shape.config), FEW_LAYERS[0])
@@ -121,7 +126,11 @@ def prompt_pass_bytes(shape: Shape, num_rows: int, num_tokens: int) -> int:
         with fake_base(config, shape.dtype, "sdpa") as model, torch.no_grad():
             ids = torch.zeros(num_rows, num_tokens, dtype=torch.long)
             mask = torch.ones(num_rows, num_tokens, dtype=torch.long)
-            with LiveBytes([*model.parameters(), *model.buffers()]) as memory:
+            here = linears(model)
+            bank = empty_bank(model, {name: rank for name, rank in ranks if name in here})
+            bank.route_rows(["", *[None] * (num_rows - 1)], ids.device)
+            stacks = [one for module in bank.modules.values() for one in (module.lora_A, module.lora_B)]
+            with LiveBytes([*model.parameters(), *model.buffers(), *stacks]) as memory:
                 cache = DynamicCache(config=config)
                 model.base_model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
         peak = memory.peak - num_rows * num_tokens * shape.cache_bytes * depth // num_layers(shape.config)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from translora.bundle import Bundle, BundleError, read_bundle
-from translora.bundle.adapter import WEIGHTS
-from translora.bundle.reading import read_header
+from translora.bundle import BundleError, read_bundle
 from translora.bundle.remote import is_remote
 from translora.config import FleetConfig
 from translora.distill.data import num_steps
 from translora.distill.plan import JobSize
-from translora.engine.memory import weights_bytes
+from translora.engine.memory import Sizes, adapter_sizes
 from translora.errors import InputError
 from translora.run.entries import expand_entries
 from translora.run.state import REFUSING, ScreenName
@@ -43,10 +42,10 @@ class AdapterWork:
     num_seeds: int = SEEDS_SHOWN
     epochs: float | None = None
     """The adapter's own; the fleet's when unset."""
-    adapter_bytes: int | None = None
-    """Of the bundle's adapter on disk; taken to be as large as the new one where it is not known."""
-    adapter_weights: int | None = None
-    """Numbers in it."""
+    sizes: Sizes | None = None
+    """Of the source adapter; taken to be as large as the new one where it is not known."""
+    judge_sizes: Sizes | None = None
+    """Of its discriminator, in the same way."""
     screen: ScreenName = "discriminator"
 
     def num_wanted(self, config: FleetConfig) -> float:
@@ -89,23 +88,23 @@ def bundled_work(config: FleetConfig, acceptance: float) -> Work:
         try:
             if name in faults:
                 raise BundleError(faults[name])
-            bundle = read_bundle(path := Path(entry.bundle))
+            bundle = read_bundle(Path(entry.bundle))
         except BundleError as error:
             logger.warning("left out of the plan: %s", error)
             continue
-        characters = sum(map(len, bundle.seeds)) / max(1, len(bundle.seeds))
-        found.append(
-            AdapterWork(
-                entry.num_samples or bundle.manifest.num_samples,
-                input_tokens=max(1, math.ceil(characters / CHARACTERS_PER_TOKEN)),
-                answer_tokens=config.synthesis.max_answer_tokens,
-                num_seeds=len(bundle.seeds),
-                epochs=entry.epochs,
-                adapter_bytes=weights_bytes(str(path)),
-                adapter_weights=num_weights(bundle),
-                screen=choose_screen(config.synthesis, bundle, entry.screen),
-            )
+        work = AdapterWork(
+            entry.num_samples or bundle.manifest.num_samples,
+            input_tokens=mean_tokens(bundle.seeds),
+            answer_tokens=config.synthesis.max_answer_tokens,
+            num_seeds=len(bundle.seeds),
+            epochs=entry.epochs,
+            sizes=adapter_sizes(str(bundle.path)),
+            screen=choose_screen(config.synthesis, bundle, entry.screen),
         )
+        if bundle.discriminator_dir is not None:
+            work = dataclasses.replace(work, judge_sizes=adapter_sizes(str(bundle.discriminator_dir)))
+        found.append(work)
+    found += merged_work(config)
     if not found:
         raise InputError(
             "none of the fleet's bundles can be read; correct them, or give --adapters and --samples instead"
@@ -113,10 +112,39 @@ def bundled_work(config: FleetConfig, acceptance: float) -> Work:
     return Work(found, acceptance, f"{len(found)} bundles, {CHARACTERS_PER_TOKEN} characters a token")
 
 
-def num_weights(bundle: Bundle) -> int:
-    """Numbers in a bundle's adapter."""
-    header = read_header(bundle.path / WEIGHTS, "restore the bundle from its source")
-    return sum(math.prod(tensor.shape) for tensor in header.values())
+def merged_work(config: FleetConfig) -> list[AdapterWork]:
+    """Adapters that are merged before they migrate, like any other then: with the seeds, ranks and |D| of all parts."""
+    found = []
+    for merge in (merge for merge in config.merges if merge.when == "before"):
+        try:
+            parts = [read_bundle(Path(path)) for path in merge.adapters]
+        except BundleError as error:
+            logger.warning("left out of the plan: the merge %s: %s", merge.name, error)
+            continue
+        sizes: dict[str, tuple[int, int]] = {}
+        for part in parts:
+            for module, (rank, width) in adapter_sizes(str(part.path)).items():
+                sizes[module] = (sizes.get(module, (0, 0))[0] + rank, width)
+        screen = merge.screen or config.synthesis.screen
+        seeds = [seed for part in parts for seed in part.seeds]
+        found.append(
+            AdapterWork(
+                merge.num_samples or sum(part.manifest.num_samples for part in parts),
+                input_tokens=mean_tokens(seeds),
+                answer_tokens=config.synthesis.max_answer_tokens,
+                num_seeds=len(seeds),
+                epochs=merge.epochs,
+                sizes=sizes,
+                screen="confidence" if screen == "auto" else screen,
+            )
+        )
+    return found
+
+
+def mean_tokens(texts: Sequence[str]) -> int:
+    """Of a text, at about so many characters each."""
+    characters = sum(map(len, texts)) / max(1, len(texts))
+    return max(1, math.ceil(characters / CHARACTERS_PER_TOKEN))
 
 
 def training_sizes(config: FleetConfig, work: Work) -> list[JobSize]:
