@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, PeftModel, PromptTuningConfig, get_peft_model
+from peft import IA3Config, PeftModel, PeftModelForSeq2SeqLM, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from tests.tiny import make_adapter, make_base, make_bundle, make_encoder_decoder
@@ -191,6 +191,10 @@ def test_its_adapters_are_merged_without_data_only(base: Path, adapters: dict[st
     parts = {"adapters": [adapters["attention"], adapters["everywhere"]], "base": str(base)}
     merge(MergeConfig(method="static_cat", out=tmp_path / "merged", **parts))
     check_adapter(tmp_path / "merged", inspect_base(str(base)))
+    loaded = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(base), tmp_path / "merged")
+    assert type(loaded) is PeftModelForSeq2SeqLM
+    card = (tmp_path / "merged/README.md").read_text()
+    assert "AutoModelForSeq2SeqLM.from_pretrained(base)" in card and "pipeline_tag: text2text-generation" in card
     data = tmp_path / "data.jsonl"
     data.write_text('{"input": "The parcel is late.", "answer": "shipping"}\n' * 2)
     with pytest.raises(ValueError, match="t5: merge cat runs decoder-only bases, and this one has an encoder"):

@@ -14,6 +14,7 @@ from translora.bundle import BaseInfo, inspect_base, read_bundle, verify_bundle
 from translora.config import FleetConfig, load_config
 from translora.lora.peft_io import read_lora
 from translora.merge.fleet import entries_before, merge_after, merge_before
+from translora.report.table import summary
 from translora.run.files import write_jsonl
 from translora.run.state import AdapterState, load_state
 from translora.synthesis.prompts import generation_prompt
@@ -121,6 +122,8 @@ def test_merged_after_is_a_bundle_of_the_target_beside_the_others(root: Path) ->
         states.append(AdapterState(name=name, bundle=name, phase="done", status="migrated", output=f"bundles/{name}"))
     (state,) = merge_after(config, base_of(root), states, no_cluster)
     assert (state.status, state.output, state.num_samples) == ("merged", "bundles/desk", 42)
+    failed = state.model_copy(update={"status": "quarantined", "reason": "cannot be merged"})
+    assert (summary([state]), summary([failed])) == ("0 of 0 migrated, 1 merged", "0 of 0 migrated, 1 quarantined")
     assert state == load_state(root / "run", "desk")
     bundle = read_bundle(root / "run" / state.output)
     verify_bundle(bundle, base_of(root))

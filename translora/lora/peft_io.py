@@ -274,17 +274,21 @@ def write_lora(
     base_model: str,
     target_modules: list[str] | None = None,
     use_rslora: bool = False,
+    with_encoder: bool = False,
 ) -> None:
     """Write `modules[name] = (A [r, in], B [out, r])`, all of one rank, as a PEFT directory.
 
     The caller gathers partitioned tensors first and calls this on one rank only. PEFT adapts the base's modules whose
     names end in one of `target_modules`; the last parts of the names written here, when unset.
+
+    Args:
+        with_encoder: the base is an encoder-decoder.
     """
     ranks = {lora_A.shape[0] for lora_A, _ in modules.values()}
     assert len(ranks) == 1, f"one rank an adapter, got {sorted(ranks)}"
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if with_encoder else "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": ranks.pop(),
         "lora_alpha": alpha,

@@ -98,7 +98,7 @@ def merge_after(
     found = []
     for entry in (entry for entry in config.merges if entry.when == "after"):
         state = AdapterState(name=entry.name, bundle=f"merge of {', '.join(entry.adapters)}", task_name=entry.name)
-        state.phase = "done"
+        state.phase, state.is_merge = "done", True
         output = config.run_dir / BUNDLES / entry.name
         try:
             parts = [published(config, by_name[name]) for name in entry.adapters]

@@ -242,11 +242,13 @@ def write_result(
         alpha=float(rank),
         base_model=base.name,
         target_modules=target_names(list(modules), base),
+        with_encoder=base.is_encoder_decoder,
     )
     card = merge_card(
         name=config.out.resolve().name,
         method=config.method,
         base=base.name,
+        with_encoder=base.is_encoder_decoder,
         rank=rank,
         truncated=rank < whole_rank("static_cat" if config.method.endswith("svd") else config.method, tasks),
         ingredients=ingredients,

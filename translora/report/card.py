@@ -66,9 +66,9 @@ def python_text(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace("`", "\\u0060")  # JSON's strings are Python's too
 
 
-def render_card(template: str, base: str, tags: list[str], **values: Any) -> str:
+def render_card(template: str, base: str, tags: list[str], pipeline_tag: str = "text-generation", **values: Any) -> str:
     """A model card for an adapter of `base` in the hub's format: its metadata, and the template with these values."""
-    metadata = ModelCardData(base_model=base, library_name="peft", tags=tags, pipeline_tag="text-generation")
+    metadata = ModelCardData(base_model=base, library_name="peft", tags=tags, pipeline_tag=pipeline_tag)
     templates = environment(keep_trailing_newline=True)
     templates.filters |= {"percent": percent, "code": code, "line": one_line, "text": escape, "python": python_text}
     body = templates.get_template(template).render(version=__version__, **values)

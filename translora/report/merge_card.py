@@ -34,6 +34,7 @@ def merge_card(
     name: str,
     method: str,
     base: str,
+    with_encoder: bool,
     rank: int,
     truncated: bool,
     ingredients: Sequence[Ingredient],
@@ -45,6 +46,7 @@ def merge_card(
         name: of the adapter.
         method: as on the command line.
         base: name of the base.
+        with_encoder: it is an encoder-decoder.
         rank: of the result.
         truncated: whether the rank was cut.
         ingredients: the adapters.
@@ -54,10 +56,12 @@ def merge_card(
         "merge_card.md.j2",
         base,
         ["translora", "lora", "merge"],
+        "text2text-generation" if with_encoder else "text-generation",
         name=name,
         source=SOURCES.get(method, f"PEFT's `{'cat' if method == 'static_cat' else method}`"),
         method=method,
         model=base,
+        auto_class="AutoModelForSeq2SeqLM" if with_encoder else "AutoModelForCausalLM",
         rank=rank,
         truncated=truncated,
         ingredients=ingredients,

@@ -124,7 +124,7 @@ def summary(states: Sequence[AdapterState]) -> str:
     counts: Counter[str] = Counter(state.status for state in states)
     others = [f"{counts[status]} {STATUS_WORDS[status]}" for status in STATUS_WORDS if status != "migrated"]
     shown = [text for text in others if not text.startswith("0 ")]
-    return ", ".join([f"{counts['migrated']} of {len(states) - counts['merged']} migrated", *shown])
+    return ", ".join([f"{counts['migrated']} of {sum(not state.is_merge for state in states)} migrated", *shown])
 
 
 def render_table(states: Sequence[AdapterState]) -> Table:

@@ -120,6 +120,8 @@ class AdapterState(BaseModel):
     bundle: str
     bundle_digest: str = ""
     task_name: str = ""
+    is_merge: bool = False
+    """Of adapters that were migrated: made of them, and no migration itself."""
     phase: Phase = "verify"
     status: Status = "pending"
     reason: str = ""
