@@ -199,8 +199,10 @@ def test_what_is_computed_again_is_gathered_a_third_time() -> None:
     assert again.num_bytes / plain.num_bytes == pytest.approx(expected, rel=0.07)
 
 
-def test_a_base_that_stays_on_every_worker_is_gathered_once() -> None:
+def test_a_base_that_stays_on_every_worker_is_gathered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     (resident,) = measure([(4, False)], resident=True)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "nothing is compiled"
     assert (resident.num_gathers, resident.num_bytes) == (0, 0), "the first gang, which is not counted, gathered it"
     assert resident.awaited_bytes == 0, "it takes its memory before a gang is given what is left"
 
