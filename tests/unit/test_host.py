@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from ray.cloudpickle import dumps
 
 from tests.tiny import make_adapter, make_base
-from translora.actors.calls import FAULT
+from translora.actors.blocks import generate_block
+from translora.actors.calls import FAULT, Work, call_host
 from translora.actors.host import EngineHost, base_bytes
 from translora.config import BaseModelConfig
 from translora.engine.transformers import TransformersEngine
@@ -25,7 +27,7 @@ def test_bases_stay_resident_as_long_as_they_fit(tmp_path: Path, monkeypatch: py
     own = EngineHost(1, 1)
 
     def engine_of(base: dict[str, object]) -> object:
-        rows, seconds = own.run(base, {}, count_slots, [{}], {})
+        rows, seconds = own.run(base, {}, dumps(count_slots), [{}], {})
         assert seconds["model"] >= 0 and seconds["load"] >= 0
         return rows[0]["engine"]
 
@@ -55,7 +57,7 @@ def greedy(engine: TransformersEngine, rows: list[dict[str, Any]], settings: dic
 def test_a_batch_that_is_too_large_is_halved_and_a_row_that_is_has_a_fault(tmp_path: Path) -> None:
     base = BaseModelConfig(model=str(make_base(tmp_path / "base"))).model_dump()
     rows: list[dict[str, Any]] = [{"row": index, "huge": index == 5} for index in range(11)]
-    computed, _ = EngineHost(1, 1).run(base, {}, greedy, rows, {"most": 3})
+    computed, _ = EngineHost(1, 1).run(base, {}, dumps(greedy), rows, {"most": 3})
     assert [row["row"] for row in computed] == list(range(11))
     assert {row["row"] for row in computed if FAULT in row} == {5}
     assert "out of memory with one row" in computed[5][FAULT] and "allocate" in computed[5][FAULT]
@@ -69,7 +71,7 @@ def refuse(engine: TransformersEngine, rows: list[dict[str, Any]], settings: dic
 def test_another_error_is_not_taken_for_want_of_memory(tmp_path: Path) -> None:
     base = BaseModelConfig(model=str(make_base(tmp_path / "base"))).model_dump()
     with pytest.raises(RuntimeError, match="something else"):
-        EngineHost(1, 1).run(base, {}, refuse, [{}, {}], {})
+        EngineHost(1, 1).run(base, {}, dumps(refuse), [{}, {}], {})
 
 
 def test_an_adapter_that_was_damaged_after_it_was_verified_spoils_its_own_rows_alone(tmp_path: Path) -> None:
@@ -81,11 +83,13 @@ def test_an_adapter_that_was_damaged_after_it_was_verified_spoils_its_own_rows_a
     rows = [{"slot": f"teacher/{name}"} for name in "abab"]
     host, config = EngineHost(1, 1), BaseModelConfig(model=str(base)).model_dump()
     for _ in range(2):
-        computed, _ = host.run(config, adapters, count_slots, rows, {})
+        computed, _ = host.run(config, adapters, dumps(count_slots), rows, {})
         assert [FAULT in row for row in computed] == [False, True, False, True]
         assert "cannot be used, though it was verified" in computed[1][FAULT] and "adapter_model" in computed[1][FAULT]
     shutil.rmtree(tmp_path / "a")
-    assert EngineHost(1, 1).run(config, {"teacher/a": adapters["teacher/a"]}, count_slots, rows[:1], {})[0][0][FAULT]
+    assert EngineHost(1, 1).run(config, {"teacher/a": adapters["teacher/a"]}, dumps(count_slots), rows[:1], {})[0][0][
+        FAULT
+    ]
 
 
 def test_a_process_that_hangs_ends_itself_and_says_where(tmp_path: Path) -> None:
@@ -118,7 +122,14 @@ def test_a_bank_that_is_too_large_for_the_machine_holds_what_a_block_names(
     adapters = {name: str(make_adapter(tmp_path / name, path, seed, 2)) for seed, name in enumerate("abc")}
     rows = [{"slot": "a", "discriminator": "c"}, {"slot": None}]
     own = EngineHost(1, 1)
-    assert own.run(base, adapters, slots_of, rows, {})[0][0]["present"] == ["a", "b", "c"]
+    assert own.run(base, adapters, dumps(slots_of), rows, {})[0][0]["present"] == ["a", "b", "c"]
     monkeypatch.setattr(EngineHost, "_all_bytes", lambda _: 1)
-    assert own.run(base, adapters, slots_of, rows, {})[0][0]["present"] == ["a", "c"]
-    assert own.run(base, adapters, slots_of, [{"slot": "b"}], {})[0][0]["present"] == ["b"]
+    assert own.run(base, adapters, dumps(slots_of), rows, {})[0][0]["present"] == ["a", "c"]
+    assert own.run(base, adapters, dumps(slots_of), [{"slot": "b"}], {})[0][0]["present"] == ["b"]
+
+
+def test_a_task_that_hands_a_block_on_loads_no_torch() -> None:
+    task = dumps((call_host, Work(dumps(generate_block), {}, {}, {})))
+    code = "import pickle, sys; pickle.loads(bytes.fromhex(sys.argv[1])); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, task.hex()], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

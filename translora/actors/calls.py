@@ -10,14 +10,11 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayError
-
-if TYPE_CHECKING:
-    from translora.actors.host import BlockFunction
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -38,7 +35,8 @@ Computed = tuple[list[Row], dict[str, float]]
 class Work:
     """What is done with every block."""
 
-    function: BlockFunction
+    function: bytes
+    """A BlockFunction, pickled: a task hands it on without importing what it needs."""
     base: dict[str, Any]
     adapters: dict[str, str]
     """PEFT directory by slot name."""

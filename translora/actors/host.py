@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -63,13 +64,13 @@ class EngineHost:
         self,
         base: dict[str, Any],
         adapters: Mapping[str, str],
-        function: BlockFunction,
+        function: bytes,
         rows: list[Row],
         settings: dict[str, Any],
     ) -> Computed:
-        """Compute one block on a base with these adapters in its bank; loads what is not there yet.
+        """Compute one block on a base with these adapters in its bank, by a pickled BlockFunction.
 
-        Rows that cannot be computed for want of memory, or because their adapter is damaged, come back with a fault.
+        What is not there yet is loaded. Rows that cannot be computed for want of memory, or because their adapter is damaged, come back with a fault.
         """
         self.watchdog.alive()
         try:
@@ -78,7 +79,7 @@ class EngineHost:
             damaged = self._use_adapters(engine, self._needed(config, adapters, rows))
             engine.load()
             loaded = time.monotonic()
-            computed = compute_rows(engine, function, rows, settings, damaged)
+            computed = compute_rows(engine, pickle.loads(function), rows, settings, damaged)
             seconds = {"model": round(time.monotonic() - loaded, 4), "load": round(loaded - start, 4)}
             return computed, seconds
         except EngineDied:

@@ -5,7 +5,7 @@ unit of work and of resuming: each is written to its own file as soon as it is d
 
 An actor pool of Ray Data lives as long as its dataset, and a round of synthesis is two datasets: pools would load
 both bases anew in every round. So the actors are `Hosts`, which outlive the datasets, and Ray Data's tasks are calls
-to them. The tasks import this module: it loads no torch.
+to them, which load no torch.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 import ray.exceptions
+from ray import cloudpickle
 from ray.data import TaskPoolStrategy
 
 from translora.actors.calls import FAULT, SLOT_KEYS, TRIES, Computed, Row, Work, call_host, isolate
@@ -149,7 +150,7 @@ def run_blocks(
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{index:06d}.parquet" for index in range(len(blocks))]
     kept = [read_block(path, len(block)) for path, block in zip(paths, blocks, strict=True)]
-    work = Work(function, base.model_dump(), dict(adapters), settings)
+    work = Work(cloudpickle.dumps(function), base.model_dump(), dict(adapters), settings)
     for _ in range(TRIES):
         missing = [index for index, rows in enumerate(kept) if rows is None]
         finished = len(blocks) - len(missing)
