@@ -22,7 +22,7 @@ NAMES = ("orders", "returns")
 def make_fleet_world(root: Path) -> World:
     """Two bases that write lists and answer; bundles with almost no adapter: launching is tested, not learning."""
     source, target = root / "source", root / "target"
-    world = World(root, make_trained_base(source, "llama", 1, 200), make_trained_base(target, "gemma3", 2, 200))
+    world = World(root, make_trained_base(source, "llama", 1), make_trained_base(target, "gemma3", 2))
     rng = random.Random(0)
     for seed, name in enumerate(NAMES):
         seeds = [sentence(rng) for _ in range(5)]

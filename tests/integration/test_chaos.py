@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.chaos.__main__ import run
 from tests.chaos.fleet import finished_files, leftovers, results, write_config
@@ -43,6 +44,9 @@ def small_disk(root: Path) -> Iterator[Path]:
 
 def test_a_full_disk_ends_in_one_line_and_the_same_command_continues(root: Path, small_disk: Path) -> None:
     config = write_config(root, "disk/run")
+    once = yaml.safe_load(config.read_text())
+    once["distill"]["max_failures"] = 0  # the disk stays full, however often the workers start again
+    config.write_text(yaml.safe_dump(once))
     ends = []
     kept: dict[str, int] = {}
     for size in ("300k", "900k", "64m"):

@@ -31,7 +31,7 @@ def test_an_adapter_goes_round_three_bases_and_changes_its_method_at_each(tmp_pa
     make_trained_base(tmp_path / "third", "llama", 3)
     prepare = world.prepare_config()
     prepare |= {"tasks": prepare["tasks"][:1], "source": {"model": "./source", "dtype": "float32"}}
-    prepare["train"] |= {"dtype": "float32", "num_workers": 1}
+    prepare["train"] |= {"dtype": "float32", "num_workers": 1, "micro_batch_size": 8}
     world.run("prepare", world.write("prepare.yaml", prepare))
     bundles, before = "source-bundles", ""
     for number, (source, target, distill) in enumerate(HOPS):
@@ -41,7 +41,7 @@ def test_an_adapter_goes_round_three_bases_and_changes_its_method_at_each(tmp_pa
         config["adapters"] = [
             {"bundle": f"{bundles}/colour", "num_samples": 24, "screen": "none" if number else "auto"}
         ]
-        config["distill"] |= {"epochs": 16, "dtype": "float32", "num_workers": 1} | distill
+        config["distill"] |= {"epochs": 16, "dtype": "float32", "num_workers": 1, "micro_batch_size": 8} | distill
         world.run("migrate", world.write(f"hop-{number}.yaml", config))
         (state,) = load_states(tmp_path / config["run_dir"])
         assert state.status == "migrated" and sum(state.losses[-3:]) < sum(state.losses[:3])

@@ -124,7 +124,7 @@ def test_a_run_killed_in_every_phase_ends_as_if_it_had_not_been(world: World, un
         ("rounds/000-generate-*/*.parquet", 3),
         ("rounds/000-label-*/*.parquet", 2),
         ("gangs/*/gang-*.safetensors", 1),
-        ("adapters/*/discriminator/adapter_config.json", 1),
+        ("adapters/*/student/adapter_config.json", 1),
         ("gate/*/*.parquet", 2),
         ("bundles/*/adapter_config.json", 1),
     ):
@@ -192,6 +192,7 @@ def test_a_finished_fleet_merges_before_and_after_and_migrates_only_what_is_new(
     run_dir = world.root / "runs" / "merged"
     shutil.copytree(undisturbed, run_dir)
     fleet = world.fleet_config("merged")
+    fleet["distill"]["num_workers"] = 1
     sources = [f"source-bundles/{task}" for task in TASKS]
     fleet["merges"] = [
         {"name": "early", "when": "before", "method": "static_cat", "adapters": sources, "num_samples": 8},
@@ -225,6 +226,7 @@ def test_one_bad_bundle_and_one_starved_adapter_leave_the_rest_of_the_fleet_alon
     weights = broken / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     fleet = world.fleet_config("bad")
+    fleet["distill"]["num_workers"] = 1
     # 24 colours, verbs and things make 192 different sentences: 300 cannot be had.
     starving = {"bundle": "starved", "num_samples": 300}
     fleet["adapters"] = [{"bundle": "broken"}, starving, fleet["adapters"][1]]
@@ -259,6 +261,7 @@ def test_a_failed_gate_is_tried_again_with_more_samples_also_without_a_discrimin
         provenance={"made_by": "a test"},
     )
     fleet = world.fleet_config("retried")
+    fleet["distill"]["num_workers"] = 1
     fleet["adapters"] = [{"bundle": "bare"}, {"bundle": "source-bundles/colour", "num_samples": 4}]
     fleet["distill"] |= {"epochs": 1, "learning_rate": 1e-7}
     fleet["gate"] = {"min_holdout": 2, "min_agreement": 1.0, "retry_factor": 2.0}
@@ -293,6 +296,7 @@ def test_students_learn_the_probabilities_of_teachers_of_the_same_vocabulary(wor
     model.save_pretrained(world.root / "sibling")
     AutoTokenizer.from_pretrained(world.source).save_pretrained(world.root / "sibling")
     fleet = world.fleet_config("divergence")
+    fleet["distill"]["num_workers"] = 1
     fleet["target"] = {"model": "./sibling"}
     fleet["adapters"] = [{"bundle": "source-bundles/thing", "num_samples": 8}]
     fleet["distill"] |= {"loss": "kl", "kl_top_k": 4, "token_share": 0.7}
@@ -332,6 +336,7 @@ def test_an_adapter_of_an_encoder_decoder_whose_data_is_gone_moves_to_a_decoder(
     }
     world.run("prepare", world.write("prepare-t5.yaml", prepare))
     fleet = world.fleet_config("from-t5") | {"source": {"model": "./t5", "dtype": "float32"}}
+    fleet["distill"]["num_workers"] = 1
     fleet["prompt_template"] = "source"  # whoever calls the adapter goes on to send the bare input
     fleet["adapters"] = [{"bundle": "t5-bundles/colour", "eval_data": "colour.test.jsonl"}]
     world.run("migrate", world.write("from-t5.yaml", fleet))

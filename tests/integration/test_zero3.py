@@ -12,7 +12,7 @@ from ray.train import TrainingFailedError
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.bytes import NUM_STEPS, measure
+from benchmarks.bytes import NUM_STEPS, Traffic, measure
 from tests.methods import METHODS, plain_losses, train_plainly
 from tests.ranks import run_ranks
 from tests.tiny import make_adapter, make_base
@@ -163,25 +163,38 @@ def test_a_job_that_cannot_be_trained_is_given_up_alone(trained: Path) -> None:
     assert (trained / "neighbour" / "adapter" / "adapter_config.json").is_file()
 
 
-def test_a_gang_that_failed_goes_on_from_its_checkpoints_to_the_same_bytes(base: Path, ray_cluster: None) -> None:
+def steps_of(root: Path, name: str) -> list[int]:
+    """The steps that were done, those twice that a start after the last checkpoint did again."""
+    return [json.loads(line)["step"] for line in (root / name / "work" / "train.jsonl").read_text().splitlines()]
+
+
+def test_a_gang_that_failed_goes_on_from_its_checkpoints_to_the_same_bytes(trained: Path, base: Path) -> None:
     """A disk that cannot be written ends the run when the short job is done; the long one has a checkpoint by then."""
     once = CONFIG.model_copy(update={"max_failures": 0, "checkpoint_every_steps": 2})
-    whole, cut = base.parent / "whole", base.parent / "cut"
-    for root in (whole, cut):
-        jobs = [job(root, "long", ROWS, seed=1), job(root, "short", ROWS[:4], seed=3, epochs=5)]
-        if root == cut:
-            train_until_the_disk_fails(base, jobs, root, once)
-            assert list(root.glob("gangs/*/gang-*.safetensors"))
-        train(base, jobs, root, once)
+    cut = base.parent / "cut"
+    jobs = [job(cut, "long", ROWS, seed=1), job(cut, "short", ROWS[:4], seed=3, epochs=5)]
+    train_until_the_disk_fails(base, jobs, cut, once)
+    assert list(cut.glob("gangs/*/gang-*.safetensors"))
+    train(base, jobs, cut, once)
+    for root in (cut, trained):
         assert not list(root.glob("gangs/*")), "what only a resume needs is removed"
-    for name in ("long", "short"):
-        assert sha256_path(whole / name / "adapter") == sha256_path(cut / name / "adapter")
-    steps = [json.loads(line)["step"] for line in (cut / "long" / "work" / "train.jsonl").read_text().splitlines()]
-    assert len(steps) < 2 * 12 and steps[-1] == 12, "steps before the checkpoint are not done again"
+    for name, undisturbed in (("long", "one"), ("short", "neighbour")):
+        assert sha256_path(trained / undisturbed / "adapter") == sha256_path(cut / name / "adapter")
+    steps = steps_of(cut, "long")
+    assert steps[-1] == 12 and len(steps) <= 12 + 2, "steps before the checkpoint are not done again"
 
 
-def test_a_gang_of_k_gathers_a_kth_of_the_bytes_per_adapter_and_step() -> None:
-    alone, *gangs = measure([(1, True), (4, False), (8, False)])
+SIX_LAYERS = 6
+
+
+@pytest.fixture(scope="module")
+def traffic() -> list[Traffic]:
+    """Of gangs of one, four and eight adapters."""
+    return measure([(1, True), (4, False), (8, False)], num_layers=SIX_LAYERS)
+
+
+def test_a_gang_of_k_gathers_a_kth_of_the_bytes_per_adapter_and_step(traffic: list[Traffic]) -> None:
+    alone, *gangs = traffic
     assert alone.num_bytes > NUM_STEPS * 1_000_000, "every step gathers the base, forward and backward"
     for gang in gangs:
         share = gang.bytes_per_adapter_step / alone.bytes_per_adapter_step
@@ -191,11 +204,10 @@ def test_a_gang_of_k_gathers_a_kth_of_the_bytes_per_adapter_and_step() -> None:
         )
 
 
-def test_what_is_computed_again_is_gathered_a_third_time() -> None:
+def test_what_is_computed_again_is_gathered_a_third_time(traffic: list[Traffic]) -> None:
     """As the plan counts it; but for the last layer, which is there from the forward pass to the backward pass."""
-    num_layers = 6
-    (plain,), (again,) = (measure([(4, False)], num_layers=num_layers, recompute=value) for value in (False, True))
-    expected = (3 * num_layers - 2) / (2 * num_layers - 1)
+    (again,), plain = measure([(4, False)], num_layers=SIX_LAYERS, recompute=True), traffic[1]
+    expected = (3 * SIX_LAYERS - 2) / (2 * SIX_LAYERS - 1)
     assert again.num_bytes / plain.num_bytes == pytest.approx(expected, rel=0.07)
 
 
@@ -235,6 +247,8 @@ def test_peft_trains_what_the_bank_does_not_have_on_the_same_partitioned_base(ba
         check_adapter(whole / name / "adapter", inspect_base(str(base)))
     for name in own:
         assert sha256_path(whole / name / "adapter") == sha256_path(cut / name / "adapter")
+    steps = steps_of(cut, own[-1])
+    assert len(steps) <= steps[-1] + 2, "it goes on from its checkpoint"
     assert read_lora(whole / "lora" / "adapter").max_rank == 4
 
 

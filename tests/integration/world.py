@@ -187,7 +187,8 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # Ray Train looks every two seconds whether its workers are done.
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3"}
 
 
 def make_world(root: Path, hidden_size: int = 64) -> World:
@@ -197,6 +198,7 @@ def make_world(root: Path, hidden_size: int = 64) -> World:
 
 def kill_when(world: World, verb: str, config: Path, pattern: str, count: int = 1) -> None:
     """Start the run and SIGKILL its driver as soon as `count` files of the world match `pattern`."""
+    assert len(list(world.root.glob(pattern))) < count, f"{pattern}: an earlier start made them"
     driver = subprocess.Popen(
         command(verb, config), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

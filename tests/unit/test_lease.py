@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from translora.config import FleetConfig
 from translora.run import lease
 from translora.run.lease import LeaseLostError, Owner, await_end, hold, look
+from translora.run.rundir import LOCK, check_free, open_run
 from translora.run.signals import unwind_on_sigterm
 
 FAR = Owner("node-7", "node-7 another-boot pid:[1]", 4711, 0.0, "a")
@@ -51,6 +53,24 @@ def test_on_this_host_the_process_decides(tmp_path: Path) -> None:
         seen = look(tmp_path / "lock")
         assert seen is not None and seen.owner is not None and seen.owner.pid == os.getpid()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_open_to_one_driver_at_a_time(tmp_path: Path) -> None:
+    raw = {"run_dir": tmp_path, "source": {"model": "a"}, "target": {"model": "b"}, "adapters": [{"bundle": "x"}]}
+    config = FleetConfig.model_validate(raw)
+    context = multiprocessing.get_context("spawn")
+    held, leave = context.Event(), context.Event()
+    first = context.Process(target=hold_until, args=(tmp_path / LOCK, held, leave))
+    first.start()
+    assert held.wait(60)
+    with pytest.raises(ValueError, match="another process works on this run"), open_run(tmp_path, config):
+        pass
+    with pytest.raises(ValueError, match="another process works on this run"):
+        check_free(tmp_path)
+    first.kill()
+    first.join()
+    with open_run(tmp_path, config):
+        pass
 
 
 def test_a_pid_that_was_given_to_another_process_is_no_sign_of_life(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 import dataclasses
 import importlib.util
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -38,7 +37,7 @@ from translora.run.files import read_jsonl, replace_directory, sha256_path, writ
 from translora.run.member import Member, Run
 from translora.run.recipes import Seals, recipes
 from translora.run.resume import continue_state, sent_back, withdraw_others
-from translora.run.rundir import check_free, open_run
+from translora.run.rundir import open_run
 from translora.run.state import AdapterState, GateResult, Phase, SynthesisStats, load_state, save_state
 from translora.run.tracker import Tracker
 from translora.run.verify import check_copy, refused, verify, verify_fleet
@@ -54,31 +53,6 @@ def entries_of(entries: list[AdapterEntry]) -> dict[str, AdapterEntry]:
     found, faults = expand_entries(entries)
     assert not faults
     return found
-
-
-def hold(run_dir: Path, opened, leave) -> None:  # type: ignore[no-untyped-def]
-    with open_run(run_dir, config(run_dir)):
-        opened.set()
-        leave.wait(60)
-
-
-def test_a_second_driver_is_refused_while_the_first_lives(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    opened, leave = context.Event(), context.Event()
-    first = context.Process(target=hold, args=(tmp_path / "run", opened, leave))
-    first.start()
-    assert opened.wait(60)
-    with (
-        pytest.raises(ValueError, match="another process works on this run"),
-        open_run(tmp_path / "run", config(tmp_path)),
-    ):
-        pass
-    with pytest.raises(ValueError, match="another process works on this run"):
-        check_free(tmp_path / "run")
-    first.kill()
-    first.join()
-    with open_run(tmp_path / "run", config(tmp_path / "run")):
-        pass
 
 
 def test_a_rerun_may_add_adapters_but_not_change_what_decides_a_result(tmp_path: Path) -> None:

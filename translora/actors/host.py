@@ -68,9 +68,12 @@ class EngineHost:
         rows: list[Row],
         settings: dict[str, Any],
     ) -> Computed:
-        """Compute one block on a base with these adapters in its bank, by a pickled BlockFunction.
+        """Compute one block on a base with these adapters in its bank; loads what is not there yet.
 
-        What is not there yet is loaded. Rows that cannot be computed for want of memory, or because their adapter is damaged, come back with a fault.
+        Rows that cannot be computed for want of memory, or because their adapter is damaged, come back with a fault.
+
+        Args:
+            function: a BlockFunction, pickled.
         """
         self.watchdog.alive()
         try:
