@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from benchmarks.gate import read_points, to_svg
+from benchmarks.gate import to_markdown as gate_page
 from translora.cli import main
 from translora.evaluate.answers import inputs_trained_on
 from translora.evaluate.plot import draw_calibration
@@ -262,6 +264,13 @@ def test_the_page_says_what_was_measured(results: Results) -> None:
 def test_a_page_of_the_docs_is_what_its_figures_say(path: Path) -> None:
     path = path.with_suffix(".md")
     assert to_markdown(read_results(path), path.stem) == path.read_text(encoding="utf-8")
+
+
+def test_the_page_of_the_gate_is_what_the_figures_of_all_pages_say() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    found = read_points(sorted(docs.glob("results*.json")))
+    assert gate_page(found, "gate.svg") == (docs / "gate.md").read_text(encoding="utf-8")
+    assert to_svg(found) == (docs / "gate.svg").read_text(encoding="utf-8")
 
 
 def test_test_items_that_were_invented_are_named(results: Results, tmp_path: Path) -> None:

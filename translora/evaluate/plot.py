@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import NamedTuple
 
 from translora.evaluate.results import Results
 
@@ -17,33 +18,62 @@ _ROW = 20
 """Height of a row of the legend."""
 
 
+class Mark(NamedTuple):
+    """A migrated adapter in the plot."""
+
+    arm: int
+    """Its place among the plot's arms."""
+    agreement: float
+    difference: float
+    """Migrated − source accuracy."""
+    name: str
+    is_apart: bool = False
+    """Its task does not count."""
+
+
 def draw_calibration(results: Results) -> str:
     """Agreement (x) against migrated − source accuracy (y); a point per adapter, hollow where its task is apart."""
     counted = {task.name for task in results.tasks if task.counted}
     arms = list(results.arms)
-    points = [
-        (one, one.gate.agreement_student, one.accuracy - one.source_accuracy)
+    marks = [
+        Mark(
+            arms.index(one.arm),
+            one.gate.agreement_student,
+            one.accuracy - one.source_accuracy,
+            f"{one.task}, seed {one.seed}, {one.arm}",
+            one.task not in counted,
+        )
         for one in results.migrations
         if one.gate is not None and one.accuracy is not None
     ]
-    low = min([-0.1, *(math.floor(10 * y) / 10 for _, _, y in points)])
-    high = max([0.1, *(math.ceil(10 * y) / 10 for _, _, y in points)])
-    parts = [*_head(results), *_axes(low, high)]
-    thresholds = [("configured", results.setup.gate["min_agreement"])]
+    thresholds = {"configured": float(results.setup.gate["min_agreement"])}
     if (best := results.calibration.best_alone) is not None:
-        thresholds.append(("best", best.threshold))
-    for word, threshold in thresholds:
+        thresholds["best"] = best.threshold
+    source, target = results.setup.source.name, results.setup.target.name
+    return draw(f"Agreement with the teacher and accuracy kept, {source} to {target}", arms, marks, thresholds)
+
+
+def draw(title: str, arms: Sequence[str], marks: Sequence[Mark], thresholds: Mapping[str, float]) -> str:
+    """The plot of these adapters.
+
+    Args:
+        thresholds: of agreement, to be shown as lines: "configured", "best".
+    """
+    low = min([-0.1, *(math.floor(10 * mark.difference) / 10 for mark in marks)])
+    high = max([0.1, *(math.ceil(10 * mark.difference) / 10 for mark in marks)])
+    parts = [*_head(title, arms), *_axes(low, high)]
+    for word, threshold in thresholds.items():
         parts.append(f'<path class="{word}" d="M{_x(threshold)} {_TOP}V{_HEIGHT - _BOTTOM}"/>')
-    for one, x, y in points:
-        style = f"arm{arms.index(one.arm) % len(_COLOURS)}" + ("" if one.task in counted else " apart")
-        tip = f"{one.task}, seed {one.seed}, {one.arm}: agreement {x:.2f}, accuracy {y:+.2f}"
-        shape = _shape(arms.index(one.arm), _x(x), _y(y, low, high))
+    for mark in marks:
+        style = f"arm{mark.arm % len(_COLOURS)}" + (" apart" if mark.is_apart else "")
+        tip = f"{mark.name}: agreement {mark.agreement:.2f}, accuracy {mark.difference:+.2f}"
+        shape = _shape(mark.arm, _x(mark.agreement), _y(mark.difference, low, high))
         parts.append(f'<g class="{style}"><title>{escape(tip)}</title>{shape}</g>')
-    parts += _lines_legend([word for word, _ in thresholds], any(one.task not in counted for one, _, _ in points))
+    parts += _lines_legend(list(thresholds), any(mark.is_apart for mark in marks))
     return "\n".join([*parts, *_arms_legend(arms), "</svg>"]) + "\n"
 
 
-def _head(results: Results) -> list[str]:
+def _head(title: str, arms: Sequence[str]) -> list[str]:
     light = [f".arm{index}{{fill:{pair[0]};stroke:{pair[0]}}}" for index, pair in enumerate(_COLOURS)]
     dark = [f".arm{index}{{fill:{pair[1]};stroke:{pair[1]}}}" for index, pair in enumerate(_COLOURS)]
     style = (
@@ -54,8 +84,7 @@ def _head(results: Results) -> list[str]:
         f"{''.join(dark)}}}"
         "[class^=arm]{fill-opacity:.7}.apart{fill-opacity:0}"
     )
-    height = _HEIGHT + _ROW * (_arms_places(list(results.arms))[-1][1] + 1) + 6
-    title = f"Agreement with the teacher and accuracy kept, {results.setup.source.name} to {results.setup.target.name}"
+    height = _HEIGHT + _ROW * (_arms_places(arms)[-1][1] + 1) + 6
     return [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img">',
         f"<title>{escape(title)}</title>",

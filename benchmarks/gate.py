@@ -1,0 +1,146 @@
+"""What the gate tells, over all evaluations: `python -m benchmarks.gate docs/results*.json --out docs/gate.md`.
+
+Every adapter of a task that counts is judged by the present gate, whatever rules its own page was made by, and set
+against what it really kept of its source adapter's accuracy. The pages withheld nothing: good and bad ones are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from translora.config import GateConfig
+from translora.evaluate.calibration import DIGITS, SIGNAL_WORDS, SIGNALS, Point, signal
+from translora.evaluate.cells import correlation, counted_noun, ratio_of, table
+from translora.evaluate.plot import Mark, draw
+from translora.evaluate.render import read_results
+from translora.evaluate.statistics import best_separation, separation
+from translora.gate.verdict import judge
+from translora.run.files import write_bytes
+
+BINS = (0.5, 0.7, 0.8, 0.9)
+"""Shares of the source adapter's accuracy, between which adapters are counted."""
+THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def read_points(pages: Sequence[Path]) -> list[tuple[str, Point]]:
+    """The adapters of the tasks that count, by page; a point's task is its page's own: pages differ in their bases."""
+    found = []
+    for page in pages:
+        results = read_results(page)
+        counted = {task.name for task in results.tasks if task.counted}
+        for one in results.migrations:
+            if one.task in counted and one.gate is not None and one.accuracy is not None:
+                task = f"{page.stem}/{one.task}"
+                found.append((page.stem, Point(one.gate, one.accuracy, one.source_accuracy, task)))
+    return found
+
+
+def kept(point: Point) -> float:
+    """Share of the source adapter's accuracy."""
+    return round(point.accuracy / point.source_accuracy, DIGITS)
+
+
+def passes(point: Point, threshold: float) -> bool:
+    """Whether the present gate lets the adapter pass with this min_agreement."""
+    return judge(point.gate, GateConfig(min_agreement=threshold)).passed
+
+
+def bins_table(points: Sequence[Point]) -> list[str]:
+    """Of adapters that kept so much, how many pass."""
+    default = GateConfig().min_agreement
+    rows = []
+    for low, high in zip((float("-inf"), *BINS), (*BINS, float("inf")), strict=True):
+        own = [point for point in points if low <= kept(point) < high]
+        if not own:
+            continue
+        ends = [f"{100 * end:.0f} %" for end in (low, high) if 0 < end < 2]
+        name = " to ".join(ends) if len(ends) == 2 else f"{'under' if low < 0 else 'at least'} {ends[0]}"
+        agreement = statistics.median(point.gate.agreement_student for point in own)
+        passed = [sum(passes(point, threshold) for point in own) for threshold in THRESHOLDS]
+        rows.append([name, str(len(own)), f"{100 * agreement:.0f} %", *map(str, passed)])
+    headers = [f"{threshold:g}" + (", the default" if threshold == default else "") for threshold in THRESHOLDS]
+    first = ["kept of the source adapter's accuracy", "adapters", "median agreement"]
+    return table([*first, f"pass with min_agreement {headers[0]}", *headers[1:]], rows)
+
+
+def thresholds_table(points: Sequence[Point]) -> list[str]:
+    """Which min_agreement separates best, for each reading of what a good adapter is."""
+    default, agreements = GateConfig().min_agreement, [point.gate.agreement_student for point in points]
+    rows = []
+    for share in BINS:
+        good = [kept(point) >= share for point in points]
+        best = best_separation(
+            agreements, good, lambda threshold: [passes(point, max(threshold, 1e-9)) for point in points]
+        )
+        own = separation(default, [passes(point, default) for point in points], good)
+        if best is not None and own is not None:
+            row = [f"{100 * share:.0f} %", f"{sum(good)} of {len(good)}", f"{100 * own.balanced_accuracy:.0f} %"]
+            rows.append([*row, f"{best.threshold:.2f}", f"{100 * best.balanced_accuracy:.0f} %"])
+    headers = ["good: keeps at least", "adapters that do", f"balanced accuracy at {default:g}", "best min_agreement"]
+    return table([*headers, "balanced accuracy there"], rows)
+
+
+def to_markdown(found: Sequence[tuple[str, Point]], plot: str) -> str:
+    """The page."""
+    points = [point for _, point in found]
+    pages = list(dict.fromkeys(page for page, _ in found))
+    signals = {name: signal(points, measure) for name, measure in SIGNALS.items()}
+    lines = [
+        "# What the gate tells",
+        "",
+        f"{counted_noun(len(points), 'migrated adapter')} of {counted_noun(len(pages), 'evaluation')} "
+        f"({', '.join(f'[{page}]({page}.md)' for page in pages)}), one attempt each, nothing withheld. Each was judged "
+        "anew by the present gate at its defaults but for `min_agreement`; evaluations of older versions did not "
+        "measure the p-value, and are judged without. Written by `python -m benchmarks.gate docs/results*.json --out "
+        "docs/gate.md`.",
+        "",
+        f"![Agreement with the teacher against migrated − source accuracy, one point per adapter]({plot})",
+        "",
+        *bins_table(points),
+        "",
+        "Which threshold would have been best is chosen after the fact, on these adapters.",
+        "",
+        *thresholds_table(points),
+        "",
+        "How what the gate measures goes with what was lost. Intervals draw whole tasks of a page; within a task it is "
+        "the mean of the tasks' own.",
+        "",
+        *table(
+            ["Spearman correlation", "adapters", "with accuracy, migrated − source adapter", "the same within a task"],
+            [
+                [SIGNAL_WORDS[name], str(one.num_points), correlation(one.with_difference), ratio_of(one.within_tasks)]
+                for name, one in signals.items()
+            ],
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def to_svg(found: Sequence[tuple[str, Point]]) -> str:
+    """The plot, a shape for each page."""
+    pages = list(dict.fromkeys(page for page, _ in found))
+    marks = [
+        Mark(pages.index(page), point.gate.agreement_student, point.accuracy - point.source_accuracy, point.task)
+        for page, point in found
+    ]
+    title = "Agreement with the teacher and accuracy kept, all evaluations"
+    return draw(title, pages, marks, {"configured": GateConfig().min_agreement})
+
+
+def main() -> None:
+    """Write the page and its plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pages", nargs="+", type=Path, help="results*.json of `translora evaluate`")
+    parser.add_argument("--out", type=Path, required=True, help="the Markdown file")
+    arguments = parser.parse_args()
+    found = read_points(arguments.pages)
+    plot = arguments.out.with_suffix(".svg")
+    write_bytes(arguments.out, to_markdown(found, plot.name).encode())
+    write_bytes(plot, to_svg(found).encode())
+
+
+if __name__ == "__main__":
+    main()
