@@ -26,7 +26,8 @@ HEAD = """\
 # Round three bases and back
 
 **{bases}, {tasks}, seed {seed}, \\|D_syn\\| = {num_samples} at each hop.** Each hop is a `translora migrate` from the
-bundles that the hop before wrote; only the owner's adapter has seen real data. Accuracy in percent on the same test
+bundles that the hop before wrote; only the owner's adapter has seen real data. Inputs are
+screened by {screen}. Accuracy in percent on the same test
 items, the bare base beside it, in brackets 95 % intervals (Wilson). *agreement* is the gate's: with the adapter of the
 hop before, on invented prompts. The gate is open here: below `gate.min_agreement`, {min_agreement} in this file, a
 `translora migrate` would have tried once more with twice the samples, and withheld what still was below.
@@ -104,6 +105,7 @@ def main() -> None:
         arm=arm,
         third=arguments.third.replace(str(Path.home()), "~"),
         min_agreement=config.gate.min_agreement,
+        screen=config.synthesis.screen,
     )
     columns = [f"{task.name}: {what}" for task in config.tasks for what in ("bare base", "adapter", "agreement")]
     arguments.out.write_text("\n".join([head, *table(["adapter", *columns], found), ""]), encoding="utf-8")

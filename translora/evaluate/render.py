@@ -62,7 +62,7 @@ def to_markdown(results: Results, name: str) -> str:
     setup = results.setup
     counted = [task for task in results.tasks if task.counted]
     apart = [task for task in results.tasks if not task.counted]
-    lines = ["# What a migration keeps", "", *_setup(setup, results.tasks, f"{name}.json"), "", "## Headline", ""]
+    lines = ["# What a migration keeps", "", *_setup(results, f"{name}.json"), "", "## Headline", ""]
     lines += _headline(results, len(counted))
     if counted:
         lines += ["", "## Task by task", "", *accuracies(setup, counted), "", *retentions(setup, counted)]
@@ -86,7 +86,8 @@ def to_markdown(results: Results, name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _setup(setup: Setup, tasks: Sequence[TaskResult], json_name: str) -> list[str]:
+def _setup(results: Results, json_name: str) -> list[str]:
+    setup, tasks = results.setup, results.tasks
     sizes = sorted({(task.num_train, task.num_test) for task in tasks})
     rows = "; ".join(f"{num_train} training rows and {num_test} test items" for num_train, num_test in sizes)
     seeds = ", ".join(map(str, setup.seeds))
@@ -108,7 +109,7 @@ def _setup(setup: Setup, tasks: Sequence[TaskResult], json_name: str) -> list[st
         "width zero, which is the bootstrap's limit, not certainty.",
         "",
         f"Source adapter and real-data adapter: {_training(setup.train)}{_given(setup)}. "
-        f"Students: {_training(setup.distill)}{_synthesis(setup)}. "
+        f"Students: {_training(setup.distill)}{_synthesis(results)}. "
         f"Written by `translora evaluate` from [`{json_name}`]({json_name}); "
         + ", ".join(f"{name} {version}" for name, version in setup.versions.items() if name in SHOWN_VERSIONS)
         + ".",
@@ -162,15 +163,18 @@ def _given(setup: Setup) -> str:
     return f", but for the source adapters of {', '.join(setup.adapters)}, which were given" if setup.adapters else ""
 
 
-def _synthesis(setup: Setup) -> str:
+def _synthesis(results: Results) -> str:
     """How the arms' inputs were chosen, where they do not say otherwise."""
-    if not setup.synthesis:
-        return ""
-    sampling = setup.synthesis["sampling"]
-    return (
-        f"; inputs sampled at temperature {sampling['temperature']:g} and screened by "
-        f"{setup.synthesis['screen']} unless an arm says otherwise"
-    )
+    setup = results.setup
+    plain = [arm for arm, own in setup.arms.items() if "screen" not in own.get("synthesis", {})]
+    chosen = " and ".join(sorted({one.synthesis.screen for one in results.migrations if one.arm in plain} - {""}))
+    if not setup.synthesis:  # of an older version
+        return f"; inputs screened by {chosen}" if chosen else ""
+    screen = setup.synthesis["screen"]
+    if screen == "auto" and chosen:
+        screen = f"auto, which chose {chosen},"
+    temperature = setup.synthesis["sampling"]["temperature"]
+    return f"; inputs sampled at temperature {temperature:g} and screened by {screen} unless an arm says otherwise"
 
 
 def _headline(results: Results, num_counted: int) -> list[str]:
