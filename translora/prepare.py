@@ -213,14 +213,12 @@ def measure_discriminators(
         for task in tasks
         if (name := task.entry.name) in unseen
     }
-    with Hosts(config.resources) as hosts:
+    with Hosts(config.resources, config.run_dir, config.synthesis.batch_size) as hosts:
         found = measure(
             judges,
             base=config.source,
-            batch_size=config.synthesis.batch_size,
             hosts=hosts,
-            run_dir=config.run_dir,
-            digests={name: sha256_path(judge.directory) for name, judge in judges.items()} | {"base": base.identity},
+            weights={name: sha256_path(judge.directory) for name, judge in judges.items()} | {"base": base.identity},
         )
     for name, one in found.items():
         logger.info("%s: discriminator: %s", name, one)

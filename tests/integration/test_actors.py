@@ -77,7 +77,7 @@ def test_actors_share_the_memory_of_their_own_machine_alone(bases: list[BaseMode
 
 def test_bases_and_processes_outlive_a_dataset(bases: list[BaseModelConfig], tmp_path: Path) -> None:
     adapters = {"one": str(make_adapter(tmp_path / "one", bases[1].model))}
-    with Hosts(ResourceConfig(num_actors=2)) as hosts:
+    with Hosts(ResourceConfig(num_actors=2), tmp_path, 7) as hosts:
         rounds = [run(look, bases[0], hosts, tmp_path / "0")]
         rounds.append(run(look, bases[1], hosts, tmp_path / "1", adapters=adapters))
         rounds.append(run(look, bases[0], hosts, tmp_path / "2"))
@@ -91,7 +91,7 @@ def test_bases_and_processes_outlive_a_dataset(bases: list[BaseModelConfig], tmp
 
 
 def test_an_actor_that_dies_comes_back_and_its_block_is_computed(bases: list[BaseModelConfig], tmp_path: Path) -> None:
-    with Hosts(ResourceConfig()) as hosts:
+    with Hosts(ResourceConfig(), tmp_path, 7) as hosts:
         rows = run(die_once, bases[0], hosts, tmp_path / "blocks", settings={"flag": str(tmp_path / "flag")})
     assert [row["row"] for row in rows] == list(range(8)) and (tmp_path / "flag").exists()
 
@@ -101,7 +101,7 @@ POISON = [[{"row": 2 * block + row, "adapter": "ab"[row]} for row in range(2)] f
 
 def run_poison(function: Any, base: BaseModelConfig, directory: Path, **resources: Any) -> tuple[list[Row], dict]:  # type: ignore[type-arg]
     faults: dict[str, str] = {}
-    with Hosts(ResourceConfig(**resources)) as hosts:
+    with Hosts(ResourceConfig(**resources), directory, 2) as hosts:
         rows = run_blocks(
             POISON, function, base=base, adapters={}, settings={}, hosts=hosts, directory=directory, faults=faults
         )
@@ -128,7 +128,10 @@ def test_blocks_that_end_every_actor_end_the_run_with_the_reason(
 ) -> None:
     monkeypatch.setattr(actors, "MAX_SUSPECTS", 1)
     blocks = [[{"row": index}] for index in range(4)]
-    with Hosts(ResourceConfig()) as hosts, pytest.raises(ray.exceptions.RayError, match=r"2 blocks .* synthesis.batch"):
+    with (
+        Hosts(ResourceConfig(), tmp_path, 7) as hosts,
+        pytest.raises(ray.exceptions.RayError, match=r"2 blocks .* synthesis.batch"),
+    ):
         run_blocks(blocks, die, base=bases[0], adapters={}, settings={}, hosts=hosts, directory=tmp_path)
 
 
@@ -147,7 +150,7 @@ def test_a_shard_that_cannot_be_read_back_costs_its_own_adapters_after_some_trie
     monkeypatch.setattr(actors, "write_parquet", write_on_a_bad_disk)
     blocks = [[{"row": index, "adapter": "abc"[index]}] for index in range(3)]
     faults: dict[str, str] = {}
-    with Hosts(ResourceConfig()) as hosts:
+    with Hosts(ResourceConfig(), tmp_path, 7) as hosts:
         arguments: dict[str, Any] = {"base": bases[0], "adapters": {}, "settings": {}, "hosts": hosts}
         rows = run_blocks(blocks, look, directory=tmp_path, faults=faults, **arguments)
     assert [row["row"] for row in rows] == [0, 2]
@@ -156,7 +159,7 @@ def test_a_shard_that_cannot_be_read_back_costs_its_own_adapters_after_some_trie
 
 
 def test_what_a_block_raises_reaches_the_driver(bases: list[BaseModelConfig], tmp_path: Path) -> None:
-    with Hosts(ResourceConfig()) as hosts, pytest.raises(ray.exceptions.RayError, match="row 7 is blue"):
+    with Hosts(ResourceConfig(), tmp_path, 7) as hosts, pytest.raises(ray.exceptions.RayError, match="row 7 is blue"):
         run(refuse, bases[0], hosts, tmp_path / "blocks")
 
 
@@ -168,8 +171,8 @@ def test_discriminators_are_measured_by_their_own_scores(bases: list[BaseModelCo
         for seed, name in enumerate(("one", "two"))
     }
     base = bases[0].model_copy(update={"dtype": "float32"})
-    settings: dict[str, Any] = {"base": base, "batch_size": 7, "run_dir": tmp_path / "run", "digests": {}}
-    with Hosts(ResourceConfig()) as hosts:
+    settings: dict[str, Any] = {"base": base, "weights": {}}
+    with Hosts(ResourceConfig(), tmp_path, 7) as hosts:
         found = measure(judges, hosts=hosts, **settings)
     for name, judge in judges.items():
         engine = TransformersEngine(base, {"discriminator/": judge.directory}, 1)

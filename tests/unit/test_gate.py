@@ -75,11 +75,9 @@ def gate_of(
         members,
         source=BaseModelConfig(model="source"),
         target=BaseModelConfig(model="target"),
-        batch_size=3,
         max_answer_tokens=8,
-        hosts=Hosts(ResourceConfig()),
-        run_dir=run_dir,
-        digests={},
+        hosts=Hosts(ResourceConfig(), run_dir, 3),
+        weights={},
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -27,10 +28,12 @@ class Hosts:
 
     Args:
         resources: number and size of the actors.
+        run_dir: where their finished blocks and their progress lie.
+        batch_size: rows of a block.
     """
 
-    def __init__(self, resources: ResourceConfig) -> None:
-        self.resources = resources
+    def __init__(self, resources: ResourceConfig, run_dir: Path, batch_size: int) -> None:
+        self.resources, self.run_dir, self.batch_size = resources, run_dir, batch_size
         self._actors: list[Any] = []
         self._standing: list[Any] = []
         """Those that have had room on the cluster."""

@@ -67,8 +67,6 @@ def run_rows(
     *,
     base: BaseModelConfig,
     hosts: Hosts,
-    batch_size: int,
-    run_dir: Path,
     place: str,
     weights: Any,
     adapters: Mapping[str, str] | None = None,
@@ -81,13 +79,12 @@ def run_rows(
     Args:
         label: of the progress.
         rows: in any order; `order` brings those of similar length together.
-        run_dir: its `progress.json` tells other shells.
-        place: below `run_dir`; finished blocks lie there under the hash of what they were made from.
+        place: below the run directory; finished blocks lie there under the hash of what they were made from.
         weights: content hashes of base and adapters: blocks of the same weights alone are used again.
     """
-    blocks, settings = cut_blocks(rows, batch_size, block_order(base, order)), settings or {}
+    blocks, settings = cut_blocks(rows, hosts.batch_size, block_order(base, order)), settings or {}
     key = digest(RULES, function.__name__, blocks, settings, base.decides(), weights)
-    with Progress(label, len(rows), run_dir) as progress:
+    with Progress(label, len(rows), hosts.run_dir) as progress:
         return run_blocks(
             blocks,
             function,
@@ -95,7 +92,7 @@ def run_rows(
             adapters=adapters or {},
             settings=settings,
             hosts=hosts,
-            directory=run_dir / f"{place}-{key}",
+            directory=hosts.run_dir / f"{place}-{key}",
             on_block=progress.fraction,
             faults=faults,
         )

@@ -56,15 +56,13 @@ def ask_teachers(run: Run, members: Sequence[Member]) -> dict[str, list[Teacher]
         for index, row in enumerate(member.samples("train"))
     ]
     faults: dict[str, str] = {}
-    with Hosts(config.resources) as hosts:
+    with Hosts(config.resources, config.run_dir, config.synthesis.batch_size) as hosts:
         found = run_rows(
             "ask the teachers",
             rows,
             teach_block,
             base=config.source,
             hosts=hosts,
-            batch_size=config.synthesis.batch_size,
-            run_dir=config.run_dir,
             place="rounds/teach",
             weights=[run.source.identity, {member.name: member.bundle.digest for member in members}],
             adapters={member.name: str(member.bundle.path) for member in members},

@@ -83,7 +83,7 @@ def answer(
     }
     answers: Answers = {}
     logliks: Logliks = {}
-    with Hosts(config.resources) as hosts:
+    with Hosts(config.resources, config.seed_dir(seed), config.synthesis.batch_size) as hosts:
         for arm in (SOURCE_BASE, SOURCE_ADAPTER, TARGET_BASE, REAL, *config.arms):
             on_source, is_bare = arm in (SOURCE_BASE, SOURCE_ADAPTER), arm in (SOURCE_BASE, TARGET_BASE)
             info, base = (source, config.source) if on_source else (target, config.target)
@@ -97,16 +97,14 @@ def answer(
             where: dict[str, Any] = {
                 "base": base,
                 "adapters": {slot: str(path) for slot, path in own.items()},
-                "batch_size": config.synthesis.batch_size,
                 "hosts": hosts,
-                "run_dir": config.seed_dir(seed),
+                "weights": {slot: sha256_path(path) for slot, path in own.items()} | {"base": info.identity},
             }
-            weights = {slot: sha256_path(path) for slot, path in own.items()} | {"base": info.identity}
             label = f"seed {seed}: test items, {arm}"
             if texts := [row for row in rows if "choices" not in row]:
-                answers |= run_answers(label, texts, max_answer_tokens=least, digests=weights, **where)[0]
+                answers |= run_answers(label, texts, max_answer_tokens=least, **where)[0]
             if choices := [row for row in rows if "choices" in row]:
-                logliks |= run_choices(label, choices, weights=weights, **where)
+                logliks |= run_choices(label, choices, **where)
     return answers, logliks
 
 

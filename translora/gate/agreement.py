@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -42,12 +41,10 @@ def run_gate(
     *,
     source: BaseModelConfig,
     target: BaseModelConfig,
-    batch_size: int,
     max_answer_tokens: int,
     context: int | None = None,
     hosts: Hosts,
-    run_dir: Path,
-    digests: Mapping[str, str],
+    weights: Mapping[str, str],
 ) -> tuple[dict[str, tuple[GateResult, Accuracy | None]], dict[str, str]]:
     """Answer the held-out prompts with student and bare target base, all adapters in mixed batches, and judge.
 
@@ -57,7 +54,7 @@ def run_gate(
     Args:
         max_answer_tokens: of the teachers' answers, in tokens of the source base.
         context: tokens that the target takes, if it says so.
-        digests: content hashes of the students and teachers, and fingerprints of the bases: a rerun reuses the answers
+        weights: content hashes of the students and teachers, and identities of the bases: a rerun reuses the answers
             of the same weights only.
     """
     tokenizers = load_tokenizer(source), load_tokenizer(target)
@@ -88,44 +85,26 @@ def run_gate(
     teachers = {f"teacher/{member.name}": str(member.teacher_dir) for member in members}
     by_tokens = [one for one in members if one.config.long_answers == "tokens" and one.has_long_answers]
     by_class = [one for one in members if len(one.classes) > 1]
-    where: dict[str, Any] = {
-        "base": target,
-        "adapters": students,
-        "batch_size": batch_size,
-        "hosts": hosts,
-        "run_dir": run_dir,
-        "weights": dict(digests),
-        "faults": faults,
-    }
+    where: dict[str, Any] = {"hosts": hosts, "weights": dict(weights)}
+    on_target = where | {"base": target, "adapters": students}
+    on_source = where | {"base": source, "adapters": teachers}
     shares: Shares = {}
     likely: Logliks = {}
     if by_tokens:
         rows = [row for one in by_tokens for row in token_rows(one, f"student/{one.name}")]
-        shares = run_tokens("gate: long answers", rows, **where)
+        shares = run_tokens("gate: long answers", rows, **on_target, faults=faults)
     if by_class:
         rows = [row for one in by_class for row in class_rows(one, f"student/{one.name}")]
-        likely = run_choices("gate: few answers", rows, **where)
-    for label, base, adapters, rows, missing in (
-        ("gate: held-out prompts", target, students, heldout_rows, faults),
-        ("gate: real data, target base", target, students, target_rows, unmeasured),
-        ("gate: real data, source base", source, teachers, source_rows, unmeasured),
+        likely = run_choices("gate: few answers", rows, **on_target, faults=faults)
+    for label, rows, place, missing in (
+        ("gate: held-out prompts", heldout_rows, on_target, faults),
+        ("gate: real data, target base", target_rows, on_target, unmeasured),
+        ("gate: real data, source base", source_rows, on_source, unmeasured),
     ):
-        if not rows:
-            continue
-        found, means = run_answers(
-            label,
-            rows,
-            base=base,
-            adapters=adapters,
-            batch_size=batch_size,
-            max_answer_tokens=max_answer_tokens,
-            hosts=hosts,
-            run_dir=run_dir,
-            digests=digests,
-            faults=missing,
-        )
-        answers |= found
-        logliks |= means
+        if rows:
+            found, means = run_answers(label, rows, max_answer_tokens=max_answer_tokens, **place, faults=missing)
+            answers |= found
+            logliks |= means
     for name, reason in unmeasured.items():
         logger.warning("%s: its accuracy on real data is not measured: %s", name, reason)
     sound = [

@@ -51,17 +51,15 @@ def try_adapters(config: PrepareConfig, tasks: Sequence[Task], base: BaseInfo) -
         return
     adapters = {f"adapter/{task.entry.name}": str(task.entry.adapter) for task in tasks}
     faults: dict[str, str] = {}
-    with Hosts(config.resources) as hosts:
+    with Hosts(config.resources, config.run_dir, config.synthesis.batch_size) as hosts:
         answers, logliks = run_answers(
             "try the adapters",
             rows,
             base=config.source,
-            adapters=adapters,
-            batch_size=config.synthesis.batch_size,
             max_answer_tokens=config.synthesis.max_answer_tokens,
+            adapters=adapters,
             hosts=hosts,
-            run_dir=config.run_dir,
-            digests={slot: sha256_path(Path(path)) for slot, path in adapters.items()} | {"base": base.identity},
+            weights={slot: sha256_path(Path(path)) for slot, path in adapters.items()} | {"base": base.identity},
             faults=faults,
         )
     for task in tasks:

@@ -44,25 +44,21 @@ def gate_phase(run: Run, members: list[Member]) -> None:
     bases = {"source base": run.source.identity, "target base": run.target.identity}
     teachers = {f"teacher/{member.name}": member.bundle.digest for member in members}
     leaving = [member for member in members if member.state.synthesis.leaves_discriminator]
-    with Hosts(config.resources) as hosts:
+    with Hosts(config.resources, config.run_dir, config.synthesis.batch_size) as hosts:
         qualities = measure(
             judges(run, leaving),
             base=config.target,
-            batch_size=config.synthesis.batch_size,
             hosts=hosts,
-            run_dir=config.run_dir,
-            digests=artifacts(run, leaving, DISCRIMINATOR) | bases,
+            weights=artifacts(run, leaving, DISCRIMINATOR) | bases,
         )
         results, faults = run_gate(
             gate_members,
             source=config.source,
             target=config.target,
-            batch_size=config.synthesis.batch_size,
             max_answer_tokens=config.synthesis.max_answer_tokens,
             context=context_of(config.target, run.target),
             hosts=hosts,
-            run_dir=config.run_dir,
-            digests=artifacts(run, members, STUDENT) | bases | teachers,
+            weights=artifacts(run, members, STUDENT) | bases | teachers,
         )
     failed: list[Member] = []
     for member in members:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from translora.actors.blocks import choice_block, gate_block, token_block
 from translora.actors.calls import Row
-from translora.actors.hosts import Hosts
 from translora.actors.rows import run_rows
-from translora.config import BaseModelConfig, GateConfig
+from translora.config import GateConfig
 from translora.synthesis.prompts import LINE_END, answer_stop
 
 if TYPE_CHECKING:
@@ -118,47 +117,18 @@ def by_arm(rows: Sequence[Row], key: str) -> dict[tuple[str, str], list[Any]]:
 
 
 def run_answers(
-    label: str,
-    rows: Sequence[Row],
-    *,
-    base: BaseModelConfig,
-    adapters: Mapping[str, str],
-    batch_size: int,
-    max_answer_tokens: int,
-    hosts: Hosts,
-    run_dir: Path,
-    digests: Mapping[str, str],
-    faults: dict[str, str] | None = None,
+    label: str, rows: Sequence[Row], *, max_answer_tokens: int, **where: Any
 ) -> tuple[Answers, dict[tuple[str, str], float]]:
-    """Answer the rows of `answer_rows` on one base, all arms in mixed batches.
+    """Answer the rows of `answer_rows`, all arms in mixed batches; `where` are arguments of `run_rows`.
 
     An answer that did not end is None, but for rows that say `cut`: theirs is what there is.
-
-    Args:
-        label: of the progress.
-        run_dir: finished blocks go to its `gate`.
-        adapters: PEFT directory by slot.
-        digests: content hashes of adapters and bases: answers of the same weights alone are used again.
-        faults: gets the reason by name of those that cannot be answered for, as in `run_rows`.
 
     Returns:
         Answers by (name, arm), in the order of the samples, and the mean log-likelihood of a token of the references
         of the arms that ask for it.
     """
-    computed = run_rows(
-        label,
-        rows,
-        gate_block,
-        base=base,
-        hosts=hosts,
-        batch_size=batch_size,
-        run_dir=run_dir,
-        place="gate/answers",
-        weights=dict(digests),
-        adapters=adapters,
-        settings={"max_answer_tokens": max_answer_tokens},
-        faults=faults,
-    )
+    settings = {"max_answer_tokens": max_answer_tokens}
+    computed = run_rows(label, rows, gate_block, place="gate/answers", settings=settings, **where)
     found: Answers = {}
     for row in sorted(computed, key=lambda row: (row["adapter"], row["arm"], row["index"])):
         text = row["answer"] if row["finished"] or row["cut"] else None

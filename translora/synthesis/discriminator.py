@@ -111,17 +111,15 @@ def measure(
     judges: Mapping[str, Judge],
     *,
     base: BaseModelConfig,
-    batch_size: int,
     hosts: Hosts,
-    run_dir: Path,
-    digests: Mapping[str, str],
+    weights: Mapping[str, str],
 ) -> dict[str, DiscriminatorQuality]:
     """Let discriminators score inputs that they have not seen, all of them in mixed batches.
 
     Args:
         judges: by adapter.
         base: the one that they are adapters of.
-        digests: content hashes of the discriminators and of the base: scores of the same weights alone are used again.
+        weights: content hashes of the discriminators and of the base: scores of the same weights alone are used again.
 
     Returns:
         What was found, by adapter; one whose rows cannot be computed is missing.
@@ -148,10 +146,8 @@ def measure(
         judge_block,
         base=base,
         hosts=hosts,
-        batch_size=batch_size,
-        run_dir=run_dir,
         place="judged/scores",
-        weights=dict(digests),
+        weights=dict(weights),
         adapters={f"discriminator/{name}": str(judge.directory) for name, judge in judges.items()},
         faults=faults,
     )

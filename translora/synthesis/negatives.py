@@ -34,15 +34,13 @@ def invent_negatives(
     kept = {name: read_object(path).get("texts") for name, path in files.items()}
     missing = [name for name, texts in kept.items() if texts is None]
     if missing:
-        with Hosts(config.resources) as hosts:
+        with Hosts(config.resources, config.run_dir, config.synthesis.batch_size) as hosts:
             generated = run_rows(
                 "invent negatives",
                 [row for name in missing for row in rows[name]],
                 generate_block,
                 base=config.source,
                 hosts=hosts,
-                batch_size=config.synthesis.batch_size,
-                run_dir=config.run_dir,
                 place="negatives/invented",
                 weights=identity,
                 settings=settings,

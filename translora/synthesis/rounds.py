@@ -122,7 +122,7 @@ def synthesise(
     keyed = {key: pool for key, pool in keyed.items() if not restore(pool, known.get(key))}
     if not keyed:
         return
-    with Hosts(resources) as hosts:
+    with Hosts(resources, run_dir, config.batch_size) as hosts:
         for number in range(config.max_rounds):
             if not run_round(
                 number,
@@ -133,7 +133,6 @@ def synthesise(
                 config=config,
                 hosts=hosts,
                 seed=seed,
-                run_dir=run_dir,
             ):
                 break
             on_round()
@@ -153,7 +152,6 @@ def run_round(
     config: SynthesisConfig,
     hosts: Hosts,
     seed: int,
-    run_dir: Path,
 ) -> bool:
     """Generate, clean, screen and label once for all pools; False when no pool asks for more."""
     rows = plan_round(pools, config, seed)
@@ -167,8 +165,6 @@ def run_round(
         generate_block,
         base=generator,
         hosts=hosts,
-        batch_size=config.batch_size,
-        run_dir=run_dir,
         place=f"rounds/{number:03d}-generate",
         weights=identities[0],
         settings={"sampling": config.sampling.model_dump()},
@@ -181,8 +177,6 @@ def run_round(
         screen_and_label_block,
         base=source,
         hosts=hosts,
-        batch_size=config.batch_size,
-        run_dir=run_dir,
         place=f"rounds/{number:03d}-label",
         weights=[identities[1], {pool.name: pool.bundle.digest for pool in pools}],
         adapters=bank_adapters(pools),
