@@ -15,7 +15,7 @@ from translora.bundle import Bundle, BundleError, read_bundle, write_bundle
 from translora.bundle.base import BaseInfo, pinned, refuse_encoder_decoder
 from translora.bundle.manifest import SEEDS, DiscriminatorQuality
 from translora.bundle.task import Task, check_own_template, check_owned, is_made, provenance, read_task
-from translora.config import DiscriminatorConfig, PrepareConfig, TrainConfig
+from translora.config import PrepareConfig
 from translora.distill.job import TrainJob, make_job
 from translora.distill.launch import train_adapters
 from translora.engine.loading import load_tokenizer
@@ -145,33 +145,43 @@ def train_jobs(config: PrepareConfig, task: Task, known: Inputs) -> list[TrainJo
     """
     name = task.entry.name
     seed = derive_seed(config.seed, name, "discriminator")
-    questions = discriminator_rows(known.real, known.invented, name, config.discriminator.max_samples, seed)
+    questions = discriminator_rows(known, name, config.discriminator.max_samples, seed)
     if all(row["answer"] == "yes" for row in questions):
         raise InputError(
             f"{name}: no negatives for its discriminator, which would accept every input: the base invented none, and "
             f"inputs of one word cannot be shuffled; give longer inputs in {task.entry.data}, or raise "
             "synthesis.sampling.temperature"
         )
-    parts: list[tuple[str, list[dict[str, str]], TrainConfig | DiscriminatorConfig]] = []
-    if task.entry.adapter is None:
-        answers = [{"input": row["input"], "answer": row["target"].strip()} for row in task.rows]
-        parts.append(("adapter", answers, config.train))
-    parts.append(("discriminator", questions, config.discriminator))
-    return [
+    output, work = config.run_dir / "adapters" / name, config.run_dir / "tasks"
+    jobs = [
         make_job(
             name,
-            kind,
-            rows,
-            settings,
-            output=config.run_dir / "adapters" / name / kind,
-            work_dir=config.run_dir / "tasks" / f"{name}-{digest(rows)}" / kind,
+            "discriminator",
+            questions,
+            config.discriminator,
+            output=output / "discriminator",
+            work_dir=work / f"{name}-{digest(questions)}" / "discriminator",
             root_seed=config.seed,
-            with_end=kind == "adapter",
+            with_end=False,
             template=task.template,
-            peft=config.train.peft if kind == "adapter" else None,
         )
-        for kind, rows, settings in parts
     ]
+    if task.entry.adapter is None:
+        answers = [{"input": row["input"], "answer": row["target"].strip()} for row in task.rows]
+        adapter = make_job(
+            name,
+            "adapter",
+            answers,
+            config.train,
+            output=output / "adapter",
+            work_dir=work / f"{name}-{digest(answers)}" / "adapter",
+            root_seed=config.seed,
+            with_end=True,
+            template=task.template,
+            peft=config.train.peft,
+        )
+        jobs.insert(0, adapter)
+    return jobs
 
 
 def train(
@@ -194,14 +204,13 @@ def train(
         except InputError as error:
             faults[task.entry.name] = str(error)
 
-    def on_step(job_name: str, row: dict[str, float]) -> None:
-        name, _, kind = job_name.rpartition("/")
-        tracker.log({f"loss/{kind}": row["loss"]}, step=int(row["step"]), adapter=name)
+    def on_step(job: TrainJob, row: dict[str, float]) -> None:
+        tracker.log({f"loss/{job.kind}": row["loss"]}, step=int(row["step"]), adapter=job.owner)
 
     train_adapters(
         config.source, base.name, jobs, config.train, config.resources, config.run_dir, label="train", on_step=on_step
     )
-    return faults | {job.name.rpartition("/")[0]: reason for job in jobs if (reason := job.failure()) is not None}
+    return faults | {job.owner: reason for job in jobs if (reason := job.failure()) is not None}
 
 
 def measure_discriminators(

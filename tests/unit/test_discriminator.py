@@ -21,25 +21,25 @@ INVENTED = [f"a {word} box numbered {number}" for word in ("red", "blue") for nu
 
 def test_discriminator_rows_are_balanced_and_topped_up_by_shuffled_words() -> None:
     positives = [f"send the {word} box to me" for word in "abcdefghij"]
-    rows = discriminator_rows(positives, ["bad one", "bad two"], "boxes", max_samples=12, seed=0)
+    rows = discriminator_rows(Inputs(positives, ["bad one", "bad two"]), "boxes", max_samples=12, seed=0)
     answers = [row["answer"] for row in rows]
     assert answers.count("yes") == answers.count("no") == 6
     questions = {row["input"] for row in rows if row["answer"] == "no"}
     assert {discriminator_question(text, "boxes") for text in ("bad one", "bad two")} <= questions
     assert not questions & {discriminator_question(text, "boxes") for text in positives}
-    assert rows == discriminator_rows(positives, ["bad one", "bad two"], "boxes", max_samples=12, seed=0)
+    assert rows == discriminator_rows(Inputs(positives, ["bad one", "bad two"]), "boxes", max_samples=12, seed=0)
 
 
 def test_few_negatives_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     words = ["red", "blue", "green", "black"]
-    rows = discriminator_rows(words, [], "colours", max_samples=12, seed=0)
+    rows = discriminator_rows(Inputs(words, []), "colours", max_samples=12, seed=0)
     assert [row["answer"] for row in rows] == ["yes"] * 4
     assert "colours: 4 inputs, but only 0 negatives for its discriminator, which then accepts every" in caplog.text
     caplog.clear()
-    discriminator_rows(words, ["cup"], "colours", max_samples=12, seed=0)
+    discriminator_rows(Inputs(words, ["cup"]), "colours", max_samples=12, seed=0)
     assert "only 1 negatives" in caplog.text and "nearly every" in caplog.text
     caplog.clear()
-    discriminator_rows(words, ["cup", "box"], "colours", max_samples=12, seed=0)
+    discriminator_rows(Inputs(words, ["cup", "box"]), "colours", max_samples=12, seed=0)
     assert not caplog.records
 
 

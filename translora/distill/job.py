@@ -49,6 +49,16 @@ class TrainJob:
     start: str | None = None
     """A LoRA's PEFT directory, whose weights the student begins with."""
 
+    @property
+    def owner(self) -> str:
+        """The adapter, or the task, that it is a training of."""
+        return self.name.rpartition("/")[0]
+
+    @property
+    def kind(self) -> str:
+        """Which of its owner's trainings it is."""
+        return self.name.rpartition("/")[2]
+
     def settings(self, config: TrainConfig) -> TrainConfig:
         """How this job is trained: a student as the config says, a discriminator by LoRAs of its shape alone."""
         own: dict[str, Any] = {"epochs": self.epochs, "learning_rate": self.learning_rate}
@@ -115,8 +125,6 @@ def make_job(
     root_seed: int,
     with_end: bool,
     template: str = "auto",
-    epochs: float | None = None,
-    learning_rate: float | None = None,
     peft: dict[str, Any] | None = None,
     start: Path | None = None,
 ) -> TrainJob:
@@ -125,12 +133,10 @@ def make_job(
     Args:
         owner: name of the adapter or task, and `kind` of this training of it; both decide the seed.
         rows: `input` and `answer`, and `teacher` for a student that needs one.
-        settings: epochs and learning rate, where the job has none of its own; of 0 epochs there is one step that
-            changes nothing.
+        settings: epochs and learning rate; of 0 epochs there is one step that changes nothing.
     """
     data = work_dir / "data.jsonl"
     write_jsonl(data, rows)
-    epochs = settings.epochs if epochs is None else epochs
     (work_dir / FAILURE).unlink(missing_ok=True)
     return TrainJob(
         name=f"{owner}/{kind}",
@@ -138,8 +144,8 @@ def make_job(
         output=str(output),
         work_dir=str(work_dir),
         seed=derive_seed(root_seed, owner, kind),
-        epochs=epochs,
-        learning_rate=(learning_rate or settings.learning_rate) if epochs else 0.0,
+        epochs=settings.epochs,
+        learning_rate=settings.learning_rate if settings.epochs else 0.0,
         template=template,
         with_end=with_end,
         peft=peft,

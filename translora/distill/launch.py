@@ -25,7 +25,7 @@ from translora.run.progress import Progress
 from translora.run.signals import TERMINATED, exit_code, interruptible_fit
 
 logger = logging.getLogger(__name__)
-OnStep = Callable[[str, dict[str, float]], None]
+OnStep = Callable[[TrainJob, dict[str, float]], None]
 POLL_SECONDS = 0.5
 CHECKPOINT_SECONDS = 20.0
 """How long a driver that was told to end waits for the gangs' checkpoints."""
@@ -34,12 +34,12 @@ MAX_NOTES = 30
 
 
 class Follower:
-    """Reads the jobs' train.jsonl while they grow and hands each new step to `on_step(name, row)`."""
+    """Reads the jobs' train.jsonl while they grow and hands each new step to `on_step(job, row)`."""
 
     def __init__(self, jobs: Sequence[TrainJob], on_step: OnStep) -> None:
-        self._paths = {job.name: Path(job.work_dir) / "train.jsonl" for job in jobs}
+        self._paths = [(job, Path(job.work_dir) / "train.jsonl") for job in jobs]
         # A rerun repeats no line that an earlier run already reported.
-        self._offsets = {name: path.stat().st_size if path.is_file() else 0 for name, path in self._paths.items()}
+        self._offsets = {path: path.stat().st_size if path.is_file() else 0 for _, path in self._paths}
         self._on_step = on_step
         self._stop = threading.Event()
         self._error: Exception | None = None
@@ -66,16 +66,16 @@ class Follower:
             self._error = error
 
     def _poll(self) -> None:
-        for name, path in self._paths.items():
+        for job, path in self._paths:
             if not path.is_file():
                 continue
             with open(path, encoding="utf-8") as handle:
-                handle.seek(self._offsets[name])
+                handle.seek(self._offsets[path])
                 while (line := handle.readline()).endswith("\n"):
-                    self._offsets[name] = handle.tell()
+                    self._offsets[path] = handle.tell()
                     with contextlib.suppress(json.JSONDecodeError):  # half of it is from a worker that was killed
                         row = json.loads(line)
-                        self._on_step(name, row)
+                        self._on_step(job, row)
 
 
 def train_adapters(
@@ -99,7 +99,7 @@ def train_adapters(
         resources: `gpus_per_actor` > 0 gives every worker a GPU.
         run_dir: Ray Train's own files go below it.
         label: of the progress that is shown.
-        on_step: called from a thread with each job's name and {step, num_steps, loss, seconds}.
+        on_step: called from a thread with each job and {step, num_steps, loss, seconds}.
 
     Raises:
         ray.train.TrainingFailedError: a worker failed more than `config.max_failures` times.
@@ -122,11 +122,11 @@ def train_adapters(
     trainer = functools.partial(make_trainer, base, base_name, jobs, config, resources, run_dir, directory)
     steps: dict[str, int] = {}
 
-    def after_step(name: str, row: dict[str, float]) -> None:
-        steps[name] = int(row["step"])
-        progress.update(sum(steps.values()), f"{name} {steps[name]}/{int(row['num_steps'])} loss {row['loss']:.3f}")
+    def after_step(job: TrainJob, row: dict[str, float]) -> None:
+        step = steps[job.name] = int(row["step"])
+        progress.update(sum(steps.values()), f"{job.name} {step}/{int(row['num_steps'])} loss {row['loss']:.3f}")
         if on_step is not None:
-            on_step(name, row)
+            on_step(job, row)
 
     total = sum(job.expected_steps(config.batch_size) for job in missing)
     with Progress(label, total, run_dir) as progress, Follower(jobs, after_step):

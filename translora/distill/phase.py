@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 from translora.bundle.adapter import is_in_bank
 from translora.bundle.modules import linear_modules
-from translora.config import DiscriminatorConfig, TrainConfig
 from translora.distill.data import num_too_long
-from translora.distill.job import FAILURE, TrainJob, make_job
+from translora.distill.job import TrainJob, make_job
 from translora.distill.launch import train_adapters
 from translora.distill.teacher import Teacher, ask_teachers
 from translora.engine.loading import load_tokenizer
@@ -50,36 +49,35 @@ def train_jobs(run: Run, member: Member, teacher: Sequence[Teacher] | None) -> l
     ]
     for row, thought in zip(answers, teacher or (), strict=teacher is not None):
         row["teacher"] = thought
-    start = warm_start(run, member)
-    trainings: list[tuple[str, list[dict[str, Any]], TrainConfig | DiscriminatorConfig]]
-    trainings = [(STUDENT, answers, config.distill)]
-    if member.state.synthesis.leaves_discriminator:
-        known, _ = discriminator_inputs(run, member)
-        questions = discriminator_rows(
-            known.real,
-            known.invented,
-            member.state.task_name,
-            config.discriminator.max_samples,
-            derive_seed(config.seed, member.name, DISCRIMINATOR),
-        )
-        trainings.append((DISCRIMINATOR, questions, config.discriminator))
+    common: dict[str, Any] = {"root_seed": config.seed, "template": member.template(config)}
+    student = make_job(
+        member.name,
+        STUDENT,
+        answers,
+        config.training_of(entry),
+        output=directory / STUDENT,
+        work_dir=directory / "train" / STUDENT,
+        with_end=True,
+        peft=config.distill.peft,
+        start=warm_start(run, member),
+        **common,
+    )
+    if not member.state.synthesis.leaves_discriminator:
+        return [student]
+    known, _ = discriminator_inputs(run, member)
+    seed = derive_seed(config.seed, member.name, DISCRIMINATOR)
     return [
+        student,
         make_job(
             member.name,
-            kind,
-            rows,
-            settings,
-            output=directory / kind,
-            work_dir=directory / "train" / kind,
-            root_seed=config.seed,
-            with_end=kind == STUDENT,
-            template=member.template(config),
-            epochs=entry.epochs if kind == STUDENT else None,
-            learning_rate=entry.learning_rate if kind == STUDENT else None,
-            peft=config.distill.peft if kind == STUDENT else None,
-            start=start if kind == STUDENT else None,
-        )
-        for kind, rows, settings in trainings
+            DISCRIMINATOR,
+            discriminator_rows(known, member.state.task_name, config.discriminator.max_samples, seed),
+            config.discriminator,
+            output=directory / DISCRIMINATOR,
+            work_dir=directory / "train" / DISCRIMINATOR,
+            with_end=False,
+            **common,
+        ),
     ]
 
 
@@ -140,13 +138,13 @@ def distill_phase(run: Run, members: list[Member]) -> None:
     jobs = [job for member in members for job in train_jobs(run, member, teachers.get(member.name))]
     last_saved = 0.0
 
-    def on_step(job_name: str, row: dict[str, float]) -> None:
+    def on_step(job: TrainJob, row: dict[str, float]) -> None:
         nonlocal last_saved
-        name, _, kind = job_name.rpartition("/")
         step, total = int(row["step"]), int(row["num_steps"])
-        run.tracker.log({f"loss/{kind}": row["loss"], "time/train_seconds": row["seconds"]}, step=step, adapter=name)
-        if kind == STUDENT:
-            state = by_name[name].state
+        metrics = {f"loss/{job.kind}": row["loss"], "time/train_seconds": row["seconds"]}
+        run.tracker.log(metrics, step=step, adapter=job.owner)
+        if job.kind == STUDENT:
+            state = by_name[job.owner].state
             state.step, state.num_steps = step, total
             if time.monotonic() - last_saved > SAVE_EVERY_SECONDS or step == total:
                 last_saved = time.monotonic()
@@ -162,10 +160,10 @@ def distill_phase(run: Run, members: list[Member]) -> None:
         label="distill",
         on_step=on_step,
     )
+    failures = {job.owner: reason for job in reversed(jobs) if (reason := job.failure()) is not None}
     for member in members:
-        failures = [Path(job.work_dir) / FAILURE for job in jobs if job.name.rpartition("/")[0] == member.name]
-        if failed := [path for path in failures if path.is_file()]:
-            run.quarantine(member.state, json.loads(failed[0].read_text())["reason"])
+        if member.name in failures:
+            run.quarantine(member.state, failures[member.name])
             continue
         member.state.losses = json.loads((member.directory / STUDENT / "losses.json").read_text())
         member.state.step = member.state.num_steps = len(member.state.losses)

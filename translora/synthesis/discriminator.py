@@ -67,27 +67,24 @@ def shuffled_words(text: str, rng: random.Random) -> str:
     return " ".join(words)
 
 
-def discriminator_rows(
-    positives: Sequence[str], negatives: Sequence[str], task_name: str, max_samples: int, seed: int
-) -> list[dict[str, str]]:
+def discriminator_rows(inputs: Inputs, task_name: str, max_samples: int, seed: int) -> list[dict[str, str]]:
     """Rows of `input` (the question t(x)) and `answer` (yes or no), as many of either answer where that can be had.
 
-    Where there are fewer negatives than positives, positives with shuffled words make up for them: the screen of
+    Where there are fewer invented inputs than real ones, real ones with shuffled words make up for them: the screen of
     a good generator refuses little, and a discriminator needs both answers. Inputs of one word cannot be shuffled:
-    fewer negatives than half the positives are warned of.
+    fewer negatives than half the real ones are warned of.
 
     Args:
-        positives: inputs of the task.
-        negatives: generated inputs that are not of the task.
+        inputs: of the task, and such as are not.
         task_name: the <NAME> of the question.
-        max_samples: most rows, half of them positives.
+        max_samples: most rows, half of them of real inputs.
         seed: decides choice and order.
     """
     rng = random.Random(seed)
-    count = min(len(positives), max_samples // 2)
-    yes = rng.sample(list(positives), count)
-    no = rng.sample(list(negatives), min(len(negatives), count))
-    present = {normalise(text) for text in positives}
+    count = min(len(inputs.real), max_samples // 2)
+    yes = rng.sample(list(inputs.real), count)
+    no = rng.sample(list(inputs.invented), min(len(inputs.invented), count))
+    present = {normalise(text) for text in inputs.real}
     for text in yes[: count - len(no)]:
         shuffled = shuffled_words(text, rng)
         if normalise(shuffled) not in present:
