@@ -23,7 +23,7 @@ from translora.run.cohorts import cohort, end_cohort
 from translora.run.commits import info_as_begun, note_commits
 from translora.run.entries import expand_entries
 from translora.run.member import Member, Run
-from translora.run.recipes import Seals, at_commits, base_settings
+from translora.run.recipes import Bases, Seals, at_commits, base_settings
 from translora.run.rundir import open_run
 from translora.run.state import AdapterState, Phase
 from translora.run.tracker import Tracker
@@ -33,27 +33,29 @@ from translora.synthesis.phase import synthesis_phase
 logger = logging.getLogger(__name__)
 
 
-def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: None) -> list[AdapterState]:
+def migrate(config: FleetConfig, before_work: Callable[[], None] = lambda: None) -> list[AdapterState]:
     """Migrate a fleet; returns every adapter's state. A rerun continues where a killed run stopped.
 
     Args:
         config: the fleet file.
-        start_cluster: called when everything has been checked, and only if there is work: starts Ray.
+        before_work: called when everything has been checked, and only if there is work, with the run directory open:
+            starts Ray.
 
     Raises:
         InputError: the config or a base cannot be used. A fault of one bundle quarantines that adapter alone.
     """
     entries, faults = expand_entries(config.adapters, config.run_dir)
     entries |= entries_before(config, list(entries))
-    source, target, generator = (info_as_begun(config.run_dir, base) for base in base_settings(config))
+    bases = Bases(*(info_as_begun(config.run_dir, base) for base in base_settings(config)))
+    source, target, generator = bases
     if source.fingerprint == target.fingerprint:
         raise InputError(f"source and target are the same base ({source.path}); set `target` to the new base")
     with (
         open_run(config.run_dir, config, settings_may_change=True),
         Tracker(config.run_dir, config.tracking, config.model_dump(mode="json"), config.run_dir.name) as tracker,
     ):
-        note_commits(config.run_dir, *zip(base_settings(config), (source, target, generator), strict=True))
-        config = at_commits(config, (source, target, generator))
+        note_commits(config.run_dir, *zip(base_settings(config), bases, strict=True))
+        config = at_commits(config, bases)
         run = Run(
             config=config,
             source=source,
@@ -64,13 +66,13 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
             generator_tokenizer=load_tokenizer(config.generator),
         )
         check_training(config, source, target)
-        seals = Seals(config.run_dir, config, (source, target, generator))
-        faults |= merge_before(config, source, start_cluster)
+        seals = Seals(config.run_dir, config, bases)
+        faults |= merge_before(config, source, before_work)
         verified = verify_fleet(run, entries, seals, faults)
         members = [member for member in verified.values() if isinstance(member, Member)]
         warn_of_templates(config, members)
         if todo := [member for member in members if member.state.status == "pending"]:
-            start_cluster()
+            before_work()
         while any(member.state.status == "pending" for member in todo):  # again for what the gate sent back
             for phase in PHASE_WORK:
                 run_phase(run, phase, members)
@@ -85,7 +87,7 @@ def migrate(config: FleetConfig, start_cluster: Callable[[], None] = lambda: Non
             seals.put(member.entry, member.state, member.looked)
         seals.save()
         states = [found.state if isinstance(found, Member) else found for found in verified.values()]
-        return states + merge_after(config, target, states, start_cluster)
+        return states + merge_after(config, target, states, before_work)
 
 
 def run_phase(run: Run, phase: Phase, members: list[Member]) -> None:

@@ -35,7 +35,7 @@ from translora.run.check import check_training
 from translora.run.entries import expand_entries
 from translora.run.files import read_jsonl, replace_directory, sha256_path, write_json, write_jsonl
 from translora.run.member import Member, Run
-from translora.run.recipes import Seals, recipes
+from translora.run.recipes import Bases, Seals, recipes
 from translora.run.resume import continue_state, sent_back, withdraw_others
 from translora.run.rundir import open_run
 from translora.run.state import AdapterState, GateResult, Phase, SynthesisStats, load_state, save_state
@@ -334,7 +334,7 @@ def migrated(tmp_path: Path, run: Run, bundle: Bundle, finished: AdapterState) -
 
 
 def recipes_of(run: Run, entry: AdapterEntry, bundle: Bundle) -> dict[Phase, str]:
-    bases = (run.source, run.target, run.generator)
+    bases = Bases(run.source, run.target, run.generator)
     return recipes(run.config, entry, bundle_digest=bundle.digest, num_samples=16, bases=bases)
 
 
@@ -613,7 +613,7 @@ def test_a_sealed_adapter_is_not_read_again_until_a_file_or_a_setting_changes(
     own = tmp_path / "given/a"
     shutil.copytree(bundle.path, own)
     entries = {"a": AdapterEntry(bundle=str(own))}
-    bases = (run.source, run.target, run.generator)
+    bases = Bases(run.source, run.target, run.generator)
 
     def look_again(run: Run = run) -> Member | AdapterState:
         return verify_fleet(run, entries, Seals(tmp_path, run.config, bases), {})["a"]

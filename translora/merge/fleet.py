@@ -58,7 +58,7 @@ def entries_before(config: FleetConfig, names: Sequence[str]) -> dict[str, Adapt
     return found
 
 
-def merge_before(config: FleetConfig, source: BaseInfo, start_cluster: Callable[[], None]) -> dict[str, str]:
+def merge_before(config: FleetConfig, source: BaseInfo, before_work: Callable[[], None]) -> dict[str, str]:
     """Make the bundles of `entries_before`; returns the reasons, by name, of those that cannot be made."""
     faults = {}
     for entry in (entry for entry in config.merges if entry.when == "before"):
@@ -66,7 +66,7 @@ def merge_before(config: FleetConfig, source: BaseInfo, start_cluster: Callable[
         output = config.run_dir / MERGES / entry.name
         try:
             parts = [read_bundle(path) for path in fetch_parts(config, entry)]
-            merge_bundles(config, entry, parts, data, config.source, source, output, start_cluster)
+            merge_bundles(config, entry, parts, data, config.source, source, output, before_work)
         except ValueError as error:
             faults[entry.name] = str(error)
     return faults
@@ -87,7 +87,7 @@ def fetch_parts(config: FleetConfig, entry: MergeEntry) -> list[str]:
 
 
 def merge_after(
-    config: FleetConfig, target: BaseInfo, states: Sequence[AdapterState], start_cluster: Callable[[], None]
+    config: FleetConfig, target: BaseInfo, states: Sequence[AdapterState], before_work: Callable[[], None]
 ) -> list[AdapterState]:
     """Merge migrated adapters; returns a state for each merge. One that cannot be made is quarantined, with its reason.
 
@@ -104,7 +104,7 @@ def merge_after(
             parts = [published(config, by_name[name]) for name in entry.adapters]
             synthetic = [config.run_dir / "adapters" / name / SYNTHETIC for name in entry.adapters]
             data = [Path(path) for path in entry.data] or (synthetic if entry.needs_data else [])
-            bundle = merge_bundles(config, entry, parts, data, config.target, target, output, start_cluster)
+            bundle = merge_bundles(config, entry, parts, data, config.target, target, output, before_work)
             state.status, state.output, state.bundle_digest = "merged", f"{BUNDLES}/{entry.name}", bundle.digest
             state.num_samples = bundle.manifest.num_samples
         except ValueError as error:
@@ -152,7 +152,7 @@ def merge_bundles(
     settings: BaseModelConfig,
     base: BaseInfo,
     output: Path,
-    start_cluster: Callable[[], None],
+    before_work: Callable[[], None],
 ) -> Bundle:
     """Merge bundles of one base into a bundle at `output`, unless it was made of the same before.
 
@@ -191,7 +191,7 @@ def merge_bundles(
             "seed": config.seed,
         }
     )
-    run_merge(command, config, start_cluster)
+    run_merge(command, config, before_work)
     in_turn = itertools.zip_longest(*(part.seeds for part in parts))
     return write_bundle(
         output,
@@ -223,7 +223,7 @@ def made_before(output: Path, recipe: str, base: BaseInfo) -> Bundle | None:
     return bundle
 
 
-def run_merge(command: MergeConfig, config: FleetConfig, start_cluster: Callable[[], None]) -> None:
+def run_merge(command: MergeConfig, config: FleetConfig, before_work: Callable[[], None]) -> None:
     """`translora merge`, on a worker of the cluster where the base is run.
 
     Raises:
@@ -235,7 +235,7 @@ def run_merge(command: MergeConfig, config: FleetConfig, start_cluster: Callable
     if not command.needs_data:
         merge(command)
         return
-    start_cluster()
+    before_work()
     import ray
 
     resources = config.resources

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from translora.bundle import BaseInfo
 from translora.bundle.base import pinned
@@ -20,10 +20,19 @@ SPENT = {"batch_size", "min_accepted_fraction", *BUDGET}
 """Of the synthesis: they touch no adapter that has its samples."""
 RETRIES = {"retries", "retry_factor"}
 """Of the gate: they touch no adapter that passed it."""
+Base = TypeVar("Base")
 SEALS = "seals.json"
 GATE_RULES = 3
 """Of the gate's verdict: a run of others judges again. 2: few answers are told from chance by their likelihood.
 3: a student has room for the teacher's answers, in however many tokens of its own."""
+
+
+class Bases(NamedTuple, Generic[Base]):
+    """The bases of a fleet."""
+
+    source: Base
+    target: Base
+    generator: Base
 
 
 def recipes(
@@ -32,12 +41,12 @@ def recipes(
     *,
     bundle_digest: str,
     num_samples: int,
-    bases: tuple[BaseInfo, BaseInfo, BaseInfo],
+    bases: Bases[BaseInfo],
 ) -> dict[Phase, str]:
     """A hash for each phase of what decides its result, given the results of the phases before it.
 
     Args:
-        bases: source, target and generator; they count by their weights, not by where they lie.
+        bases: they count by their weights, not by where they lie.
     """
     source, target, generator = (
         (base.identity, {key: value for key, value in settings.decides().items() if key != "model"})
@@ -84,22 +93,21 @@ def spending(config: FleetConfig) -> dict[str, float]:
     return {**{name: getattr(config.synthesis, name) for name in BUDGET}, "retries": config.gate.retries}
 
 
-def at_commits(config: FleetConfig, bases: tuple[BaseInfo, BaseInfo, BaseInfo]) -> FleetConfig:
-    """The fleet file with the commits that its bases' hub ids were found to stand for, as every worker is to load them.
-
-    Args:
-        bases: source, target and generator.
-    """
-    update: dict[str, Any] = {"source": pinned(config.source, bases[0]), "target": pinned(config.target, bases[1])}
+def at_commits(config: FleetConfig, bases: Bases[BaseInfo]) -> FleetConfig:
+    """The fleet file with the commits that its bases' hub ids were found to stand for, as every worker loads them."""
+    update: dict[str, Any] = {
+        "source": pinned(config.source, bases.source),
+        "target": pinned(config.target, bases.target),
+    }
     if config.synthesis.generator is not None:
-        generator = pinned(config.synthesis.generator, bases[2])
+        generator = pinned(config.synthesis.generator, bases.generator)
         update["synthesis"] = config.synthesis.model_copy(update={"generator": generator})
     return config.model_copy(update=update)
 
 
-def base_settings(config: FleetConfig) -> tuple[BaseModelConfig, BaseModelConfig, BaseModelConfig]:
-    """Source, target and generator as the fleet file has them."""
-    return config.source, config.target, config.generator
+def base_settings(config: FleetConfig) -> Bases[BaseModelConfig]:
+    """The bases as the fleet file has them."""
+    return Bases(config.source, config.target, config.generator)
 
 
 class Seals:
@@ -110,10 +118,10 @@ class Seals:
 
     Args:
         run_dir: they lie in RUN/seals.json; deleting it makes a rerun hash everything.
-        bases: fingerprints of source, target and generator.
+        bases: of the fleet.
     """
 
-    def __init__(self, run_dir: Path, config: FleetConfig, bases: tuple[BaseInfo, BaseInfo, BaseInfo]) -> None:
+    def __init__(self, run_dir: Path, config: FleetConfig, bases: Bases[BaseInfo]) -> None:
         self.run_dir = run_dir
         settings = config.model_dump(exclude={"adapters", "merges", "resources", "tracking", "run_dir"})
         self._common = digest(settings, [base.identity for base in bases], GATE_RULES)

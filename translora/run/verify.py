@@ -21,7 +21,7 @@ from translora.run.check import check_inputs, check_seeds, check_target_context,
 from translora.run.cohorts import cohort_names
 from translora.run.files import read_jsonl
 from translora.run.member import Member, Run
-from translora.run.recipes import Seals, recipes, spending
+from translora.run.recipes import Bases, Seals, recipes, spending
 from translora.run.resume import continue_state, withdraw_others
 from translora.run.state import AdapterState, load_state, state_path
 from translora.synthesis.pool import choose_screen
@@ -133,7 +133,7 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
     except ValueError as error:
         run.quarantine(state, str(error))
         return state
-    bases = (run.source, run.target, run.generator)
+    bases = Bases(run.source, run.target, run.generator)
     fresh = AdapterState(
         name=name,
         bundle=entry.bundle,
