@@ -22,7 +22,7 @@ from translora.lora.targets import resolve_targets
 from translora.lora.warm_start import not_copied
 from translora.run.files import derive_seed
 from translora.run.member import Member, Run
-from translora.run.state import DISCRIMINATOR, STUDENT
+from translora.run.state import DISCRIMINATOR, STUDENT, was_refused
 from translora.synthesis.discriminator import Inputs, discriminator_rows, hold_out
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def discriminator_inputs(run: Run, member: Member) -> tuple[Inputs, Inputs | Non
     """What the next hop's discriminator is trained on, and what it is measured on: accepted and refused inputs."""
     accepted = [row["input"] for split in ("train", "heldout") for row in member.samples(split)]
     # What only found no room among the best of a surplus is an input of the task.
-    refused = [row["input"] for row in member.samples("refused") if row["score"] is not None and row["score"] <= 0]
+    refused = [row["input"] for row in member.samples("refused") if was_refused(row)]
     return hold_out(Inputs(accepted, refused), derive_seed(run.config.seed, member.name, DISCRIMINATOR))
 
 

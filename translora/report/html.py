@@ -26,7 +26,7 @@ from translora.report.table import (
 )
 from translora.report.templates import environment
 from translora.run.files import read_object, write_bytes
-from translora.run.state import AdapterState, load_states
+from translora.run.state import AdapterState, load_states, was_refused
 
 REPORT_FILE = "report.html"
 NUM_KEPT, NUM_REFUSED = 4, 2
@@ -141,7 +141,7 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
 
 def why_left_out(row: Mapping[str, Any]) -> str:
     """A row that the screen accepted is not refused: others of its answer were better, or enough."""
-    return "outranked" if row["score"] is None or row["score"] > 0 else "refused"
+    return "refused" if was_refused(row) else "outranked"
 
 
 def examples(kept: Sequence[dict[str, Any]], left_out: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

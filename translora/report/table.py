@@ -1,4 +1,4 @@
-"""The fleet's result table: for a terminal (rich), and as Markdown."""
+"""The fleet's result table for a terminal, and the words that tables, cards and the page share."""
 
 from __future__ import annotations
 

@@ -6,8 +6,9 @@ One JSON file per adapter, `RUN/adapters/NAME/state.json`, replaced atomically b
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -109,6 +110,11 @@ class Accuracy(BaseModel):
     source_adapter: float
     target_base: float
     migrated: float
+
+
+def was_refused(row: Mapping[str, Any]) -> bool:
+    """Whether a screen refused a sample. The `refused` of a synthetic set also are what a surplus left over."""
+    return row["score"] is not None and row["score"] <= 0
 
 
 class AdapterState(BaseModel):

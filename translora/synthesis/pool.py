@@ -14,7 +14,7 @@ from translora.bundle.bundle import Bundle
 from translora.config import Screen, SynthesisConfig
 from translora.errors import InputError
 from translora.run.files import digest, write_bytes
-from translora.run.state import ScreenName, SynthesisStats
+from translora.run.state import ScreenName, SynthesisStats, was_refused
 from translora.synthesis.prompts import normalise
 from translora.synthesis.quality import KnownInputs, answer_classes, by_answer, deal, deal_evenly, distinct_ngrams
 
@@ -70,8 +70,7 @@ class Pool:
         self.stats = self.stats.model_copy(update=counts)
         for row in rows:
             sample = {key: row[key] for key in ("sample_id", "input", "answer", "score")}
-            outranked = row["score"] is None or row["score"] > 0
-            kept = row["split"] != "refused" or outranked
+            kept = row["split"] != "refused" or not was_refused(row)
             (self.accepted if kept else self.refused).append(sample)
             self.seen.add(normalise(row["input"]))
         self.stats.accepted = len(self.accepted)
@@ -124,7 +123,7 @@ def admit(labelled: Sequence[Row], pools: Mapping[str, Pool]) -> None:
     for row in sorted(labelled, key=lambda row: (row["adapter"], row["sample_id"])):
         pool = pools[row["adapter"]]
         sample = {key: row[key] for key in ("sample_id", "input", "answer", "score")}
-        if row["score"] is not None and row["score"] <= 0:
+        if was_refused(row):
             pool.drop("refused")
             pool.refused.append(sample)
         elif not row["answer"]:

@@ -9,6 +9,7 @@ from translora.actors.blocks import answer_block, answer_likelihood, encoded, wi
 from translora.actors.calls import Row
 from translora.engine.prompts import prompt_format
 from translora.engine.protocol import Engine
+from translora.run.state import was_refused
 from translora.synthesis.prompts import discriminator_question
 
 
@@ -63,7 +64,7 @@ def screen_and_label_block(engine: Engine, rows: list[Row], settings: dict[str, 
     if judged:
         for row, score in zip(judged, discriminator_scores(engine, judged), strict=True):
             row["score"] = score
-    kept = [row for row in found if row["score"] is None or row["score"] > 0]
+    kept = [row for row in found if not was_refused(row)]
     if kept:
         for row, answered in zip(kept, answer_block(engine, kept, settings), strict=True):
             row |= {"answer": answered["answer"], "finished": answered["finished"]}
