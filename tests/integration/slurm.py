@@ -71,15 +71,12 @@ class Slurm:
     root: Path
 
     def run(self, *command: str | Path) -> str:
-        # Only the compiled extensions are those of the real home; they take minutes to build.
-        cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
         done = subprocess.run(
             [str(part) for part in command],
             cwd=self.root,
             env=user_environment(
                 SLURM_CONF=str(self.root / "slurm.conf"),
                 HOME=str(self.root),
-                XDG_CACHE_HOME=cache,
                 RAY_PORT=str(free_port()),
                 RAY_TMPDIR=f"{self.root.parent}/r",
             ),

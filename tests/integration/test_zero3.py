@@ -18,8 +18,10 @@ from tests.ranks import run_ranks
 from tests.tiny import make_adapter, make_base
 from translora.bundle import inspect_base
 from translora.bundle.adapter import check_adapter
+from translora.bundle.base import UnusableBaseError
 from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
 from translora.config.merge import IterisSettings
+from translora.distill.build_lock import leave_out_unused_op
 from translora.distill.data import encode_samples
 from translora.distill.ds_config import DS_CONFIGS, read_ds_config
 from translora.distill.job import FAILURE, TrainJob
@@ -337,6 +339,7 @@ def merge_on_rank(rank: int, root: str, base: str, dirs: list[str]) -> None:
     import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+    leave_out_unused_op()
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     config = read_ds_config("zero3.json", torch.float32)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -361,6 +364,36 @@ def test_iteris_under_zero3_gives_the_adapter_of_one_process(base: Path, tmp_pat
     for name, (lora_A, lora_B) in expected.items():
         torch.testing.assert_close(first[name][1] @ first[name][0], lora_B @ lora_A, rtol=1e-4, atol=1e-5)
         assert torch.equal(first[name][0], second[name][0])
+
+
+def load_another(rank: int, directory: str, base: str) -> None:
+    """Load a base whose weights are not those of its files, as a loader does that leaves some as they were made."""
+    os.environ |= {"MASTER_ADDR": "localhost", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
+    import deepspeed
+
+    from translora.distill import zero3
+
+    load = zero3.load_partitioned
+
+    def reinitialised(*arguments: object) -> torch.nn.Module:
+        model = load(*arguments)  # type: ignore[arg-type]
+        own = dict(model.named_parameters())
+        with deepspeed.zero.GatheredParameters([own[min(own)]], modifier_rank=0):
+            if rank == 0:
+                own[min(own)].data.normal_()
+        return model
+
+    zero3.load_partitioned = reinitialised  # type: ignore[assignment]
+    with pytest.raises(UnusableBaseError) as refusal:
+        zero3.ShardedBase(BaseModelConfig(model=base), CONFIG)
+    Path(directory, f"refusal-{rank}").write_text(str(refusal.value))
+
+
+def test_a_base_that_was_not_loaded_as_it_is_never_trains(base: Path, tmp_path: Path) -> None:
+    run_ranks(load_another, tmp_path, str(tmp_path), str(base))
+    for rank in range(2):
+        text = (tmp_path / f"refusal-{rank}").read_text()
+        assert f"{base}: " in text and "differs from its file after loading under ZeRO-3" in text
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,18 @@ import os
 import time
 from pathlib import Path
 
+import deepspeed
 from torch.utils import cpp_extension
 
 logger = logging.getLogger(__name__)
 PATIENCE = 120.0
 """Seconds that a lock is left alone which no process of this machine holds: one of another machine with the same home
 directory might, and compiles for less than that."""
+
+
+def leave_out_unused_op() -> None:
+    """Have DeepSpeed not compile what it has for tensor-parallel inference on CPUs; to be called before it starts."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def free_build_locks() -> None:

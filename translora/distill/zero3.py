@@ -26,7 +26,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from translora.bundle.base import BaseInfo, UnusableBaseError, info_of
 from translora.config import BaseModelConfig, TrainConfig
-from translora.distill.build_lock import free_build_locks
+from translora.distill.build_lock import free_build_locks, leave_out_unused_op
 from translora.distill.data import Sample, pack
 from translora.distill.ds_config import read_ds_config
 from translora.distill.frozen import keep_no_inputs, recompute
@@ -56,8 +56,7 @@ class ShardedBase:
         self.tokenizer, self.identity = load_tokenizer(base), info.identity
         self.ds_config = ds_config = read_ds_config(config.ds_config, self.dtype)
         free_build_locks()
-        # An op that CPUs would compile at the start of every first training, for tensor-parallel inference alone.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        leave_out_unused_op()
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         _RESIDENT[:] = [HfDeepSpeedConfig(ds_config)]
         self.model = load_partitioned(base, self.dtype, ds_config)
