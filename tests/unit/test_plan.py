@@ -305,6 +305,26 @@ def test_bundles_at_hand_give_their_sizes(tmp_path: Path) -> None:
         bundled_work(load_config(tmp_path / "fleet.yaml", FleetConfig), 0.5)
 
 
+def test_a_published_training_of_70b_is_planned_with_the_memory_that_the_docs_set_against_it(tmp_path: Path) -> None:
+    """PEFT's guide to DeepSpeed: Llama 2 70B, rank 8 on all linear modules, eight samples of 2048 tokens a GPU."""
+    shape = {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
+    shape |= {"intermediate_size": 28672, "vocab_size": 32000, "max_position_embeddings": 4096}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **shape}))
+    base = {"model": str(tmp_path)}
+    distill = {"batch_size": 64, "micro_batch_size": 8, "max_length": 2048, "gang_size": 1, "dtype": "bfloat16"}
+    distill |= {"lora": {"rank": 8, "target_modules": "all-linear"}, "gradient_checkpointing": True}
+    synthesis = {"sampling": {"max_new_tokens": 1980}, "max_answer_tokens": 64, "screen": "none"}
+    raw = {"run_dir": "run", "source": base, "target": base, "adapters": [{"bundle": "x"}], "distill": distill}
+    config = FleetConfig.model_validate({**raw, "synthesis": synthesis})
+    memory = plan(config, num_adapters=1).phases[2].memory
+    assert plan(config, num_adapters=1).training.tokens_per_pass == 8 * 2048
+    passing = memory["activations"] + memory["logits and gradients"]
+    parts = (memory["its part of the base"], memory["gathered layers and head"], memory["students"], passing)
+    assert [round(part / 1e9) for part in parts] == [17, 3, 2, 30]
+    set_aside = GPUS["h100-80gb"].memory_bytes - Hardware(GPUS["h100-80gb"], 8).room
+    assert round((sum(parts) + set_aside) / 1e9) == 55
+
+
 def test_what_is_merged_before_it_migrates_is_planned_with_the_rest(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     parts = [str(make_bundle(tmp_path / name, base, num_samples=10, seed=seed).path) for seed, name in enumerate("ab")]
