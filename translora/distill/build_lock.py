@@ -1,6 +1,7 @@
 """DeepSpeed compiles small ops at their first use, those of ZeRO++ for one.
 
-A process that is killed meanwhile leaves torch's lock behind. torch waits for such a lock for ever (torch.utils.file_baton), and with it every later training on the machine.
+A process that is killed meanwhile leaves torch's lock behind. torch waits for such a lock for ever
+(torch.utils.file_baton), and with it every later training on the machine.
 """
 
 from __future__ import annotations
