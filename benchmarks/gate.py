@@ -137,6 +137,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the Markdown file")
     arguments = parser.parse_args()
     found = read_points(arguments.pages)
+    if not found:
+        parser.error("no adapter of these pages was judged by a gate on a task that counts")
     plot = arguments.out.with_suffix(".svg")
     write_bytes(arguments.out, to_markdown(found, plot.name).encode())
     write_bytes(plot, to_svg(found).encode())

@@ -75,6 +75,24 @@ def test_a_module_has_room_for_those_alone_that_adapt_it(base: Path, adapters: d
     assert numbers == bank_numbers([adapter_sizes(str(path)) for path in adapters.values()])
 
 
+def test_scaling_is_not_rounded_to_the_dtype_of_the_base(base: Path, tmp_path: Path) -> None:
+    """20/12 is none of bfloat16's numbers; alone or among others, an adapter is as strong as it was trained."""
+    adapter = make_adapter(tmp_path / "adapter", base, rank=12, alpha=20)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
+    lora = read_lora(adapter)
+    bank = load_bank(model, {"one": lora, "two": lora})
+    name, module = next(iter(bank.modules.items()))
+    x_BTI = torch.randn(64, 8, module.base.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+    lora_A, lora_B = (factor.bfloat16().double() for factor in lora.modules[name])
+    wanted = 20 / 12 * x_BTI.double() @ lora_A.T @ lora_B.T
+    for names in (["one"] * 64, ["one", "two"] * 32):
+        bank.route_rows(names, torch.device("cpu"))
+        with torch.no_grad():
+            update = module(x_BTI).double() - module.base(x_BTI).double()
+        gain = float((update * wanted).sum() / (wanted * wanted).sum())
+        assert gain == pytest.approx(1, abs=6e-4), names[:2]
+
+
 def test_a_batch_of_one_adapter_equals_the_mixed_batch(base: Path, adapters: dict[str, Path]) -> None:
     ids_BT = torch.randint(4, 300, (3, 7), generator=torch.Generator().manual_seed(1))
     model = load(base)

@@ -14,13 +14,14 @@ from translora.cli import FAILED, MIGRATED, UNUSABLE, main
 from translora.config import BaseModelConfig, FleetConfig, load_config
 from translora.distill.memory import lora_weights
 from translora.engine.loading import load_model
-from translora.engine.memory import num_weights
+from translora.engine.memory import adapter_sizes, num_weights
 from translora.engine.vllm_settings import check_engine
 from translora.plan.actors import load_seconds
 from translora.plan.fleet import FleetPlan, PhasePlan, plan_fleet
 from translora.plan.hardware import GPUS, LINK_SHARE, Hardware
 from translora.plan.shape import read_shape, read_shapes
 from translora.plan.work import bundled_work, given_work
+from translora.run.files import sha256_file
 
 EXAMPLE = Path(__file__).parents[2] / "examples/plan-70b"
 
@@ -342,6 +343,36 @@ def test_what_is_merged_before_it_migrates_is_planned_with_the_rest(tmp_path: Pa
     assert len(alone) == 2 and (merged.num_samples, merged.num_seeds, merged.epochs) == (20, 10, 3)
     assert num_weights(merged.sizes or {}) == sum(num_weights(one.sizes or {}) for one in alone)
     assert merged.screen == "confidence", "it has no discriminator"
+
+
+def test_what_vllm_does_not_take_is_left_out_and_a_merge_has_the_rank_that_it_is_cut_to(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = make_base(tmp_path / "base")
+    for seed, name in enumerate("abc"):
+        make_bundle(tmp_path / name, base, seed=seed, num_samples=10)
+    rank = max(own for own, _ in adapter_sizes(str(tmp_path / "a")).values())
+    config = json.loads((tmp_path / "c/adapter_config.json").read_text())
+    (tmp_path / "c/adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    manifest = json.loads((tmp_path / "c/translora/manifest.json").read_text())
+    manifest["files"]["adapter_config.json"] = sha256_file(tmp_path / "c/adapter_config.json")
+    (tmp_path / "c/translora/manifest.json").write_text(json.dumps(manifest))
+    parts = [str(tmp_path / name) for name in "ab"]
+    merge = {"when": "before", "adapters": parts}
+    raw = {
+        "run_dir": tmp_path / "run",
+        "source": {"model": str(base), "vllm": {}},
+        "target": {"model": str(base)},
+        "adapters": [{"bundle": str(tmp_path / name)} for name in "abc"],
+        "merges": [
+            {"name": "sum", "method": "static_cat", **merge},
+            {"name": "cut", "method": "static_cat", "rank": rank, **merge},
+            {"name": "mean", "method": "linear", **merge},
+        ],
+    }
+    found = [one.sizes or {} for one in bundled_work(FleetConfig.model_validate(raw), 0.5).adapters]
+    assert [max(own for own, _ in sizes.values()) for sizes in found] == [rank, rank, 2 * rank, rank, rank]
+    assert "c: is no plain LoRA, and vLLM computes no others" in caplog.text
 
 
 def test_a_base_that_no_gpu_can_keep_whole_is_to_be_gathered_by_layers(example: FleetConfig) -> None:

@@ -188,6 +188,12 @@ def test_what_is_over_goes_by_answers_too_and_within_one_by_its_place(screen: Sc
     assert [row["sample_id"] for row in texts.accepted] == [0, 1, 2]
 
 
+def test_a_score_that_is_not_a_number_lets_nothing_pass() -> None:
+    one = pool("task", needed=3)
+    admit(labelled("task", 2, float("nan")) + labelled("task", 1, 0.0, start=2), {"task": one})
+    assert one.accepted == [] and len(one.refused) == 3 and one.stats.dropped == {"refused": 3}
+
+
 def test_a_teacher_with_one_answer_is_warned_of_and_one_that_answers_nothing_leaves_the_set_empty() -> None:
     one, silent = pool("one", needed=3), pool("silent", needed=3)
     admit(labelled("one", 3) + labelled("silent", 3, answer=""), {"one": one, "silent": silent})

@@ -34,6 +34,8 @@ Combination = Literal[
 Method = Literal["cat", "iteris", "regmean", "fedex", "component_mean"] | Combination
 METHODS: tuple[str, ...] = tuple(name for part in get_args(Method) for name in (get_args(part) or (part,)))
 COMBINATIONS: tuple[str, ...] = get_args(Combination)
+STACKED = ("cat", "static_cat", "iteris", "regmean")
+"""Methods whose result has the sum of the ranks."""
 NEED_OWN_DATA = ("iteris", "regmean")
 """Methods that want one data file for each adapter."""
 
@@ -264,3 +266,10 @@ def merge_config(settings: dict[str, Any], assignments: Sequence[str] = ()) -> M
         return MergeConfig.model_validate(raw)
     except ValidationError as error:
         raise InputError("; ".join(fault_text(MergeConfig, fault) for fault in error.errors())) from error
+
+
+def merged_rank(method: str, ranks: Sequence[int], num_adapters: int) -> int:
+    """Rank of a module after a merge that cuts none, from the ranks of those of the adapters that have it."""
+    if method in STACKED:
+        return sum(ranks)
+    return max(ranks) * (num_adapters if method == "fedex" else 1)

@@ -56,7 +56,8 @@ class ShardedBase:
         self.tokenizer, self.identity = load_tokenizer(base), info.identity
         self.ds_config = ds_config = read_ds_config(config.ds_config, self.dtype)
         free_build_locks()
-        leave_out_unused_op()
+        if self.place.type == "cpu":
+            leave_out_unused_op()
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         _RESIDENT[:] = [HfDeepSpeedConfig(ds_config)]
         self.model = load_partitioned(base, self.dtype, ds_config)

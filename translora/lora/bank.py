@@ -150,6 +150,7 @@ def empty_bank(model: nn.Module, ranks: Mapping[str, int]) -> AdapterBank:
     bank = _attach(model, sorted(ranks), [""])
     for module, banked in bank.modules.items():
         banked.stack([0], 1, ranks[module])
+        banked.slots[0] = Slot(banked.lora_A[0], banked.lora_B[0], 1.0)
     return bank
 
 

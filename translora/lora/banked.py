@@ -144,7 +144,7 @@ class BankedLinear(nn.Module):
         kwargs: Any = {"dtype": self.base.weight.dtype, "device": self.base.weight.device}
         self.lora_A = torch.zeros(len(slots) + 1, rank, self.base.in_features, **kwargs)
         self.lora_B = torch.zeros(len(slots) + 1, self.base.out_features, rank, **kwargs)
-        self.scaling = torch.ones(len(slots) + 1, **kwargs)
+        self.scaling = torch.ones(len(slots) + 1, device=self.base.weight.device)
         self.own_places = {slot: place for place, slot in enumerate(slots)}
         everyone = [self.own_places.get(slot, len(slots)) for slot in range(num_slots)]
         self.places = torch.tensor([*everyone, len(slots)], device=self.base.weight.device)
@@ -171,8 +171,10 @@ class BankedLinear(nn.Module):
         if route.single is not None:
             if (own := self.slots.get(route.single)) is None:
                 return out_BTO
-            return out_BTO + F.linear(F.linear(x_BTI, own.lora_A) * own.scaling, own.lora_B)
+            hidden_BTR = F.linear(x_BTI, own.lora_A) * own.scaling
+            return torch.addmm(out_BTO.flatten(0, 1), hidden_BTR.flatten(0, 1), own.lora_B.T).view_as(out_BTO)
         assert route.slots_B is not None and len(route.slots_B) == len(x_BTI), "route the batch before the forward pass"
         places_B = self.places[route.slots_B.to(self.places.device)]  # a base may be spread over GPUs
-        hidden_BTR = torch.bmm(x_BTI, self.lora_A[places_B].transpose(1, 2)) * self.scaling[places_B][:, None, None]
+        hidden_BTR = torch.bmm(x_BTI, self.lora_A[places_B].transpose(1, 2))
+        hidden_BTR = (hidden_BTR * self.scaling[places_B][:, None, None]).to(x_BTI.dtype)
         return torch.baddbmm(out_BTO, hidden_BTR, self.lora_B[places_B].transpose(1, 2))

@@ -20,7 +20,7 @@ from translora.bundle.base import BaseInfo, refuse_encoder_decoder
 from translora.bundle.manifest import MANIFEST
 from translora.bundle.modules import linear_modules
 from translora.config import BaseModelConfig
-from translora.config.merge import COMBINATIONS, NEED_OWN_DATA, Combination, MergeConfig
+from translora.config.merge import COMBINATIONS, NEED_OWN_DATA, Combination, MergeConfig, merged_rank
 from translora.engine.loading import device, load_model, load_tokenizer, resolve_dtype
 from translora.engine.memory import is_out_of_memory
 from translora.engine.prompts import prompt_format
@@ -36,8 +36,6 @@ from translora.run.files import check_writable, replace_directory, sha256_file, 
 from translora.run.redact import first_line
 
 logger = logging.getLogger(__name__)
-STACKED = ("cat", "static_cat", "iteris", "regmean")
-"""Methods whose result has the sum of the ranks."""
 SETTINGS_FILE = "merge.json"
 """Beside the adapter: settings, hashes and coefficients, and the mark of a directory that may be replaced."""
 
@@ -128,9 +126,7 @@ def whole_rank(method: str, tasks: Sequence[Task]) -> int:
     """Greatest rank of a module that the merge has before it is truncated."""
     names = {name for task in tasks for name in task.lora.modules}
     by_module = [[len(task.lora.modules[name][0]) for task in tasks if name in task.lora.modules] for name in names]
-    if method in STACKED:
-        return max(map(sum, by_module))
-    return max(map(max, by_module)) * (len(tasks) if method == "fedex" else 1)
+    return max(merged_rank(method, ranks, len(tasks)) for ranks in by_module)
 
 
 def find_base(config: MergeConfig) -> BaseInfo:

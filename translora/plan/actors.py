@@ -89,7 +89,7 @@ class Stage:
         """Of one of vLLM's slots, which are all alike: of every module, and of the greatest rank."""
         modules = union(self.adapters)
         most = max((own for own, _ in modules.values()), default=0)
-        rank = min(value for value in RANKS if value >= most)
+        rank = min((value for value in RANKS if value >= most), default=most)
         return rank * sum(width for _, width in modules.values()) * self.shape.dtype.itemsize
 
     def token_bytes(self, count: int) -> float:

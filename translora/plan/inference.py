@@ -126,8 +126,8 @@ def prompt_pass_bytes(shape: Shape, num_rows: int, num_tokens: int, ranks: tuple
         with fake_base(config, shape.dtype, "sdpa") as model, torch.no_grad():
             ids = torch.zeros(num_rows, num_tokens, dtype=torch.long)
             mask = torch.ones(num_rows, num_tokens, dtype=torch.long)
-            here = linears(model)
-            bank = empty_bank(model, {name: rank for name, rank in ranks if name in here})
+            here = {_in_layers(name): name for name in linears(model)}
+            bank = empty_bank(model, {here[_in_layers(name)]: rank for name, rank in ranks if _in_layers(name) in here})
             bank.route_rows(["", *[None] * (num_rows - 1)], ids.device)
             stacks = [one for module in bank.modules.values() for one in (module.lora_A, module.lora_B)]
             with LiveBytes([*model.parameters(), *model.buffers(), *stacks]) as memory:
@@ -138,3 +138,8 @@ def prompt_pass_bytes(shape: Shape, num_rows: int, num_tokens: int, ranks: tuple
         logger.info("%s: the memory of a pass over prompts is estimated (%s)", shape.name, first_line(error))
         peak = num_rows * num_tokens * (6 * text.hidden_size + 3 * inner_size(text)) * shape.dtype.itemsize
     return int(max(0, peak))
+
+
+def _in_layers(module: str) -> str:
+    """A module's name from the layers on: the decoder of a base with more parts has it under another name alone."""
+    return module.rpartition(".layers.")[2]

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from translora.bundle import BundleError, read_bundle
+from translora.bundle import Bundle, BundleError, read_bundle
+from translora.bundle.adapter import highest_rank, is_in_bank
 from translora.bundle.remote import is_remote
 from translora.config import FleetConfig
+from translora.config.merge import merged_rank
 from translora.distill.data import num_steps
 from translora.distill.plan import JobSize
-from translora.engine.memory import Sizes, adapter_sizes
+from translora.engine.memory import Sizes, adapter_sizes, union
+from translora.engine.vllm_settings import check_rank
 from translora.errors import InputError
 from translora.run.entries import expand_entries
 from translora.run.state import REFUSING, ScreenName
@@ -89,7 +92,8 @@ def bundled_work(config: FleetConfig, acceptance: float) -> Work:
             if name in faults:
                 raise BundleError(faults[name])
             bundle = read_bundle(Path(entry.bundle))
-        except BundleError as error:
+            sizes = sizes_of(config, bundle)
+        except InputError as error:
             logger.warning("left out of the plan: %s", error)
             continue
         work = AdapterWork(
@@ -98,7 +102,7 @@ def bundled_work(config: FleetConfig, acceptance: float) -> Work:
             answer_tokens=config.synthesis.max_answer_tokens,
             num_seeds=len(bundle.seeds),
             epochs=entry.epochs,
-            sizes=adapter_sizes(str(bundle.path)),
+            sizes=sizes,
             screen=choose_screen(config.synthesis, bundle, entry.screen),
         )
         if bundle.discriminator_dir is not None:
@@ -118,13 +122,14 @@ def merged_work(config: FleetConfig) -> list[AdapterWork]:
     for merge in (merge for merge in config.merges if merge.when == "before"):
         try:
             parts = [read_bundle(Path(path)) for path in merge.adapters]
-        except BundleError as error:
+            every = [sizes_of(config, part) for part in parts]
+        except InputError as error:
             logger.warning("left out of the plan: the merge %s: %s", merge.name, error)
             continue
-        sizes: dict[str, tuple[int, int]] = {}
-        for part in parts:
-            for module, (rank, width) in adapter_sizes(str(part.path)).items():
-                sizes[module] = (sizes.get(module, (0, 0))[0] + rank, width)
+        sizes = {}
+        for module, (_, width) in union(every).items():
+            rank = merged_rank(merge.method, [one[module][0] for one in every if module in one], len(parts))
+            sizes[module] = (min(rank, merge.rank or rank), width)
         screen = merge.screen or config.synthesis.screen
         seeds = [seed for part in parts for seed in part.seeds]
         found.append(
@@ -139,6 +144,18 @@ def merged_work(config: FleetConfig) -> list[AdapterWork]:
             )
         )
     return found
+
+
+def sizes_of(config: FleetConfig, bundle: Bundle) -> Sizes:
+    """Of a bundle's adapter.
+
+    Raises:
+        InputError: the source's engine does not take it: a run would quarantine it.
+    """
+    if config.source.vllm is not None and not is_in_bank(bundle.path):
+        raise InputError(f"{bundle.path}: is no plain LoRA, and vLLM computes no others")
+    check_rank(highest_rank(bundle.path), config.source, str(bundle.path))
+    return adapter_sizes(str(bundle.path))
 
 
 def mean_tokens(texts: Sequence[str]) -> int:

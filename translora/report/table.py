@@ -124,7 +124,8 @@ def summary(states: Sequence[AdapterState]) -> str:
     counts: Counter[str] = Counter(state.status for state in states)
     others = [f"{counts[status]} {STATUS_WORDS[status]}" for status in STATUS_WORDS if status != "migrated"]
     shown = [text for text in others if not text.startswith("0 ")]
-    return ", ".join([f"{counts['migrated']} of {sum(not state.is_merge for state in states)} migrated", *shown])
+    num_adapters = sum(not (state.is_merge or state.status == "merged") for state in states)
+    return ", ".join([f"{counts['migrated']} of {num_adapters} migrated", *shown])
 
 
 def render_table(states: Sequence[AdapterState]) -> Table:

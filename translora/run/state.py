@@ -114,7 +114,7 @@ class Accuracy(BaseModel):
 
 def was_refused(row: Mapping[str, Any]) -> bool:
     """Whether a screen refused a sample. The `refused` of a synthetic set also are what a surplus left over."""
-    return row["score"] is not None and row["score"] <= 0
+    return row["score"] is not None and not row["score"] > 0  # a score that is not a number lets nothing pass
 
 
 class AdapterState(BaseModel):
