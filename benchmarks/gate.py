@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from translora.config import GateConfig
-from translora.evaluate.calibration import DIGITS, SIGNAL_WORDS, SIGNALS, Point, signal
+from translora.evaluate.calibration import DIGITS, OPEN, SIGNAL_WORDS, SIGNALS, Point, signal
 from translora.evaluate.cells import correlation, counted_noun, ratio_of, table
 from translora.evaluate.plot import Mark, draw
 from translora.evaluate.render import read_results
@@ -27,15 +27,11 @@ THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 def read_points(pages: Sequence[Path]) -> list[tuple[str, Point]]:
     """The adapters of the tasks that count, by page; a point's task is its page's own: pages differ in their bases."""
-    found = []
-    for page in pages:
-        results = read_results(page)
-        counted = {task.name for task in results.tasks if task.counted}
-        for one in results.migrations:
-            if one.task in counted and one.gate is not None and one.accuracy is not None:
-                task = f"{page.stem}/{one.task}"
-                found.append((page.stem, Point(one.gate, one.accuracy, one.source_accuracy, task)))
-    return found
+    return [
+        (page.stem, point._replace(task=f"{page.stem}/{point.task}"))
+        for page in pages
+        for point in read_results(page).points
+    ]
 
 
 def kept(point: Point) -> float:
@@ -73,7 +69,7 @@ def thresholds_table(points: Sequence[Point]) -> list[str]:
     for share in BINS:
         good = [kept(point) >= share for point in points]
         best = best_separation(
-            agreements, good, lambda threshold: [passes(point, max(threshold, 1e-9)) for point in points]
+            agreements, good, lambda threshold: [passes(point, max(threshold, OPEN)) for point in points]
         )
         own = separation(default, [passes(point, default) for point in points], good)
         if best is not None and own is not None:

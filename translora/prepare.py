@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from translora.actors.hosts import Hosts
 from translora.bundle import Bundle, BundleError, read_bundle, write_bundle
@@ -153,34 +154,15 @@ def train_jobs(config: PrepareConfig, task: Task, known: Inputs) -> list[TrainJo
             "synthesis.sampling.temperature"
         )
     output, work = config.run_dir / "adapters" / name, config.run_dir / "tasks"
-    jobs = [
-        make_job(
-            name,
-            "discriminator",
-            questions,
-            config.discriminator,
-            output=output / "discriminator",
-            work_dir=work / f"{name}-{digest(questions)}" / "discriminator",
-            root_seed=config.seed,
-            with_end=False,
-            template=task.template,
-        )
-    ]
+    common: dict[str, Any] = {"root_seed": config.seed, "template": task.template}
+    jobs = []
     if task.entry.adapter is None:
         answers = [{"input": row["input"], "answer": row["target"].strip()} for row in task.rows]
-        adapter = make_job(
-            name,
-            "adapter",
-            answers,
-            config.train,
-            output=output / "adapter",
-            work_dir=work / f"{name}-{digest(answers)}" / "adapter",
-            root_seed=config.seed,
-            with_end=True,
-            template=task.template,
-            peft=config.train.peft,
-        )
-        jobs.insert(0, adapter)
+        common |= {"output": output / "adapter", "work_dir": work / f"{name}-{digest(answers)}" / "adapter"}
+        peft = config.train.peft
+        jobs.append(make_job(name, "adapter", answers, config.train, with_end=True, peft=peft, **common))
+    common |= {"output": output / "discriminator", "work_dir": work / f"{name}-{digest(questions)}" / "discriminator"}
+    jobs.append(make_job(name, "discriminator", questions, config.discriminator, with_end=False, **common))
     return jobs
 
 

@@ -23,8 +23,7 @@ from translora.engine.loading import device, hide_gpus, num_gpus, resolve_dtype
 from translora.engine.memory import (
     BANK_SHARE,
     VLLM_SHARE,
-    adapter_sizes,
-    bank_numbers,
+    bank_numbers_of,
     is_out_of_memory,
     release_memory,
 )
@@ -106,7 +105,7 @@ class EngineHost:
 
     def _needed(self, base: BaseModelConfig, adapters: Mapping[str, str], rows: Sequence[Row]) -> Mapping[str, str]:
         """All adapters, or where a bank of all is too much for this machine those that the rows name."""
-        numbers = bank_numbers([adapter_sizes(path) for path in adapters.values()])
+        numbers = bank_numbers_of(tuple(adapters.values()))
         if numbers * resolve_dtype(base.dtype).itemsize <= BANK_SHARE * self._all_bytes():
             return adapters
         named = {row.get(key) for row in rows for key in SLOT_KEYS}

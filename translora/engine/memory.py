@@ -57,6 +57,12 @@ def adapter_sizes(directory: str) -> Sizes:
     return found
 
 
+@functools.lru_cache(maxsize=8)
+def bank_numbers_of(directories: tuple[str, ...]) -> int:
+    """`bank_numbers` of PEFT directories; asked for with each block of a phase, whose adapters are the same."""
+    return bank_numbers([adapter_sizes(directory) for directory in directories])
+
+
 def union(adapters: Iterable[Sizes]) -> Sizes:
     """All modules that any of them adapts, each with its greatest rank."""
     found: dict[str, tuple[int, int]] = {}

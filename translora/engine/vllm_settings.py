@@ -9,10 +9,12 @@ import dataclasses
 import difflib
 import importlib.util
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from translora.bundle.adapter import is_in_bank
 from translora.bundle.base import info_of, refuse_quantised
 from translora.config import BaseModelConfig
 from translora.engine.loading import num_gpus, resolve_dtype
@@ -24,6 +26,16 @@ MAX_LORAS, MAX_CPU_LORAS = 16, 128
 """Adapters that share a pass, and that are kept in the machine's memory, unless `vllm` says otherwise."""
 OWN = ("model", "tokenizer", "trust_remote_code", "dtype", "enable_lora", "max_lora_rank", "lora_target_modules")
 """Engine arguments that are set here."""
+
+
+def check_plain(adapter: Path, base: BaseModelConfig) -> None:
+    """Whether the source base's engine computes adapters of this kind.
+
+    Raises:
+        InputError: it does not.
+    """
+    if base.vllm is not None and not is_in_bank(adapter):
+        raise InputError(f"{adapter}: is no plain LoRA, and vLLM computes no others; leave source.vllm out")
 
 
 def check_rank(rank: int, base: BaseModelConfig, where: str) -> None:

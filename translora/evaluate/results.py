@@ -142,15 +142,19 @@ class Results(Record):
     migrations: list[Migration]
 
     @property
-    def calibration(self) -> Calibration:
-        """The gate against real accuracy, over the migrated adapters of the tasks that count."""
+    def points(self) -> list[Point]:
+        """The migrated adapters of the tasks that count, as the gate saw them and as they are."""
         counted = {task.name for task in self.tasks if task.counted}
-        points = [
+        return [
             Point(one.gate, one.accuracy, one.source_accuracy, one.task)
             for one in self.migrations
             if one.task in counted and one.gate is not None and one.accuracy is not None
         ]
-        return calibrate(points, GateConfig(**self.setup.gate))
+
+    @property
+    def calibration(self) -> Calibration:
+        """The gate against real accuracy."""
+        return calibrate(self.points, GateConfig(**self.setup.gate))
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from translora.bundle import Bundle, BundleError, read_bundle
-from translora.bundle.adapter import highest_rank, is_in_bank
+from translora.bundle.adapter import highest_rank
 from translora.bundle.remote import is_remote
 from translora.config import FleetConfig
 from translora.config.merge import merged_rank
 from translora.distill.data import num_steps
 from translora.distill.plan import JobSize
 from translora.engine.memory import Sizes, adapter_sizes, union
-from translora.engine.vllm_settings import check_rank
+from translora.engine.vllm_settings import check_plain, check_rank
 from translora.errors import InputError
 from translora.run.entries import expand_entries
 from translora.run.state import REFUSING, ScreenName
@@ -152,8 +152,7 @@ def sizes_of(config: FleetConfig, bundle: Bundle) -> Sizes:
     Raises:
         InputError: the source's engine does not take it: a run would quarantine it.
     """
-    if config.source.vllm is not None and not is_in_bank(bundle.path):
-        raise InputError(f"{bundle.path}: is no plain LoRA, and vLLM computes no others")
+    check_plain(bundle.path, config.source)
     check_rank(highest_rank(bundle.path), config.source, str(bundle.path))
     return adapter_sizes(str(bundle.path))
 

@@ -15,7 +15,7 @@ from translora.distill.phase import student_start
 from translora.engine.loading import load_tokenizer
 from translora.engine.prompts import prompt_format
 from translora.engine.protocol import check_answers
-from translora.engine.vllm_settings import check_rank
+from translora.engine.vllm_settings import check_plain, check_rank
 from translora.errors import InputError
 from translora.run.check import check_inputs, check_seeds, check_target_context, context_of
 from translora.run.cohorts import cohort_names
@@ -116,8 +116,7 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
         verify_bundle(bundle, run.source)
         screen = choose_screen(config.synthesis, bundle, entry.screen)
         check_stop(config, entry)
-        if config.source.vllm is not None and not is_in_bank(bundle.path):
-            raise InputError(f"{bundle.path}: is no plain LoRA, and vLLM computes no others; leave source.vllm out")
+        check_plain(bundle.path, config.source)
         for directory in filter(None, (bundle.path, bundle.discriminator_dir)):
             if (rank := highest_rank(directory)) > config.max_rank:
                 raise InputError(f"{directory}: its rank is {rank}, max_rank is {config.max_rank}; raise max_rank")
