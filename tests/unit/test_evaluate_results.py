@@ -14,10 +14,12 @@ import pytest
 from benchmarks.gate import read_points, to_svg
 from benchmarks.gate import to_markdown as gate_page
 from translora.cli import main
+from translora.errors import InputError
 from translora.evaluate.answers import inputs_trained_on
+from translora.evaluate.items import ItemScores, TaskItems
 from translora.evaluate.plot import draw_calibration
 from translora.evaluate.render import read_results, to_markdown, write_results
-from translora.evaluate.results import BaseSize, Migration, Results, Setup, TaskItems, summarise
+from translora.evaluate.results import BaseSize, Migration, Results, Setup, join, summarise
 from translora.evaluate.statistics import Separation
 from translora.run.files import write_parquet
 from translora.run.state import GateResult, SynthesisStats
@@ -52,11 +54,15 @@ def setup() -> Setup:
 
 def items(name: str, majority: float = 0.5, **counts: int) -> TaskItems:
     """A task whose arms answer the first `count` items right, in both seeds."""
-    right = {
-        arm: {seed: [index < count for index in range(NUM_TEST)] for seed in SEEDS} for arm, count in counts.items()
-    }
+    right = {arm: [float(index < count) for index in range(NUM_TEST)] for arm, count in counts.items()}
     commonest = [float(index >= round((1 - majority) * NUM_TEST)) for index in range(NUM_TEST)]
-    return TaskItems(name, 60, NUM_TEST, 0.25, dict.fromkeys(SEEDS, commonest), right)
+    return TaskItems(name, 60, NUM_TEST, [item_scores(name, seed, commonest, right) for seed in SEEDS])
+
+
+def item_scores(name: str, seed: int, commonest: list[float], right: dict[str, list[float]]) -> ItemScores:
+    """One repetition, no input of which is in another."""
+    inputs = [f"{seed}-{index}" for index in range(len(commonest))]
+    return ItemScores(task=name, seed=seed, inputs=inputs, commonest=commonest, chance=0.25, correct=right)
 
 
 SKILL = items("skill", source_base=10, source_adapter=40, target_base=10, real=45, plain=38, other=24)
@@ -196,9 +202,9 @@ def test_one_answer_to_everything_counts_one_time_in_forty_at_most() -> None:
     """An adapter as good as the majority answer, and independent of it, has no skill: the share that counts."""
     rng, counted = np.random.default_rng(3), 0
     for trial in range(200):
-        commonest, right = (rng.random(80) < 0.8 for _ in range(2))
-        arms = {arm: {0: right.tolist()} for arm in ("source_base", "source_adapter", "target_base", "real")}
-        task = TaskItems(f"trial {trial}", 60, 80, 0.25, {0: commonest.tolist()}, arms)
+        commonest, right = ((rng.random(80) < 0.8).astype(float).tolist() for _ in range(2))
+        arms = dict.fromkeys(("source_base", "source_adapter", "target_base", "real"), right)
+        task = TaskItems(f"trial {trial}", 60, 80, [item_scores(f"trial {trial}", 0, commonest, arms)])
         counted += task.result([]).counted
     assert counted <= 11, "5 of 200 are expected, and more than 11 come one time in a hundred"
 
@@ -218,8 +224,9 @@ def test_an_adapter_that_was_not_made_counts_as_the_bare_base() -> None:
 
 
 def test_an_arm_without_an_adapter_in_a_seed_is_the_base_there() -> None:
-    missing = {**SKILL.correct, "other": {1: SKILL.correct["other"][1]}}
-    task = dataclasses.replace(SKILL, correct=missing)
+    first, second = SKILL.seeds
+    rest = {arm: right for arm, right in first.correct.items() if arm != "other"}
+    task = dataclasses.replace(SKILL, seeds=[first.model_copy(update={"correct": rest}), second])
     found = summarise(setup(), [task], [migration("skill", "other", 0, 0, None, note="too few samples")])
     other = found.arms["other"]
     assert other.accuracy is not None and other.accuracy.value == pytest.approx((24 + 10) / 100)
@@ -361,3 +368,32 @@ def test_an_adapter_that_did_not_migrate_shows_in_the_exit_code(results: Results
         "tasks: [{name: skill, data: skill.jsonl}]\narms: {plain: {}}\n"
     )
     assert main(["evaluate", str(tmp_path / "evaluate.yaml"), "--report-only"]) == 1
+
+
+def part(seed: int, tasks: list[TaskItems]) -> Results:
+    """What a machine with one of the seeds writes."""
+    alone = [dataclasses.replace(one, seeds=[own for own in one.seeds if own.seed == seed], drawn={}) for one in tasks]
+    own = [one for one in MIGRATIONS if one.seed == seed]
+    found = summarise(setup().model_copy(update={"seeds": [seed]}), alone, own)
+    return Results.model_validate_json(found.model_dump_json())
+
+
+def test_seeds_that_were_measured_apart_make_the_page_of_all() -> None:
+    tasks = [SKILL, TRIVIAL, items("harness", source_base=10, source_adapter=40, target_base=10, real=45, plain=38)]
+    tasks[2].seeds[1].correct["plain"][3] = 1 / 3
+    whole = summarise(setup(), tasks, sorted(MIGRATIONS, key=lambda one: one.seed))
+    joined = join([part(1, tasks), part(0, tasks)])
+    assert to_markdown(joined, "results") == to_markdown(whole, "results")
+    assert joined.tasks == whole.tasks and joined.arms == whole.arms
+    assert part(0, tasks).tasks[0].accuracy != whole.tasks[0].accuracy, "an interval of fewer items is wider"
+
+
+def test_what_was_measured_otherwise_is_not_joined() -> None:
+    first, second = (part(seed, [SKILL]) for seed in SEEDS)
+    with pytest.raises(InputError, match=r"seeds \[0, 0\]: one was measured twice"):
+        join([first, first])
+    other = second.model_copy(update={"setup": second.setup.model_copy(update={"num_samples": 40})})
+    with pytest.raises(InputError, match="num_samples: 40 here and 100 there; join equal evaluations"):
+        join([first, other])
+    with pytest.raises(InputError, match="have no items"):
+        join([first, second.model_copy(update={"items": []})])

@@ -18,7 +18,8 @@ from translora.bundle import BaseInfo, read_bundle
 from translora.engine.loading import load_tokenizer
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, SOURCE_BASE, TARGET_BASE, EvaluateConfig
 from translora.evaluate.data import Split
-from translora.evaluate.results import Migration, TaskItems
+from translora.evaluate.items import ItemScores, TaskItems
+from translora.evaluate.results import Migration
 from translora.gate.questions import Answers, Logliks, answer_limit, answer_rows, run_answers, run_choices
 from translora.gate.verdict import judge
 from translora.run.check import context_of
@@ -136,22 +137,24 @@ def write_items(path: Path, repetition: Repetition) -> None:
 def task_items(config: EvaluateConfig, name: str, repetitions: Sequence[Repetition]) -> TaskItems:
     """One task's items over all seeds."""
     (task,) = [task for task in config.tasks if task.name == name]
-    correct: dict[str, dict[int, list[float]]] = {}
-    for repetition in repetitions:
-        for arm in (*REFERENCE_ARMS, *config.arms):
-            if (good := repetition.correct(name, arm)) is not None:
-                correct.setdefault(arm, {})[repetition.seed] = good
-    parts = [repetition.splits[name] for repetition in repetitions]
-    targets = [[row["target"] for row in part.test] for part in parts]
-    return TaskItems(
-        name=name,
-        num_train=task.num_train,
-        num_test=task.num_test,
-        commonest={one.seed: is_commonest(own) for one, own in zip(repetitions, targets, strict=True)},
-        chance=sum(part.chance() for part in parts) / len(parts),
-        correct=correct,
-        metric=next((part.harness.scored_by for part in parts if part.harness), ""),
-        inputs={one.seed: [digest(normalise(row["input"])) for row in one.splits[name].test] for one in repetitions},
+    arms = (*REFERENCE_ARMS, *config.arms)
+    seeds = [item_scores(name, arms, one) for one in sorted(repetitions, key=lambda one: one.seed)]
+    harness = repetitions[0].splits[name].harness
+    return TaskItems(name, task.num_train, task.num_test, seeds, harness.scored_by if harness else "")
+
+
+def item_scores(name: str, arms: Sequence[str], repetition: Repetition) -> ItemScores:
+    """One task's items in one repetition."""
+    part = repetition.splits[name]
+    found = {arm: repetition.correct(name, arm) for arm in arms}
+    return ItemScores(
+        task=name,
+        seed=repetition.seed,
+        data=digest(part.train, part.test),
+        inputs=[digest(normalise(row["input"])) for row in part.test],
+        commonest=is_commonest([row["target"] for row in part.test]),
+        chance=part.chance(),
+        correct={arm: good for arm, good in found.items() if good is not None},
     )
 
 

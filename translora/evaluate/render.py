@@ -15,8 +15,9 @@ from translora.errors import InputError
 from translora.evaluate.calibration import calibration_page
 from translora.evaluate.cells import MISSING, counted_noun, points, ratio, table
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, TARGET_BASE
+from translora.evaluate.items import TaskResult
 from translora.evaluate.plot import draw_calibration
-from translora.evaluate.results import SCHEMA, BaseSize, Results, Setup, TaskResult
+from translora.evaluate.results import SCHEMA, BaseSize, Results, Setup
 from translora.evaluate.tables import ARM_WORDS, UNDEFINED, accuracies, arms_side_by_side, remarks, retentions
 from translora.run.files import write_bytes, write_json
 

@@ -1,39 +1,19 @@
-"""What an evaluation found, as plain values: results.json, from which the Markdown and the plot are written.
-
-Arrays are named as in `translora.evaluate.statistics`: [S, N] is right (1) or wrong (0) by seed and test item.
-"""
+"""What an evaluation found, as plain values: results.json, from which the Markdown and the plot are written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict
-
 from translora.config import GateConfig
+from translora.errors import InputError
 from translora.evaluate.calibration import Calibration, Point, calibrate
-from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, TARGET_BASE
-from translora.evaluate.statistics import (
-    Estimate,
-    Floats,
-    Resample,
-    Retention,
-    all_different,
-    mean_estimate,
-    mean_retention,
-    retention,
-)
+from translora.evaluate.config import REFERENCE_ARMS, SOURCE_ADAPTER
+from translora.evaluate.items import ItemScores, Record, TaskItems, TaskResult
+from translora.evaluate.statistics import Estimate, mean_estimate, mean_retention
 from translora.run.state import GateResult, SynthesisStats
 
 SCHEMA: Literal[3] = 3
-
-
-class Record(BaseModel):
-    """A part of results.json."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class BaseSize(Record):
@@ -59,7 +39,7 @@ class Setup(Record):
     """Empty in results of an older version, as the next ones."""
     discriminator: dict[str, Any] = {}
     data: dict[str, str] = {}
-    """Digest of each task's rows, in all seeds."""
+    """Digest of each task's rows, in results of an older version; now it stands with the items."""
     adapters: dict[str, str] = {}
     """sha256 of the source adapters that were given, by task."""
     num_replicates: int
@@ -82,30 +62,6 @@ class Migration(Record):
     source_accuracy: float
     num_seen: int = 0
     """Test items whose input was invented word for word, and trained on."""
-
-
-class TaskResult(Record):
-    """One task over all seeds."""
-
-    name: str
-    num_train: int
-    num_test: int
-    majority: float
-    """The most that one answer to every test item can reach, mean over seeds."""
-    chance: float
-    metric: str = ""
-    """Of lm-evaluation-harness; empty is exact match."""
-    counted: bool
-    """Whether the source adapter beats the majority class beyond the interval of their difference, paired by item: the
-    headline is of these tasks."""
-    accuracy: dict[str, Estimate]
-    """By arm; the interval draws test items."""
-    gain: Estimate
-    """Real-data adapter minus target base; the interval draws seeds, then items."""
-    retention: dict[str, Estimate | None]
-    """By arm, and of the source adapter itself; None where the gain is not positive beyond its interval."""
-    skill: dict[str, Estimate | None]
-    """Retention above the majority class: what one answer to everything can reach is in the target base's place."""
 
 
 class ArmResult(Record):
@@ -140,6 +96,8 @@ class Results(Record):
     """The same above the majority class."""
     arms: dict[str, ArmResult]
     migrations: list[Migration]
+    items: list[ItemScores] = []
+    """Empty in results of an older version."""
 
     @property
     def points(self) -> list[Point]:
@@ -155,80 +113,6 @@ class Results(Record):
     def calibration(self) -> Calibration:
         """The gate against real accuracy."""
         return calibrate(self.points, GateConfig(**self.setup.gate))
-
-
-@dataclass(frozen=True)
-class TaskItems:
-    """One task's test items: what every arm got right."""
-
-    name: str
-    num_train: int
-    num_test: int
-    chance: float
-    commonest: Mapping[int, Sequence[float]]
-    """By seed: 1 for the items that have the commonest target."""
-    correct: Mapping[str, Mapping[int, Sequence[float]]]
-    """By arm and seed, in the order of the items: 1 is right, 0 wrong."""
-    metric: str = ""
-    inputs: Mapping[int, Sequence[str]] = field(default_factory=dict)
-    """The items' inputs by seed, in their order; all of them different where there are none here."""
-    drawn: dict[bool, Resample] = field(default_factory=dict, repr=False, compare=False)
-    """What `resample` has drawn."""
-
-    @property
-    def majority(self) -> float:
-        """What one answer to every item can reach, mean over seeds."""
-        return float(np.mean([np.mean(own) for own in self.commonest.values()]))
-
-    @property
-    def floor_SN(self) -> Floats:
-        """What answers that do not depend on the input have right: the commonest one's, or the chance of a guess."""
-        majority_SN = np.asarray([self.commonest[seed] for seed in sorted(self.commonest)], dtype=float)
-        return majority_SN if self.majority >= self.chance else np.full_like(majority_SN, self.chance)
-
-    def array(self, arm: str) -> Floats:
-        """An arm's [S, N]; without an adapter in a seed it is the bare target base, which its owner is left with."""
-        own, base = self.correct.get(arm, {}), self.correct[TARGET_BASE]
-        return np.asarray([own.get(seed, base[seed]) for seed in sorted(base)], dtype=float)
-
-    def resample(self, *, over_seeds: bool) -> Resample:
-        """The draws of the items, the same whoever asks."""
-        if over_seeds not in self.drawn:
-            seeds = sorted(self.correct[TARGET_BASE])
-            own = [self.inputs[seed] for seed in seeds] if self.inputs else all_different(len(seeds), self.num_test)
-            self.drawn[over_seeds] = Resample(np.asarray(own), f"{self.name}/{seeds}", over_seeds=over_seeds)
-        return self.drawn[over_seeds]
-
-    def mean(self, first: str, second: str | None = None, *, over_seeds: bool) -> tuple[float, Floats]:
-        """Mean and replicates of an arm's accuracy, or of one arm's minus another's."""
-        values_SN = self.array(first) if second is None else self.array(first) - self.array(second)
-        return float(values_SN.mean()), self.resample(over_seeds=over_seeds).means(values_SN)
-
-    def retention(self, arm: str, *, above_floor: bool = False) -> Retention:
-        """What an arm kept of the gain over the target base, or over the floor where that is greater."""
-        base_SN = self.array(TARGET_BASE)
-        if above_floor and base_SN.mean() < self.floor_SN.mean():
-            base_SN = self.floor_SN
-        return retention(base_SN, self.array(REAL), self.array(arm), self.resample(over_seeds=True))
-
-    def result(self, arms: Sequence[str]) -> TaskResult:
-        """The task's line of the tables."""
-        items = self.resample(over_seeds=False)
-        accuracy = {arm: items.estimate(self.array(arm)) for arm in (*REFERENCE_ARMS, *arms)}
-        adapters = (SOURCE_ADAPTER, *arms)
-        return TaskResult(
-            name=self.name,
-            num_train=self.num_train,
-            num_test=self.num_test,
-            majority=self.majority,
-            chance=self.chance,
-            metric=self.metric,
-            counted=items.estimate(self.array(SOURCE_ADAPTER) - self.floor_SN).low > 0,
-            accuracy=accuracy,
-            gain=self.retention(SOURCE_ADAPTER).gain,
-            retention={arm: self.retention(arm).estimate for arm in adapters},
-            skill={arm: self.retention(arm, above_floor=True).estimate for arm in adapters},
-        )
 
 
 def mean_over(tasks: Sequence[TaskItems], first: str, second: str | None = None) -> Estimate | None:
@@ -270,4 +154,34 @@ def summarise(setup: Setup, tasks: Sequence[TaskItems], migrations: Sequence[Mig
         copy_skill=retention_over(counted, SOURCE_ADAPTER, above_floor=True),
         arms={arm: arm_result(arm, arms[0], counted) for arm in arms},
         migrations=list(migrations),
+        items=[one for task in tasks for one in task.seeds],
     )
+
+
+def join(parts: Sequence[Results]) -> Results:
+    """One evaluation whose seeds were measured apart, on several machines or days.
+
+    Raises:
+        InputError: the parts differ in more than their seeds, have a seed in common, or have no items.
+    """
+    first, *others = parts
+    for one in others:
+        told, own = (part.setup.model_dump(exclude={"seeds", "data"}) for part in (first, one))
+        if strange := [name for name in told if told[name] != own[name]]:
+            raise InputError(
+                f"{strange[0]}: {own[strange[0]]} here and {told[strange[0]]} there; join equal evaluations"
+            )
+    seeds = sorted(seed for part in parts for seed in part.setup.seeds)
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"seeds {seeds}: one was measured twice; give its results once")
+    if not all(part.items for part in parts):
+        raise InputError("results of an older version have no items; measure them again")
+    items = sorted((one for part in parts for one in part.items), key=lambda one: one.seed)
+    tasks = [
+        TaskItems(
+            task.name, task.num_train, task.num_test, [one for one in items if one.task == task.name], task.metric
+        )
+        for task in first.tasks
+    ]
+    migrations = sorted((one for part in parts for one in part.migrations), key=lambda one: one.seed)
+    return summarise(first.setup.model_copy(update={"seeds": seeds}), tasks, migrations)

@@ -91,10 +91,6 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
         gate=config.gate.model_dump(),
         synthesis=without_places(config.synthesis.model_dump()),
         discriminator=config.discriminator.model_dump(include={"epochs", "learning_rate", "max_samples"}),
-        data={
-            task.name: digest([[one.splits[task.name].train, one.splits[task.name].test] for one in repetitions])
-            for task in config.tasks
-        },
         adapters={task.name: sha256_path(Path(task.adapter)) for task in config.tasks if task.adapter is not None},
         num_replicates=NUM_REPLICATES,
         versions=versions(),

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from translora.evaluate.cells import MISSING, points, ratio, table
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, TARGET_BASE
-from translora.evaluate.results import ArmResult, Migration, Results, Setup, TaskResult
+from translora.evaluate.items import TaskResult
+from translora.evaluate.results import ArmResult, Migration, Results, Setup
 from translora.report.markdown import escape
 
 ARM_WORDS = {
