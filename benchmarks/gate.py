@@ -83,14 +83,16 @@ def to_markdown(found: Sequence[tuple[str, Point]], plot: str) -> str:
     """The page."""
     points = [point for _, point in found]
     pages = list(dict.fromkeys(page for page, _ in found))
+    old = [point.gate for point in points if "chance" not in point.gate.model_fields_set]
     signals = {name: signal(points, measure) for name, measure in SIGNALS.items()}
     lines = [
         "# What the gate tells",
         "",
         f"{counted_noun(len(points), 'migrated adapter')} of {counted_noun(len(pages), 'evaluation')} "
         f"({', '.join(f'[{page}]({page}.md)' for page in pages)}), one attempt each, nothing withheld. Each was judged "
-        "anew by the present gate at its defaults but for `min_agreement`; evaluations of older versions did not "
-        "measure the p-value, and are judged without. Written by `python -m benchmarks.gate docs/results*.json --out "
+        "anew by the present gate's thresholds but for `min_agreement`, from what its evaluation measured: of "
+        f"{len(old)} adapters that was done by an older version, whose p-value is of agreement also where the answers "
+        f"are few, or missing ({sum(gate.p_value is None for gate in old)} adapters). Written by `python -m benchmarks.gate docs/results*.json --out "
         "docs/gate.md`.",
         "",
         f"![Agreement with the teacher against migrated − source accuracy, one point per adapter]({plot})",
