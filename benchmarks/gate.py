@@ -92,7 +92,8 @@ def to_markdown(found: Sequence[tuple[str, Point]], plot: str) -> str:
         f"({', '.join(f'[{page}]({page}.md)' for page in pages)}), one attempt each, nothing withheld. Each was judged "
         "anew by the present gate's thresholds but for `min_agreement`, from what its evaluation measured: of "
         f"{len(old)} adapters that was done by an older version, whose p-value is of agreement also where the answers "
-        f"are few, or missing ({sum(gate.p_value is None for gate in old)} adapters). Written by `python -m benchmarks.gate docs/results*.json --out "
+        f"are few, or missing ({sum(gate.p_value is None for gate in old)} adapters). "
+        "Written by `python -m benchmarks.gate docs/results*.json --out "
         "docs/gate.md`.",
         "",
         f"![Agreement with the teacher against migrated − source accuracy, one point per adapter]({plot})",

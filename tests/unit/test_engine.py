@@ -93,12 +93,15 @@ def test_neighbours_never_change_a_sample(engine: TransformersEngine) -> None:
     assert engine.generate([Request(PROMPTS[0], "a1", 16, seed=8)], sampling)[0].text != alone.text
 
 
-def test_seeded_sampling_draws_from_the_softmax() -> None:
-    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).repeat(4000, 1)
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_seeded_sampling_draws_from_the_softmax(temperature: float) -> None:
+    weights = torch.tensor([0.5, 0.3, 0.15, 0.05])
     rows = [Row(Request("", None, 1, seed=seed), torch.Generator().manual_seed(seed)) for seed in range(4000)]
-    drawn = Counter(choose_tokens(logits, rows, SamplingConfig(temperature=1.0, top_k=3)))
+    logits = torch.log(weights).repeat(4000, 1)
+    drawn = Counter(choose_tokens(logits, rows, SamplingConfig(temperature=temperature, top_k=3)))
     assert 3 not in drawn, "outside the top k"
-    for token, probability in enumerate((0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95)):
+    powers = weights[:3] ** (1 / temperature)
+    for token, probability in enumerate((powers / powers.sum()).tolist()):
         deviation = math.sqrt(probability * (1 - probability) / 4000)
         assert abs(drawn[token] / 4000 - probability) < 4 * deviation
     greedy = Row(Request("", None, 1), None)

@@ -100,6 +100,25 @@ def test_a_request_depends_on_its_adapter_and_number_alone() -> None:
     assert len({row["seed"] for row in alone}) == len(alone)
 
 
+def test_the_seeds_come_in_as_many_orders_as_are_asked_for() -> None:
+    for num_orderings in (1, 3):
+        rows = plan_round([pool(needed=30)], SynthesisConfig(num_orderings=num_orderings), seed=0)
+        prompts = Counter(row["prompt"] for row in rows)
+        assert len(prompts) == num_orderings
+        assert max(prompts.values()) - min(prompts.values()) <= 1, "each as often as the others"
+        assert all(seed in prompt for prompt in prompts for seed in SEEDS)
+
+
+def test_a_finished_set_says_how_various_its_inputs_are() -> None:
+    one = pool(needed=4)
+    rows = labelled("task", 4)
+    for row, text in zip(rows, ("a red box", "a red bag", "a red cup", "a red box of tin"), strict=True):
+        row["input"] = text
+    admit(rows, {"task": one})
+    close(one)
+    assert one.stats.distinct == {"distinct-1": round(7 / 14, 4), "distinct-2": round(6 / 10, 4)}
+
+
 def test_malformed_copied_and_repeated_inputs_are_dropped_and_counted() -> None:
     one = pool()
     cut_off = {"adapter": "task", "sample_id": 9, "text": "cut off", "finished": False}

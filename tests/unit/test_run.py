@@ -21,6 +21,7 @@ from translora.config import (
     FleetConfig,
     GateConfig,
     SamplingConfig,
+    SynthesisConfig,
     TrainConfig,
     load_config,
 )
@@ -41,6 +42,7 @@ from translora.run.rundir import open_run
 from translora.run.state import AdapterState, GateResult, Phase, SynthesisStats, load_state, save_state
 from translora.run.tracker import Tracker
 from translora.run.verify import check_copy, refused, verify, verify_fleet
+from translora.synthesis.phase import synthesis_phase
 
 
 def config(run_dir: Path, **changes: object) -> FleetConfig:
@@ -524,6 +526,47 @@ def test_the_gate_asks_students_in_their_own_template(
     pq.write_table(pa.Table.from_pylist(rows), member.directory / "synthetic.parquet")
     gate_phase(run, [member])
     assert asked == [("Q: {input}\nA:", "chat")] and member.state.reason == "enough"
+
+
+@pytest.mark.parametrize(
+    ("stand_in", "reason"),
+    [
+        ({"score": -1.0, "answer": None}, "dropped {'refused': 40}); raise synthesis.max_generated_factor"),
+        ({"score": 1.0, "answer": ""}, "dropped {'empty_answer': 40}); the adapter answers nothing to these inputs"),
+        ({"score": 1.0, "answer": "yes"}, ""),
+    ],
+    ids=["all refused", "a silent teacher", "one answer to everything"],
+)
+def test_what_becomes_of_an_adapter_whose_samples_teach_nothing(
+    tmp_path: Path,
+    run: Run,
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    stand_in: dict[str, Any],
+    reason: str,
+) -> None:
+    """Without a sample it is quarantined with the reason and a remedy; with one answer it goes on, with a warning."""
+
+    def run_rows(label: str, rows: list[dict[str, Any]], *rest: object, **more: object) -> list[dict[str, Any]]:
+        if "generate" in label:
+            return [row | {"text": f"input {row['sample_id']}", "finished": True} for row in rows]
+        return [row | {"finished": True} | stand_in for row in rows]
+
+    monkeypatch.setattr("translora.synthesis.rounds.run_rows", run_rows)
+    synthesis = SynthesisConfig(screen="none", max_generated_factor=2, seed_similarity=1, duplicate_similarity=1)
+    settings = {"run_dir": tmp_path, "synthesis": synthesis, "gate": GateConfig(min_holdout=2)}
+    run = dataclasses.replace(run, config=run.config.model_copy(update=settings))
+    state = AdapterState(name="a", bundle="x", phase="synthesis", num_samples=16)
+    member = Member(bundle, state, tmp_path / "adapters/a", [], AdapterEntry(bundle="x"))
+    member.directory.mkdir(parents=True)
+    synthesis_phase(run, [member])
+    if reason:
+        assert state.status == "quarantined" and "too few synthetic samples: 0 of 20 samples" in state.reason
+        assert reason in state.reason and not (member.directory / "synthetic.parquet").exists()
+    else:
+        assert member.waits_for("distill") and len(member.samples("train")) == 16
+        assert "answers 'yes' to all 20 samples" in caplog.text
 
 
 def test_virtual_tokens_count_of_adapters_that_have_some(tmp_path: Path, run: Run, bundle: Bundle) -> None:

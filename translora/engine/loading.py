@@ -63,8 +63,8 @@ def hide_gpus() -> None:
 def multiplies_bfloat16() -> bool:
     """Whether this device multiplies bfloat16 matrices in hardware, and gains by it.
 
-    A CPU does with AMX, one of AMD's with AVX512-BF16. On Intel's without AMX that has half of float32's throughput: one
-    core of a Xeon gave 84 GFLOP/s by oneDNN's kernel for it, 161 in float32 (768 x 640 by 640 x 2048, torch 2.13).
+    A CPU does with AMX, one of AMD's with AVX512-BF16. On Intel's without AMX that has half of float32's throughput:
+    one core of a Xeon gave 84 GFLOP/s by oneDNN's kernel for it, 161 in float32 (768 x 640 by 640 x 2048, torch 2.13).
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -26,6 +26,9 @@ REMEDIES = {
     "long_input": "raise synthesis.sampling.max_new_tokens",
     "long_answer": "raise synthesis.max_answer_tokens",
     "seed_copy": "ship more and more different seeds, or raise synthesis.seed_similarity",
+    "duplicate": "ship more and more different seeds, or raise synthesis.sampling.temperature",
+    "refused": "raise synthesis.max_generated_factor and max_rounds, or screen by confidence",
+    "empty_answer": "the adapter answers nothing to these inputs: compare its prompt_template with how it was trained",
 }
 """Where most of what was generated was dropped for one reason."""
 
