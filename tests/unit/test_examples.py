@@ -21,6 +21,8 @@ from examples import bases, sst2, tasks
 from translora.bundle import Bundle
 from translora.config import DiscriminatorConfig, FleetConfig, PrepareConfig, load_config
 from translora.evaluate.config import EvaluateConfig
+from translora.evaluate.render import read_results
+from translora.evaluate.run import settings_of
 from translora.synthesis.pool import Pool
 from translora.synthesis.screens import ANSWER_SCORES
 
@@ -196,6 +198,21 @@ def test_the_arms_of_the_example_evaluation_share_their_first_round(monkeypatch:
         pool = Pool("a", cast(Bundle, None), needed, 10 * needed, surplus=surplus)
         counts.add(pool.next_count(config.synthesis.oversample))
     assert len(counts) == 1
+
+
+@pytest.mark.parametrize("name", ["small", "options", "samples"])
+def test_a_page_of_the_docs_is_of_the_settings_of_its_file(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """So the command on the page makes it again."""
+    for variable in ("BBH", "SST2", "TICKETS", "REVIEWS"):
+        monkeypatch.setenv(variable, f"/data/{variable}")
+    config = load_config(ROOT / "examples" / f"evaluate-{name}.yaml", EvaluateConfig)
+    setup = read_results(ROOT / "docs" / config.output.name).setup
+    assert (setup.seeds, setup.num_samples, setup.arms) == (config.seeds, config.num_samples, config.arms)
+    assert (setup.train, setup.distill) == (settings_of(config.train), settings_of(config.distill))
+    assert setup.gate == config.gate.model_dump()
+    if setup.synthesis:  # which pages of an older version do not hold
+        assert setup.synthesis == config.synthesis.model_dump()
+        assert setup.discriminator == config.discriminator.model_dump(include=set(setup.discriminator))
 
 
 def test_each_method_of_the_example_is_once_that_of_the_source_adapters(monkeypatch: pytest.MonkeyPatch) -> None:

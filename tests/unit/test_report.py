@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from scipy.stats import binomtest
 
-from tests.reports import fleet, full_stats, make_run, migrated, states, write_many, write_synthetic
+from tests.reports import fleet, full_stats, make_run, migrated, states, write_many, write_rows, write_synthetic
 from translora.report.html import read_samples, write_report
 from translora.report.table import interval, note, notes, percent, render_table, summary, wilson
 from translora.run.state import AdapterState
@@ -173,3 +173,21 @@ def test_a_state_of_an_older_run_has_no_empty_parts(tmp_path: Path) -> None:
     assert "Acceptance 72%." in page and "From the synthetic set" in page
     for absent in ("screen: ", "diversity", "different answer", "log-likelihood", "<figure class=", 'class="bare"'):
         assert absent not in page.partition("<body>")[2].replace('<figure class="loss">', ""), absent
+
+
+def test_the_page_says_what_chance_would_do_and_why_an_example_was_left_out(tmp_path: Path) -> None:
+    one = migrated()
+    assert one.gate is not None
+    measured = {"p_value": 0.0123, "commonest": 0.5, "chance": "likelihood"}
+    run_dir = make_run(tmp_path / "run", [one.model_copy(update={"gate": one.gate.model_copy(update=measured)})])
+    kept = {"sample_id": 0, "input": "dogs", "answer": "billing", "score": 3.0, "split": "train"}
+    over = {"sample_id": 1, "input": "cats", "answer": "billing", "score": 1.0, "split": "refused"}
+    write_rows(run_dir, "routing", [kept, over, {**over, "sample_id": 2, "input": "mice", "score": -1.0}])
+    page = write_report(run_dir).read_text()
+    assert (
+        "One answer to every input would have 50%; the teacher&#39;s answers, dealt out by chance, are as likely to it "
+        "with p = 0.012." in page
+    )
+    rows = [row.split("</tr>")[0] for row in page.split("<tr>")]
+    for text, why in (("dogs", "train"), ("cats", "outranked"), ("mice", "refused")):
+        assert any(why in row and text in row for row in rows), text

@@ -45,7 +45,9 @@ class Hosts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with contextlib.suppress(Exception):  # the cluster may be gone
-            if kind is None and self._standing:  # what an engine has beside its actor, processes and files, would outlive it
+            if (
+                kind is None and self._standing
+            ):  # what an engine has beside its actor, processes and files, would outlive it
                 ray.get([actor.close.remote() for actor in self._standing], timeout=WAIT_SECONDS)
         for actor in self._actors:
             with contextlib.suppress(Exception):
