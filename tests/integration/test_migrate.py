@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,7 +14,16 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from tests.integration.world import TASKS, World, kill_when, make_trained_encoder_decoder, make_world
+from tests.integration.world import (
+    ROOT,
+    TASKS,
+    World,
+    command,
+    environment,
+    kill_when,
+    make_trained_encoder_decoder,
+    make_world,
+)
 from tests.secrets import PLANTED
 from tests.tiny import make_adapter
 from translora.bundle import inspect_base, read_bundle, verify_bundle, write_bundle
@@ -140,6 +151,34 @@ def test_a_run_killed_in_every_phase_ends_as_if_it_had_not_been(world: World, un
     for task in TASKS:
         assert sha256_path(run_dir / "bundles" / task) == sha256_path(undisturbed / "bundles" / task)
     assert not list(run_dir.rglob(".tmp-*"))
+
+
+def test_a_run_that_is_told_to_end_writes_checkpoints_first(world: World, undisturbed: Path) -> None:
+    """None is due by itself here, so a start after a kill would begin again."""
+    run_dir = world.root / "runs" / "terminated"
+    shutil.copytree(undisturbed, run_dir)
+    shutil.rmtree(run_dir / "adapters/colour/train")
+    fleet = world.fleet_config("terminated")
+    fleet["distill"] |= {"epochs": 300, "num_workers": 1, "checkpoint_every_steps": 10**6}
+    config = world.write("terminated.yaml", fleet)
+
+    def steps() -> list[int]:
+        """Of one student, in the order in which they were done."""
+        found = run_dir.glob("adapters/colour/train/student/train.jsonl")
+        return [json.loads(line)["step"] for path in found for line in path.read_text().splitlines()]
+
+    driver = subprocess.Popen(command("migrate", config), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while (asked := len(steps())) < 20:
+        assert driver.poll() is None and time.monotonic() < deadline, "it has not trained"
+        time.sleep(0.02)
+    driver.terminate()
+    assert driver.wait(timeout=120) == 143
+    done = len(steps())
+    assert done < 600, "it was told while it trained"
+    world.run("migrate", config)
+    again = steps()[done:]
+    assert asked <= again[0] <= done + 1 and again[-1] == 600, "it goes on where it stood when it was told"
 
 
 def test_a_prepare_killed_in_every_phase_makes_the_same_bundles(world: World) -> None:

@@ -259,7 +259,8 @@ def test_the_page_says_what_was_measured(results: Results) -> None:
     assert "0, by definition" in headline and "ρ is left undefined where" in headline
     counted, apart = text.split("## Task by task")[1].split("## Tasks listed apart")
     assert "| skill | 25.0 | 50.0 | 20.0 [" in counted and "| trivial |" not in counted
-    assert "| trivial | 25.0 | 70.0 |" in apart.split("## The arms")[0] and "| skill |" not in apart
+    apart = apart.split("## The arms")[0]
+    assert "| trivial | 25.0 | 70.0 |" in apart and "| skill |" not in apart
     assert "| no-gain | +0.0 [+0.0, +0.0] | undefined | undefined | undefined |" in counted
     assert "3 migrated adapters of the tasks that count" in text
     assert "1 did not" in text and "| whole, as configured | 0.60 | 100 % |" in text
@@ -397,3 +398,18 @@ def test_what_was_measured_otherwise_is_not_joined() -> None:
         join([first, other])
     with pytest.raises(InputError, match="have no items"):
         join([first, second.model_copy(update={"items": []})])
+
+
+def test_the_page_says_what_the_arms_were_trained_on_where_it_differs(results: Results) -> None:
+    assert "## What they were trained on" in to_markdown(results, "results"), "an arm has a batch size of its own"
+    one = MIGRATIONS[0].synthesis
+    kept = {0: {"yes": 60, "no": 40}, 1: {"yes": 80, "no": 20}}
+    rows = [
+        row.model_copy(update={"synthesis": one.model_copy(update={"classes": kept[row.seed]})})
+        for row in MIGRATIONS[:2]
+    ]
+    items = [item.model_copy(update={"auc": 0.6 + item.seed / 10}) for item in results.items if item.task == "skill"]
+    page = to_markdown(results.model_copy(update={"migrations": rows, "items": items}), "results")
+    assert "| skill | 0.65 | 50 %; 70 % | – |" in page and "| no-gain | – | – | – |" in page
+    alike = setup().model_copy(update={"arms": {"plain": {}, "other": {"distill": {"epochs": 1}}}})
+    assert "trained on\n" not in to_markdown(results.model_copy(update={"setup": alike}), "results")

@@ -112,7 +112,8 @@ def test_each_arm_is_answered_by_its_own_model(config: EvaluateConfig, answers: 
     assert {arm: sum(whole.correct("paint", arm) or []) for arm in RIGHT} == RIGHT
     assert whole.correct("paint", "no such arm") is None
     items = task_items(config, "paint", [whole])
-    assert {arm: sum(seeds[3]) for arm, seeds in items.correct.items()} == RIGHT
+    (one,) = items.seeds
+    assert one.seed == 3 and {arm: sum(right) for arm, right in one.correct.items()} == RIGHT
     assert (items.majority, items.chance) == (1 / 7, 1 / 7)
 
 
@@ -151,7 +152,7 @@ def test_a_quarantined_adapter_has_a_reason_and_no_accuracy(config: EvaluateConf
     whole = repetition(without, plain=state(gate=gate(0.8)), hot=state(status="quarantined", reason="too few samples"))
     _, hot = migrations(config, whole)
     assert (hot.accuracy, hot.gate, hot.note) == (None, None, "too few samples")
-    assert "hot" not in task_items(config, "paint", [whole]).correct
+    assert "hot" not in task_items(config, "paint", [whole]).seeds[0].correct
 
 
 def test_blocks_of_an_earlier_arm_are_shared_where_there_is_none_of_its_own(tmp_path: Path) -> None:

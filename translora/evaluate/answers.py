@@ -40,6 +40,8 @@ class Repetition:
     """What became of the migrations, by arm."""
     answers: Answers
     logliks: Logliks = field(default_factory=dict)
+    auc: Mapping[str, float] = field(default_factory=dict)
+    """Of the bundles' discriminators, by task, where they were measured."""
 
     @cached_property
     def scores(self) -> dict[tuple[str, str], list[float]]:
@@ -154,6 +156,7 @@ def item_scores(name: str, arms: Sequence[str], repetition: Repetition) -> ItemS
         inputs=[digest(normalise(row["input"])) for row in part.test],
         commonest=is_commonest([row["target"] for row in part.test]),
         chance=part.chance(),
+        auc=repetition.auc.get(name),
         correct={arm: good for arm, good in found.items() if good is not None},
     )
 

@@ -53,6 +53,8 @@ class ItemScores(Record):
     """1 for the items that have the commonest target."""
     chance: float
     """What guessing evenly would reach."""
+    auc: float | None = None
+    """Of the bundle's discriminator, on inputs that it was not trained on; None where it has none, or unmeasured."""
     correct: dict[str, Numbers]
     """By arm: 1 is right, 0 wrong, and what the harness finds in between."""
 

@@ -18,7 +18,7 @@ from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, TARG
 from translora.evaluate.items import TaskResult
 from translora.evaluate.plot import draw_calibration
 from translora.evaluate.results import SCHEMA, BaseSize, Results, Setup
-from translora.evaluate.tables import ARM_WORDS, UNDEFINED, accuracies, arms_side_by_side, remarks, retentions
+from translora.evaluate.tables import ARM_WORDS, UNDEFINED, accuracies, arms_side_by_side, remarks, retentions, samples
 from translora.run.files import write_bytes, write_json
 
 
@@ -80,6 +80,8 @@ def to_markdown(results: Results, name: str) -> str:
             *retentions(setup, apart),
         ]
     lines += ["", "## The arms side by side", "", *arms_side_by_side(results)]
+    if what := samples(results):
+        lines += ["", "## What they were trained on", "", *what]
     lines += ["", "## What the gate's agreement says about real accuracy", ""]
     lines += calibration_page(results.calibration, GateConfig(**setup.gate), f"{name}.svg")
     if noted := [one for one in results.migrations if one.note]:

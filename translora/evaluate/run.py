@@ -112,7 +112,7 @@ def repeat(
     for name, part in splits.items():
         write_jsonl(config.train_file(seed, name), part.train)
     logger.info("seed %d: bundles on %s", seed, source.name)
-    prepare(config.prepare(seed))
+    bundles = prepare(config.prepare(seed))
     logger.info("seed %d: adapters of %s from the real data", seed, target.name)
     adapters = {f"{REAL}/{task}": path for task, path in train_real(config, seed, splits, target).items()}
     states: dict[str, list[AdapterState]] = {}
@@ -123,7 +123,9 @@ def repeat(
         # The students themselves: a teacher of one answer passes no gate, and is measured all the same.
         moved = [state.name for state in states[arm] if state.gate is not None]
         adapters |= {f"{arm}/{name}": fleet.run_dir / "adapters" / name / STUDENT for name in moved}
-    repetition = Repetition(seed, splits, states, *answer(config, seed, splits, adapters, source, target))
+    measured = {one.manifest.task_name: one.manifest.discriminator_quality for one in bundles}
+    auc = {task: found.auc for task, found in measured.items() if found is not None}
+    repetition = Repetition(seed, splits, states, *answer(config, seed, splits, adapters, source, target), auc)
     write_items(config.seed_dir(seed) / ITEMS, repetition)
     return repetition
 

@@ -79,6 +79,36 @@ def arms_side_by_side(results: Results) -> list[str]:
     ]
 
 
+def samples(results: Results) -> list[str]:
+    """What the arms were trained on, where they chose it differently; nothing where all had the same."""
+    if not any({"synthesis", "num_samples"} & set(own) for own in results.setup.arms.values()):
+        return []
+    headers = ["kept of generated; commonest answer", "AUC of the discriminator", *results.setup.arms]
+    rows = []
+    for task in results.tasks:
+        measured = [one.auc for one in results.items if one.task == task.name and one.auc is not None]
+        auc = f"{sum(measured) / len(measured):.2f}" if measured else MISSING
+        own = [[one for one in results.migrations if (one.task, one.arm) == (task.name, arm)] for arm in results.arms]
+        rows.append([task.name, auc, *map(_sample_cell, own)])
+    return [
+        "Which share of the invented inputs the screen let pass, and which share of the samples kept of them "
+        "has the commonest answer; means over seeds. Where answers are few, one that has most of the samples leaves "
+        "little to learn the others from. The AUC is of real inputs and invented ones that the owner's discriminator "
+        "was not trained on: 0.5 is chance.",
+        "",
+        *table(headers, rows),
+    ]
+
+
+def _sample_cell(migrations: Sequence[Migration]) -> str:
+    found = [one.synthesis for one in migrations if one.synthesis.generated]
+    if not found:
+        return MISSING
+    cell = f"{100 * sum(one.acceptance for one in found) / len(found):.0f} %"
+    few = [max(one.classes.values()) / sum(one.classes.values()) for one in found if one.classes]
+    return f"{cell}; {100 * sum(few) / len(few):.0f} %" if len(few) == len(found) else cell
+
+
 def _seen(results: Results) -> list[str]:
     """Test items that were invented, too: what an arm has right of these may be by heart."""
     sizes = {task.name: task.num_test for task in results.tasks}
