@@ -100,7 +100,7 @@ def to_markdown(found: Sequence[tuple[str, Point]], plot: str) -> str:
         "",
         *bins_table(points),
         "",
-        "Which threshold would have been best is chosen after the fact, on these adapters.",
+        "Which threshold would have been best is chosen after the fact, on these adapters, and so is the default.",
         "",
         *thresholds_table(points),
         "",

@@ -380,7 +380,7 @@ def test_an_adapter_is_judged_by_its_own_threshold() -> None:
             "adapters": [{"bundle": "x", "min_agreement": 0.4}, {"bundle": "y"}],
         }
     )
-    assert [fleet.gate_of(entry).min_agreement for entry in fleet.adapters] == [0.4, 0.6]
+    assert [fleet.gate_of(entry).min_agreement for entry in fleet.adapters] == [0.4, 0.7]
 
 
 def test_each_arm_is_answered_by_its_own_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
