@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from translora.config import GateConfig
+from translora.errors import InputError
 from translora.evaluate.calibration import DIGITS, OPEN, SIGNAL_WORDS, SIGNALS, Point, signal
 from translora.evaluate.cells import correlation, counted_noun, ratio_of, table
 from translora.evaluate.plot import Mark, draw
@@ -26,11 +27,15 @@ THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def read_points(pages: Sequence[Path]) -> list[tuple[str, Point]]:
-    """The adapters of the tasks that count, by page; a point's task is its page's own: pages differ in their bases."""
+    """The adapters of the tasks that count, by page; a point's task is its page's own: pages differ in their bases.
+
+    Those whose source adapter has nothing right in that seed are left out: there is nothing to keep.
+    """
     return [
         (page.stem, point._replace(task=f"{page.stem}/{point.task}"))
         for page in pages
         for point in read_results(page).points
+        if point.source_accuracy > 0
     ]
 
 
@@ -135,7 +140,12 @@ def main() -> None:
     parser.add_argument("pages", nargs="+", type=Path, help="results*.json of `translora evaluate`")
     parser.add_argument("--out", type=Path, required=True, help="the Markdown file")
     arguments = parser.parse_args()
-    found = read_points(arguments.pages)
+    if arguments.out.suffix != ".md":
+        parser.error(f"--out {arguments.out} does not end in .md")
+    try:
+        found = read_points(arguments.pages)
+    except InputError as error:
+        parser.error(str(error))
     if not found:
         parser.error("no adapter of these pages was judged by a gate on a task that counts")
     plot = arguments.out.with_suffix(".svg")

@@ -20,8 +20,10 @@ def main() -> None:
     parser.add_argument("pages", nargs="+", type=Path, help="results of `translora evaluate`, equal but for the seeds")
     parser.add_argument("--out", type=Path, required=True, help="the Markdown file; .json and .svg stand beside it")
     arguments = parser.parse_args()
+    if arguments.out.suffix != ".md":
+        parser.error(f"--out {arguments.out} does not end in .md")
     try:
-        write_results(join([read_results(page) for page in arguments.pages]), arguments.out)
+        write_results(join({str(page): read_results(page) for page in arguments.pages}), arguments.out)
     except InputError as error:
         parser.error(str(error))
     print(arguments.out)

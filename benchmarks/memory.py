@@ -35,7 +35,7 @@ from translora.distill.frozen import keep_no_inputs, recompute
 from translora.distill.pass_memory import PassSize, open_zero_students, pass_bytes
 from translora.engine.attention import PACKED
 from translora.engine.head import Head, cross_entropy
-from translora.engine.loading import multiplies_bfloat16
+from translora.engine.loading import gains_by_bfloat16
 from translora.lora.bank import new_bank
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ SHAPES: dict[str, tuple[PreTrainedConfig, dict[str, Any]]] = {
     ),
 }
 STUDENTS, SAMPLES, TOKENS, ANSWER = 2, 6, 256, 64
-DTYPE = "bfloat16" if multiplies_bfloat16() else "float32"
+DTYPE = "bfloat16" if gains_by_bfloat16() else "float32"
 """Where a CPU has to imitate bfloat16, a pass of these shapes takes ten minutes."""
 
 

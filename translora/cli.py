@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 MIGRATED, FAILED, UNUSABLE, CRASHED = 0, 1, 2, 70
 EXIT_CODES = """\
-exit codes: 0 every adapter migrated, 1 some failed or were quarantined, 2 the input cannot be used, 70 an error that
-nobody foresaw (with its traceback), 3 a worker or the cluster failed, 130 Ctrl-C, 143 SIGTERM; after the last three the
-same command continues"""
+exit codes: 0 everything was done, 1 some adapters failed or were quarantined, 2 the input cannot be used, 70 an error
+that nobody foresaw (with its traceback), 3 a worker, the cluster or the disk failed, 130 Ctrl-C, 143 SIGTERM; after the
+last three the same command continues (a merge begins again)"""
 
 
 def build_parser() -> argparse.ArgumentParser:

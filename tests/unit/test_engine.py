@@ -1,6 +1,7 @@
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from translora.actors.blocks import token_block
 from translora.bundle.base import UnusableBaseError
 from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request, Row, choose_tokens
+from translora.engine.loading import resolve_dtype
 from translora.engine.prompts import prompt_format
 from translora.engine.protocol import answer_tokens, check_answers, warn_of_answers
 from translora.engine.transformers import TransformersEngine
@@ -246,3 +248,22 @@ def test_log_likelihood_is_that_of_the_whole_logits(engine: TransformersEngine, 
     assert found[0] != engine.log_likelihood(samples, [None] * 3)[0]
     batched = engine.top_log_probabilities(samples, names, 5)
     assert [len(tokens) for tokens, _ in batched] == [2, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("cpu", "dtype"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16),
+        ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.float32),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, torch.bfloat16),
+        ({"avx512_bf16": False, "cpu_name": "AMD EPYC"}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_the_dtype_of_auto_is_what_the_device_gains_by(
+    monkeypatch: pytest.MonkeyPatch, cpu: dict[str, Any], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    assert resolve_dtype("auto") == dtype
+    assert (resolve_dtype("float32"), resolve_dtype("bfloat16")) == (torch.float32, torch.bfloat16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -344,7 +345,9 @@ def test_the_report_is_written_again_from_its_json_alone(
         "tasks: [{name: skill, data: skill.jsonl}]\narms: {plain: {}}\n"
     )
     assert main(["evaluate", str(config), "--report-only"]) == 2
-    assert "results.json: cannot be read (No such file or directory); run without" in capsys.readouterr().err
+    assert (
+        "results.json: cannot be read (No such file or directory); run the evaluation again" in capsys.readouterr().err
+    )
     write_results(results, tmp_path / "results.md")
     assert read_results(tmp_path / "results.md") == results
     written = {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}
@@ -355,10 +358,10 @@ def test_the_report_is_written_again_from_its_json_alone(
     assert summarise(setup(), [SKILL, TRIVIAL, NO_GAIN], MIGRATIONS) == results, "the bootstrap is seeded"
     (tmp_path / "results.json").write_text('{"schema_version": 1}')
     assert main(["evaluate", str(config), "--report-only"]) == 2
-    assert "written by another version of translora: schema 1, and this one reads 3" in capsys.readouterr().err
+    assert "written by another version of translora: schema 1, and this one reads 3 and 4" in capsys.readouterr().err
     (tmp_path / "results.json").write_text('{"schema_version": 3}')
     assert main(["evaluate", str(config), "--report-only"]) == 2
-    assert "results.json: cannot be read (damaged); run without --report-only" in capsys.readouterr().err
+    assert "results.json: cannot be read (damaged); run the evaluation again" in capsys.readouterr().err
 
 
 def test_an_adapter_that_did_not_migrate_shows_in_the_exit_code(results: Results, tmp_path: Path) -> None:
@@ -383,33 +386,59 @@ def test_seeds_that_were_measured_apart_make_the_page_of_all() -> None:
     tasks = [SKILL, TRIVIAL, items("harness", source_base=10, source_adapter=40, target_base=10, real=45, plain=38)]
     tasks[2].seeds[1].correct["plain"][3] = 1 / 3
     whole = summarise(setup(), tasks, sorted(MIGRATIONS, key=lambda one: one.seed))
-    joined = join([part(1, tasks), part(0, tasks)])
+    other = part(1, tasks)
+    own = other.setup.versions | {"python": "3.11"}  # decides no result
+    other = other.model_copy(update={"setup": other.setup.model_copy(update={"versions": own})})
+    joined = join({"a": part(0, tasks), "b": other})
     assert to_markdown(joined, "results") == to_markdown(whole, "results")
     assert joined.tasks == whole.tasks and joined.arms == whole.arms
+    assert join({"b": other, "a": part(0, tasks)}).tasks == whole.tasks, "in whatever order"
     assert part(0, tasks).tasks[0].accuracy != whole.tasks[0].accuracy, "an interval of fewer items is wider"
 
 
 def test_what_was_measured_otherwise_is_not_joined() -> None:
-    first, second = (part(seed, [SKILL]) for seed in SEEDS)
+    first, second = (part(seed, [SKILL, TRIVIAL]) for seed in SEEDS)
     with pytest.raises(InputError, match=r"seeds \[0, 0\]: one was measured twice"):
-        join([first, first])
-    other = second.model_copy(update={"setup": second.setup.model_copy(update={"num_samples": 40})})
-    with pytest.raises(InputError, match="num_samples: 40 here and 100 there; join equal evaluations"):
-        join([first, other])
-    with pytest.raises(InputError, match="have no items"):
-        join([first, second.model_copy(update={"items": []})])
+        join({"a.md": first, "b.md": first})
+    longer = [task.model_copy(update={"num_train": 500}) for task in second.tasks]
+    bfloat16 = second.setup.source.model_copy(update={"dtype": "bfloat16"})
+    for field, changed in (
+        ("num_samples 40, in a.md 100", second.setup.model_copy(update={"num_samples": 40})),
+        ("source", second.setup.model_copy(update={"source": bfloat16})),
+        ("versions", second.setup.model_copy(update={"versions": {"torch": "3.0"}})),
+    ):
+        with pytest.raises(InputError, match=rf"b\.md: {field}.*; join equal ones"):
+            join({"a.md": first, "b.md": second.model_copy(update={"setup": changed})})
+    for tasks in (second.tasks[:1], longer, [*second.tasks, second.tasks[0].model_copy(update={"name": "more"})]):
+        with pytest.raises(InputError, match=r"b\.md: tasks"):
+            join({"a.md": first, "b.md": second.model_copy(update={"tasks": tasks})})
+    with pytest.raises(InputError, match=r"b\.md: written by an older version, without the items' scores"):
+        join({"a.md": first, "b.md": second.model_copy(update={"items": []})})
+
+
+@pytest.mark.parametrize("program", ["benchmarks.join", "benchmarks.gate"])
+def test_a_page_that_cannot_be_read_or_written_is_named(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for out, fault in (("out.md", "nothing.json: cannot be read"), ("out.json", "out.json does not end in .md")):
+        monkeypatch.setattr("sys.argv", [program, str(tmp_path / "nothing.json"), "--out", str(tmp_path / out)])
+        with pytest.raises(SystemExit) as ended:
+            importlib.import_module(program).main()
+        assert ended.value.code == 2 and fault in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_page_says_what_the_arms_were_trained_on_where_it_differs(results: Results) -> None:
-    assert "## What they were trained on" in to_markdown(results, "results"), "an arm has a batch size of its own"
-    one = MIGRATIONS[0].synthesis
+    assert "AUC" not in to_markdown(results, "results"), "nobody asked a discriminator"
     kept = {0: {"yes": 60, "no": 40}, 1: {"yes": 80, "no": 20}}
+    changes = [{"classes": kept[row.seed], "screen": "discriminator"} for row in MIGRATIONS[:2]]
+    stats = MIGRATIONS[0].synthesis
     rows = [
-        row.model_copy(update={"synthesis": one.model_copy(update={"classes": kept[row.seed]})})
-        for row in MIGRATIONS[:2]
+        row.model_copy(update={"synthesis": stats.model_copy(update=change)})
+        for row, change in zip(MIGRATIONS[:2], changes, strict=True)
     ]
     items = [item.model_copy(update={"auc": 0.6 + item.seed / 10}) for item in results.items if item.task == "skill"]
     page = to_markdown(results.model_copy(update={"migrations": rows, "items": items}), "results")
     assert "| skill | 0.65 | 50 %; 70 % | – |" in page and "| no-gain | – | – | – |" in page
     alike = setup().model_copy(update={"arms": {"plain": {}, "other": {"distill": {"epochs": 1}}}})
-    assert "trained on\n" not in to_markdown(results.model_copy(update={"setup": alike}), "results")
+    assert "## What they were trained on" not in to_markdown(results.model_copy(update={"setup": alike}), "results")

@@ -64,7 +64,7 @@ class BaseModelConfig(Strict):
     """Commit, tag or branch of a hub id; main when unset. A run keeps to the commit that it began with, which is in
     RUN/commits.json."""
     dtype: DType = "auto"
-    """Weights' dtype in synthesis and gate; `auto` is bfloat16 where the device multiplies it natively."""
+    """Weights' dtype in synthesis and gate; `auto` is bfloat16 where the device gains by it."""
     attn_implementation: Attention = "auto"
     """`auto` is the FlashAttention (3, 4 or 2) that is installed and made for the GPU, SDPA elsewhere."""
     trust_remote_code: bool = False

@@ -173,7 +173,7 @@ class MergeConfig(MergeSettings):
     base: str | None = None
     """Model directory or hub id; what the adapters' configs name when unset."""
     dtype: DType = "auto"
-    """Dtype of the base in the passes over the data; `auto` is bfloat16 where the device multiplies it natively."""
+    """Dtype of the base in the passes over the data; `auto` is bfloat16 where the device gains by it."""
     attn_implementation: Attention = "auto"
     """As for any base."""
     trust_remote_code: bool = False

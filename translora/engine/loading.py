@@ -60,8 +60,8 @@ def hide_gpus() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether this device multiplies bfloat16 matrices in hardware, and gains by it.
+def gains_by_bfloat16() -> bool:
+    """Whether this device multiplies bfloat16 matrices faster than those of float32.
 
     A CPU does with AMX, one of AMD's with AVX512-BF16. On Intel's without AMX that has half of float32's throughput:
     one core of a Xeon gave 84 GFLOP/s by oneDNN's kernel for it, 161 in float32 (768 x 640 by 640 x 2048, torch 2.13).
@@ -74,10 +74,10 @@ def multiplies_bfloat16() -> bool:
 
 
 def resolve_dtype(dtype: DType) -> torch.dtype:
-    """The torch dtype of a setting; `auto` is bfloat16 where the device multiplies it in hardware."""
+    """The torch dtype of a setting; `auto` is bfloat16 where the device gains by it."""
     if dtype != "auto":
         return torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
+    return torch.bfloat16 if gains_by_bfloat16() else torch.float32
 
 
 def attention_of(settings: BaseModelConfig, dtype: torch.dtype) -> str:

@@ -17,7 +17,7 @@ from translora.evaluate.cells import MISSING, counted_noun, points, ratio, table
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, TARGET_BASE
 from translora.evaluate.items import TaskResult
 from translora.evaluate.plot import draw_calibration
-from translora.evaluate.results import SCHEMA, BaseSize, Results, Setup
+from translora.evaluate.results import DECIDING_VERSIONS, SCHEMAS, BaseSize, Results, Setup
 from translora.evaluate.tables import ARM_WORDS, UNDEFINED, accuracies, arms_side_by_side, remarks, retentions, samples
 from translora.run.files import write_bytes, write_json
 
@@ -46,15 +46,16 @@ def read_results(output: Path) -> Results:
         return Results.model_validate_json(text)
     except (OSError, ValidationError) as error:
         fault = error.strerror if isinstance(error, OSError) else _damage(text)
-        raise InputError(f"{path}: cannot be read ({fault}); run without --report-only") from error
+        raise InputError(f"{path}: cannot be read ({fault}); run the evaluation again") from error
 
 
 def _damage(text: bytes) -> str:
     """Why results cannot be read."""
     with contextlib.suppress(ValueError, AttributeError):
         version = json.loads(text).get("schema_version")
-        if isinstance(version, int) and version != SCHEMA:
-            return f"written by another version of translora: schema {version}, and this one reads {SCHEMA}"
+        if isinstance(version, int) and version not in SCHEMAS:
+            known = " and ".join(map(str, SCHEMAS))
+            return f"written by another version of translora: schema {version}, and this one reads {known}"
     return "damaged"
 
 
@@ -114,7 +115,7 @@ def _setup(results: Results, json_name: str) -> list[str]:
         f"Source adapter and real-data adapter: {_training(setup.train)}{_given(setup)}. "
         f"Students: {_training(setup.distill)}{_synthesis(results)}. "
         f"Written by `translora evaluate` from [`{json_name}`]({json_name}); "
-        + ", ".join(f"{name} {version}" for name, version in setup.versions.items() if name in SHOWN_VERSIONS)
+        + ", ".join(f"{name} {version}" for name, version in setup.versions.items() if name in DECIDING_VERSIONS)
         + ".",
     ]
 
@@ -138,11 +139,9 @@ def _harness(tasks: Sequence[TaskResult]) -> str:
     return f", but for what lm-evaluation-harness scored: {', '.join(scored)}" if scored else ""
 
 
-SHOWN_VERSIONS = ("translora", "torch", "transformers", "peft", "deepspeed", "ray")
-
-
 def _base(base: BaseSize) -> str:
-    return f"{base.name} ({base.num_parameters / 1e6:,.{1 if base.num_parameters < 1e7 else 0}f} M parameters)"
+    dtype = f", {base.dtype}" if base.dtype else ""
+    return f"{base.name} ({base.num_parameters / 1e6:,.{1 if base.num_parameters < 1e7 else 0}f} M parameters{dtype})"
 
 
 def _training(settings: dict[str, object]) -> str:

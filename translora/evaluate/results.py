@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from translora.config import GateConfig
@@ -13,7 +13,10 @@ from translora.evaluate.items import ItemScores, Record, TaskItems, TaskResult
 from translora.evaluate.statistics import Estimate, mean_estimate, mean_retention
 from translora.run.state import GateResult, SynthesisStats
 
-SCHEMA: Literal[3] = 3
+SCHEMAS = (3, 4)
+"""That can be read; the last is written. 4 has the items."""
+DECIDING_VERSIONS = ("translora", "torch", "transformers", "peft", "deepspeed", "ray")
+"""Packages whose version may change a result."""
 
 
 class BaseSize(Record):
@@ -21,6 +24,10 @@ class BaseSize(Record):
 
     name: str
     num_parameters: int
+    identity: str = ""
+    """Hex sha256 of what decides its answers; empty in results of an older version, as the dtype."""
+    dtype: str = ""
+    """Of the weights in synthesis, gate and measurement."""
 
 
 class Setup(Record):
@@ -85,7 +92,7 @@ class ArmResult(Record):
 class Results(Record):
     """results.json."""
 
-    schema_version: Literal[3] = SCHEMA
+    schema_version: Literal[3, 4] = 4
     setup: Setup
     tasks: list[TaskResult]
     references: dict[str, Estimate | None]
@@ -158,30 +165,37 @@ def summarise(setup: Setup, tasks: Sequence[TaskItems], migrations: Sequence[Mig
     )
 
 
-def join(parts: Sequence[Results]) -> Results:
-    """One evaluation whose seeds were measured apart, on several machines or days.
+def join(parts: Mapping[str, Results]) -> Results:
+    """One evaluation whose seeds were measured apart, on several machines or days; parts by what messages call them.
 
     Raises:
-        InputError: the parts differ in more than their seeds, have a seed in common, or have no items.
+        InputError: the parts differ in bases, tasks, settings or deciding versions, have a seed in common, or no items.
     """
-    first, *others = parts
-    for one in others:
-        told, own = (part.setup.model_dump(exclude={"seeds", "data"}) for part in (first, one))
-        if strange := [name for name in told if told[name] != own[name]]:
-            raise InputError(
-                f"{strange[0]}: {own[strange[0]]} here and {told[strange[0]]} there; join equal evaluations"
-            )
-    seeds = sorted(seed for part in parts for seed in part.setup.seeds)
+    if old := [name for name, part in parts.items() if not part.items]:
+        raise InputError(f"{old[0]}: written by an older version, without the items' scores; measure it again")
+    (first_name, first), *others = parts.items()
+    expected = comparable(first)
+    for name, part in others:
+        own = comparable(part)
+        if strange := next((key for key in expected if own[key] != expected[key]), None):
+            raise InputError(f"{name}: {strange} {own[strange]}, in {first_name} {expected[strange]}; join equal ones")
+    seeds = sorted(seed for part in parts.values() for seed in part.setup.seeds)
     if len(set(seeds)) < len(seeds):
         raise InputError(f"seeds {seeds}: one was measured twice; give its results once")
-    if not all(part.items for part in parts):
-        raise InputError("results of an older version have no items; measure them again")
-    items = sorted((one for part in parts for one in part.items), key=lambda one: one.seed)
+    items = sorted((one for part in parts.values() for one in part.items), key=lambda one: one.seed)
     tasks = [
         TaskItems(
             task.name, task.num_train, task.num_test, [one for one in items if one.task == task.name], task.metric
         )
         for task in first.tasks
     ]
-    migrations = sorted((one for part in parts for one in part.migrations), key=lambda one: one.seed)
+    migrations = sorted((one for part in parts.values() for one in part.migrations), key=lambda one: one.seed)
     return summarise(first.setup.model_copy(update={"seeds": seeds}), tasks, migrations)
+
+
+def comparable(results: Results) -> dict[str, Any]:
+    """What two parts of one evaluation have in common."""
+    found = results.setup.model_dump(exclude={"seeds", "data", "versions"})
+    found["versions"] = {name: results.setup.versions.get(name) for name in DECIDING_VERSIONS}
+    found["tasks"] = [(task.name, task.num_train, task.num_test, task.metric) for task in results.tasks]
+    return found

@@ -19,9 +19,10 @@ from translora.bundle.base import pinned
 from translora.bundle.hub import name_of_path
 from translora.bundle.task import check_owned
 from translora.config import TrainConfig
+from translora.config_file import DType
 from translora.distill.job import make_job, refuse_failures
 from translora.distill.launch import train_adapters
-from translora.engine.loading import load_tokenizer
+from translora.engine.loading import load_tokenizer, resolve_dtype
 from translora.engine.prompts import prompt_format
 from translora.errors import InputError
 from translora.evaluate.answers import Repetition, answer, migrations, task_items, write_items
@@ -34,7 +35,7 @@ from translora.prepare import prepare
 from translora.run.check import check_inputs, check_section, check_training, context_of
 from translora.run.commits import info_as_begun, note_commits
 from translora.run.files import check_writable, digest, sha256_path, write_bytes, write_jsonl
-from translora.run.rundir import open_run, refuse_other_settings, versions
+from translora.run.rundir import EXECUTION_ONLY, open_run, refuse_other_settings, versions
 from translora.run.state import STUDENT, AdapterState
 
 logger = logging.getLogger(__name__)
@@ -81,8 +82,8 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
         start_cluster()
         repetitions = [repeat(config, seed, splits[seed], source, target) for seed in config.seeds]
     setup = Setup(
-        source=base_size(source),
-        target=base_size(target),
+        source=base_size(source, config.source.dtype),
+        target=base_size(target, config.target.dtype),
         seeds=config.seeds,
         num_samples=config.num_samples,
         arms=without_places(config.arms),
@@ -100,9 +101,8 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
 
 
 def settings_of(train: TrainConfig) -> dict[str, Any]:
-    """What a reader has to know of a training."""
-    names = {"peft" if train.peft else "lora", "epochs", "learning_rate", "batch_size", "warm_start", "token_share"}
-    return train.model_dump(include=names if train.loss == "sft" else names | {"loss"})
+    """What decides the result of a training."""
+    return train.model_dump(exclude=EXECUTION_ONLY)
 
 
 def repeat(
@@ -186,6 +186,8 @@ def without_places(value: Any) -> Any:
     return name_of_path(value) if isinstance(value, str) and os.path.isabs(value) else value
 
 
-def base_size(base: BaseInfo) -> BaseSize:
-    """Name and number of parameters, as the files hold them (tied weights once)."""
-    return BaseSize(name=base.name, num_parameters=sum(map(math.prod, base.shapes.values())))
+def base_size(base: BaseInfo, dtype: DType) -> BaseSize:
+    """What the results say of a base; its number of parameters is as the files hold them (tied weights once)."""
+    num_parameters = sum(map(math.prod, base.shapes.values()))
+    weights = str(resolve_dtype(dtype)).removeprefix("torch.")
+    return BaseSize(name=base.name, num_parameters=num_parameters, identity=base.identity, dtype=weights)

@@ -83,21 +83,25 @@ def samples(results: Results) -> list[str]:
     """What the arms were trained on, where they chose it differently; nothing where all had the same."""
     if not any({"synthesis", "num_samples"} & set(own) for own in results.setup.arms.values()):
         return []
-    headers = ["kept of generated; commonest answer", "AUC of the discriminator", *results.setup.arms]
+    asked = any(one.synthesis.screen == "discriminator" for one in results.migrations)
+    is_measured = asked and any(one.auc is not None for one in results.items)
     rows = []
     for task in results.tasks:
         measured = [one.auc for one in results.items if one.task == task.name and one.auc is not None]
-        auc = f"{sum(measured) / len(measured):.2f}" if measured else MISSING
+        auc = [f"{sum(measured) / len(measured):.2f}" if measured else MISSING] if is_measured else []
         own = [[one for one in results.migrations if (one.task, one.arm) == (task.name, arm)] for arm in results.arms]
-        rows.append([task.name, auc, *map(_sample_cell, own)])
-    return [
-        "Which share of the invented inputs the screen let pass, and which share of the samples kept of them "
-        "has the commonest answer; means over seeds. Where answers are few, one that has most of the samples leaves "
-        "little to learn the others from. The AUC is of real inputs and invented ones that the owner's discriminator "
-        "was not trained on: 0.5 is chance.",
-        "",
-        *table(headers, rows),
-    ]
+        rows.append([task.name, *auc, *map(_sample_cell, own)])
+    text = (
+        "Which share of the invented inputs was accepted, neither dropped as a copy or unanswered nor refused by the "
+        "screen, and which share of the samples chosen from these has the commonest answer; means over seeds. Where "
+        "answers are few, one that has most of the samples leaves little to learn the others from."
+    )
+    if is_measured:
+        text += (
+            " The AUC is of real and invented inputs that the owner's discriminator was not trained on: 0.5 is chance."
+        )
+    headers = ["accepted of generated; commonest answer", *(["AUC of the discriminator"] if is_measured else [])]
+    return [text, "", *table([*headers, *results.setup.arms], rows)]
 
 
 def _sample_cell(migrations: Sequence[Migration]) -> str:
