@@ -13,11 +13,11 @@ from pathlib import Path
 
 from translora.config import GateConfig
 from translora.errors import InputError
-from translora.evaluate.calibration import DIGITS, OPEN, SIGNAL_WORDS, SIGNALS, Point, signal
+from translora.evaluate.calibration import DIGITS, SIGNAL_WORDS, SIGNALS, Point, signal
 from translora.evaluate.cells import correlation, counted_noun, ratio_of, table
 from translora.evaluate.plot import Mark, draw
 from translora.evaluate.render import read_results
-from translora.evaluate.statistics import best_separation, separation
+from translora.evaluate.statistics import separation
 from translora.gate.verdict import judge
 from translora.run.files import write_bytes
 
@@ -51,7 +51,6 @@ def passes(point: Point, threshold: float) -> bool:
 
 def bins_table(points: Sequence[Point]) -> list[str]:
     """Of adapters that kept so much, how many pass."""
-    default = GateConfig().min_agreement
     rows = []
     for low, high in zip((float("-inf"), *BINS), (*BINS, float("inf")), strict=True):
         own = [point for point in points if low <= kept(point) < high]
@@ -62,26 +61,36 @@ def bins_table(points: Sequence[Point]) -> list[str]:
         agreement = statistics.median(point.gate.agreement_student for point in own)
         passed = [sum(passes(point, threshold) for point in own) for threshold in THRESHOLDS]
         rows.append([name, str(len(own)), f"{100 * agreement:.0f} %", *map(str, passed)])
-    headers = [f"{threshold:g}" + (", the default" if threshold == default else "") for threshold in THRESHOLDS]
-    first = ["kept of the source adapter's accuracy", "adapters", "median agreement"]
-    return table([*first, f"pass with min_agreement {headers[0]}", *headers[1:]], rows)
+    headers = ["kept of the source adapter's accuracy", "adapters", "median agreement"]
+    return table([*headers, *_threshold_words("pass with min_agreement")], rows)
 
 
 def thresholds_table(points: Sequence[Point]) -> list[str]:
-    """Which min_agreement separates best, for each reading of what a good adapter is."""
-    default, agreements = GateConfig().min_agreement, [point.gate.agreement_student for point in points]
-    rows = []
+    """How well each min_agreement separates, for each reading of what a good adapter is, and on average."""
+    rows, found = [], []
     for share in BINS:
         good = [kept(point) >= share for point in points]
-        best = best_separation(
-            agreements, good, lambda threshold: [passes(point, max(threshold, OPEN)) for point in points]
-        )
-        own = separation(default, [passes(point, default) for point in points], good)
-        if best is not None and own is not None:
-            row = [f"{100 * share:.0f} %", f"{sum(good)} of {len(good)}", f"{100 * own.balanced_accuracy:.0f} %"]
-            rows.append([*row, f"{best.threshold:.2f}", f"{100 * best.balanced_accuracy:.0f} %"])
-    headers = ["good: keeps at least", "adapters that do", f"balanced accuracy at {default:g}", "best min_agreement"]
-    return table([*headers, "balanced accuracy there"], rows)
+        rated = [
+            separation(threshold, [passes(point, threshold) for point in points], good) for threshold in THRESHOLDS
+        ]
+        balanced = [one.balanced_accuracy for one in rated if one is not None]
+        if balanced:
+            found.append(balanced)
+            rows.append([f"{100 * share:.0f} %", f"{sum(good)} of {len(good)}", *map(_percent, balanced)])
+    means = [statistics.mean(own) for own in zip(*found, strict=True)]
+    headers = ["good: keeps at least", "adapters that do", *_threshold_words("balanced accuracy at")]
+    return table(headers, [*rows, ["mean", "", *map(_percent, means)]])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _threshold_words(first: str) -> list[str]:
+    """Headers of the columns of thresholds."""
+    default = GateConfig().min_agreement
+    words = [f"{threshold:g}" + (", the default" if threshold == default else "") for threshold in THRESHOLDS]
+    return [f"{first} {words[0]}", *words[1:]]
 
 
 def to_markdown(found: Sequence[tuple[str, Point]], plot: str) -> str:
@@ -105,7 +114,8 @@ def to_markdown(found: Sequence[tuple[str, Point]], plot: str) -> str:
         "",
         *bins_table(points),
         "",
-        "Which threshold would have been best is chosen after the fact, on these adapters, and so is the default.",
+        "Balanced accuracy is the mean of the share of good adapters that pass and of others that do not. The default "
+        "was chosen by such tables, on these adapters and earlier ones.",
         "",
         *thresholds_table(points),
         "",

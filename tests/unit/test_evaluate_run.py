@@ -134,7 +134,7 @@ def test_the_verdict_is_that_of_each_arms_own_thresholds(config: EvaluateConfig,
     moved = gate(0.8, loglik_student=-0.1, loglik_base=-2.0)
     whole = repetition(answers, plain=state(gate=moved), hot=state(gate=moved))
     plain, hot = migrations(config, whole)
-    assert plain.gate == moved.model_copy(update={"min_agreement": 0.7})
+    assert plain.gate == moved.model_copy(update={"min_agreement": 0.6})
     assert hot.gate is not None and not hot.gate.passed
     assert hot.gate.reason == "agreement 0.80 < gate.min_agreement 0.90"
     assert (plain.accuracy, hot.accuracy, plain.source_accuracy) == (4 / 7, 3 / 7, 6 / 7)
