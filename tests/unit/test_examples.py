@@ -200,10 +200,10 @@ def test_the_arms_of_the_example_evaluation_share_their_first_round(monkeypatch:
     assert len(counts) == 1
 
 
-@pytest.mark.parametrize("name", ["small", "options", "samples"])
+@pytest.mark.parametrize("name", ["small", "update", "options", "samples"])
 def test_a_page_of_the_docs_is_of_the_settings_of_its_file(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """So the command on the page makes it again."""
-    for variable in ("BBH", "SST2", "TICKETS", "REVIEWS"):
+    for variable in ("BBH", "SST2", "TICKETS", "REVIEWS", "UPDATED"):
         monkeypatch.setenv(variable, f"/data/{variable}")
     config = load_config(ROOT / "examples" / f"evaluate-{name}.yaml", EvaluateConfig)
     results = read_results(ROOT / "docs" / config.output.name)
