@@ -23,7 +23,7 @@ def main() -> None:
     if arguments.out.suffix != ".md":
         parser.error(f"--out {arguments.out} does not end in .md")
     try:
-        write_results(join({str(page): read_results(page) for page in arguments.pages}), arguments.out)
+        write_results(join([(str(page), read_results(page)) for page in arguments.pages]), arguments.out)
     except InputError as error:
         parser.error(str(error))
     print(arguments.out)

@@ -389,17 +389,17 @@ def test_seeds_that_were_measured_apart_make_the_page_of_all() -> None:
     other = part(1, tasks)
     own = other.setup.versions | {"python": "3.11"}  # decides no result
     other = other.model_copy(update={"setup": other.setup.model_copy(update={"versions": own})})
-    joined = join({"a": part(0, tasks), "b": other})
+    joined = join([("a", part(0, tasks)), ("b", other)])
     assert to_markdown(joined, "results") == to_markdown(whole, "results")
     assert joined.tasks == whole.tasks and joined.arms == whole.arms
-    assert join({"b": other, "a": part(0, tasks)}).tasks == whole.tasks, "in whatever order"
+    assert join([("b", other), ("a", part(0, tasks))]).tasks == whole.tasks, "in whatever order"
     assert part(0, tasks).tasks[0].accuracy != whole.tasks[0].accuracy, "an interval of fewer items is wider"
 
 
 def test_what_was_measured_otherwise_is_not_joined() -> None:
     first, second = (part(seed, [SKILL, TRIVIAL]) for seed in SEEDS)
     with pytest.raises(InputError, match=r"seeds \[0, 0\]: one was measured twice"):
-        join({"a.md": first, "b.md": first})
+        join([("a.md", first), ("a.md", first)])
     longer = [task.model_copy(update={"num_train": 500}) for task in second.tasks]
     bfloat16 = second.setup.source.model_copy(update={"dtype": "bfloat16"})
     for field, changed in (
@@ -408,12 +408,12 @@ def test_what_was_measured_otherwise_is_not_joined() -> None:
         ("versions", second.setup.model_copy(update={"versions": {"torch": "3.0"}})),
     ):
         with pytest.raises(InputError, match=rf"b\.md: {field}.*; join equal ones"):
-            join({"a.md": first, "b.md": second.model_copy(update={"setup": changed})})
+            join([("a.md", first), ("b.md", second.model_copy(update={"setup": changed}))])
     for tasks in (second.tasks[:1], longer, [*second.tasks, second.tasks[0].model_copy(update={"name": "more"})]):
         with pytest.raises(InputError, match=r"b\.md: tasks"):
-            join({"a.md": first, "b.md": second.model_copy(update={"tasks": tasks})})
+            join([("a.md", first), ("b.md", second.model_copy(update={"tasks": tasks}))])
     with pytest.raises(InputError, match=r"b\.md: written by an older version, without the items' scores"):
-        join({"a.md": first, "b.md": second.model_copy(update={"items": []})})
+        join([("a.md", first), ("b.md", second.model_copy(update={"items": []}))])
 
 
 @pytest.mark.parametrize("program", ["benchmarks.join", "benchmarks.gate"])

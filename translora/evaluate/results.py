@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from translora.config import GateConfig
@@ -165,31 +165,31 @@ def summarise(setup: Setup, tasks: Sequence[TaskItems], migrations: Sequence[Mig
     )
 
 
-def join(parts: Mapping[str, Results]) -> Results:
+def join(parts: Sequence[tuple[str, Results]]) -> Results:
     """One evaluation whose seeds were measured apart, on several machines or days; parts by what messages call them.
 
     Raises:
         InputError: the parts differ in bases, tasks, settings or deciding versions, have a seed in common, or no items.
     """
-    if old := [name for name, part in parts.items() if not part.items]:
+    if old := [name for name, part in parts if not part.items]:
         raise InputError(f"{old[0]}: written by an older version, without the items' scores; measure it again")
-    (first_name, first), *others = parts.items()
+    (first_name, first), *others = parts
     expected = comparable(first)
     for name, part in others:
         own = comparable(part)
         if strange := next((key for key in expected if own[key] != expected[key]), None):
             raise InputError(f"{name}: {strange} {own[strange]}, in {first_name} {expected[strange]}; join equal ones")
-    seeds = sorted(seed for part in parts.values() for seed in part.setup.seeds)
+    seeds = sorted(seed for _, part in parts for seed in part.setup.seeds)
     if len(set(seeds)) < len(seeds):
         raise InputError(f"seeds {seeds}: one was measured twice; give its results once")
-    items = sorted((one for part in parts.values() for one in part.items), key=lambda one: one.seed)
+    items = sorted((one for _, part in parts for one in part.items), key=lambda one: one.seed)
     tasks = [
         TaskItems(
             task.name, task.num_train, task.num_test, [one for one in items if one.task == task.name], task.metric
         )
         for task in first.tasks
     ]
-    migrations = sorted((one for part in parts.values() for one in part.migrations), key=lambda one: one.seed)
+    migrations = sorted((one for _, part in parts for one in part.migrations), key=lambda one: one.seed)
     return summarise(first.setup.model_copy(update={"seeds": seeds}), tasks, migrations)
 
 
