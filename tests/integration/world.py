@@ -207,10 +207,11 @@ def kill_when(world: World, verb: str, config: Path, pattern: str, count: int = 
         assert driver.poll() is None, f"the run ended before {pattern} appeared"
         assert time.monotonic() < deadline, f"{pattern} never appeared"
         time.sleep(0.02)
-    # Ray's own agents outlive a killed raylet for a while; what must not is a worker, which holds a base and writes.
+    # Ray's own agents outlive a killed raylet for a while; what must not is a worker, which holds a base and writes. One
+    # that was asking the GCS something waits a minute for it (RAY_gcs_rpc_server_reconnect_timeout_s), then it ends.
     agents = {"ray::RuntimeEnvAgent", "ray::DashboardAgent"}
     family = [child for child in psutil.Process(driver.pid).children(recursive=True) if child.name() not in agents]
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
-    _, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=180)
     assert not alive, f"orphans: {alive}"
