@@ -27,16 +27,20 @@ THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def read_points(pages: Sequence[Path]) -> list[tuple[str, Point]]:
-    """The adapters of the tasks that count, by page; a point's task is its page's own: pages differ in their bases.
+    """The adapters of the tasks that count, by page; a point's task is a task of a seed, on whichever pages.
 
-    Those whose source adapter has nothing right in that seed are left out: there is nothing to keep.
+    Left out are those whose source adapter has nothing right in that seed, as there is nothing to keep, and those that
+    an earlier page has: arms of two pages may be one migration.
     """
-    return [
-        (page.stem, point._replace(task=f"{page.stem}/{point.task}"))
-        for page in pages
-        for point in read_results(page).points
-        if point.source_accuracy > 0
-    ]
+    found: dict[tuple[object, ...], tuple[str, Point]] = {}
+    for page in pages:
+        for point in read_results(page).points:
+            gate = point.gate
+            own = (point.task, point.seed, point.source_accuracy, point.accuracy, gate.agreement_student)
+            if point.source_accuracy > 0:
+                task = f"{point.task}, seed {point.seed}"
+                found.setdefault((*own, gate.loglik_student, gate.loglik_base), (page.stem, point._replace(task=task)))
+    return list(found.values())
 
 
 def kept(point: Point) -> float:
@@ -119,8 +123,9 @@ def to_markdown(found: Sequence[tuple[str, Point]], plot: str) -> str:
         "",
         *thresholds_table(points),
         "",
-        "How what the gate measures goes with what was lost. Intervals draw whole tasks of a page; within a task it is "
-        "the mean of the tasks' own.",
+        "How what the gate measures goes with what was lost. A task is one of a seed, whose adapters on all pages are "
+        "made from the same rows and seed examples: intervals draw whole ones, where there are five, and within a task "
+        "it is the mean of the tasks' own.",
         "",
         *table(
             ["Spearman correlation", "adapters", "with accuracy, migrated − source adapter", "the same within a task"],

@@ -55,15 +55,16 @@ def rows(config: EvaluateConfig, arm: str, third: BaseModelConfig) -> list[list[
     bases = (config.source, config.target, third, config.source)
     lines = []
     for number, (source, target) in enumerate(itertools.pairwise(bases), start=1):
-        fleet = without_gate(config.fleet(seed, arm)).model_copy(
+        whole = config.fleet(seed, arm)
+        fleet = without_gate(whole).model_copy(
             update={
                 "run_dir": work / f"hop-{number}",
                 "source": source,
                 "target": target,
                 "discriminator": config.discriminator,
                 "adapters": [
-                    AdapterEntry(bundle=str(path), num_samples=config.num_samples, eval_data=str(tests[name]))
-                    for name, path in bundles.items()
+                    AdapterEntry(bundle=str(path), num_samples=entry.num_samples, eval_data=str(tests[name]))
+                    for entry, (name, path) in zip(whole.adapters, bundles.items(), strict=True)
                 ],
             }
         )
@@ -95,17 +96,17 @@ def main() -> None:
     if arm not in config.arms:
         parser.error(f"--arm {arm}: {arguments.config} has {', '.join(config.arms)}")
     found = rows(config, arm, third)
-    bases = (config.source, config.target, third, config.source)
+    bases, fleet = (config.source, config.target, third, config.source), config.fleet(config.seeds[0], arm)
     head = HEAD.format(
         bases=" → ".join(name_of_path(base.model) for base in bases),
         tasks=", ".join(task.name for task in config.tasks),
         seed=config.seeds[0],
-        num_samples=config.num_samples,
+        num_samples=fleet.adapters[0].num_samples,
         config=arguments.config,
         arm=arm,
         third=arguments.third.replace(str(Path.home()), "~"),
-        min_agreement=config.gate.min_agreement,
-        screen=config.synthesis.screen,
+        min_agreement=fleet.gate.min_agreement,
+        screen=fleet.synthesis.screen,
     )
     columns = [f"{task.name}: {what}" for task in config.tasks for what in ("bare base", "adapter", "agreement")]
     arguments.out.write_text("\n".join([head, *table(["adapter", *columns], found), ""]), encoding="utf-8")

@@ -39,6 +39,7 @@ class Point(NamedTuple):
     accuracy: float
     source_accuracy: float
     task: str
+    seed: int = 0
 
 
 @dataclass(frozen=True)

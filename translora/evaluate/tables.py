@@ -93,14 +93,19 @@ def samples(results: Results) -> list[str]:
         rows.append([task.name, *auc, *map(_sample_cell, own)])
     text = (
         "Which share of the invented inputs was accepted, neither dropped as a copy or unanswered nor refused by the "
-        "screen, and which share of the samples chosen from these has the commonest answer; means over seeds. Where "
-        "answers are few, one that has most of the samples leaves little to learn the others from."
+        "screen; how many times as many these are as samples are needed (the answers as evenly as there are samples of "
+        "them, and of an answer the best, are chosen from these); and which share of the samples chosen has the "
+        "commonest answer; means over seeds. Where answers are few, one that has most of the samples leaves little to "
+        "learn the others from."
     )
     if is_measured:
         text += (
             " The AUC is of real and invented inputs that the owner's discriminator was not trained on: 0.5 is chance."
         )
-    headers = ["accepted of generated; commonest answer", *(["AUC of the discriminator"] if is_measured else [])]
+    headers = [
+        "accepted of generated; times the need; commonest answer",
+        *(["AUC of the discriminator"] if is_measured else []),
+    ]
     return [text, "", *table([*headers, *results.setup.arms], rows)]
 
 
@@ -109,6 +114,8 @@ def _sample_cell(migrations: Sequence[Migration]) -> str:
     if not found:
         return MISSING
     cell = f"{100 * sum(one.acceptance for one in found) / len(found):.0f} %"
+    if all(one.needed for one in found):
+        cell += f"; {sum(one.accepted / one.needed for one in found) / len(found):.1f}"
     few = [max(one.classes.values()) / sum(one.classes.values()) for one in found if one.classes]
     return f"{cell}; {100 * sum(few) / len(few):.0f} %" if len(few) == len(found) else cell
 
