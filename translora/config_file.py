@@ -30,7 +30,8 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
     added: ClassVar[frozenset[str]] = frozenset()
-    """Settings that came later: at their defaults they are in no dump, so that what was made before them still fits."""
+    """Settings that came later: at their defaults they are in no dump, so that what was made before them still fits.
+    Such a default stays for good; where it has to change, the setting is taken out of here."""
 
     @model_serializer(mode="wrap")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

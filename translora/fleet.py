@@ -25,7 +25,7 @@ from translora.run.entries import expand_entries
 from translora.run.member import Member, Run
 from translora.run.recipes import Bases, Seals, at_commits, base_settings
 from translora.run.rundir import open_run
-from translora.run.state import AdapterState, Phase
+from translora.run.state import AdapterState, Phase, note_fleet
 from translora.run.tracker import Tracker
 from translora.run.verify import verify_fleet
 from translora.synthesis.phase import synthesis_phase
@@ -69,6 +69,7 @@ def migrate(config: FleetConfig, before_work: Callable[[], None] = lambda: None)
         seals = Seals(config.run_dir, config, bases)
         faults |= merge_before(config, source, before_work)
         verified = verify_fleet(run, entries, seals, faults)
+        note_fleet(config.run_dir, verified.keys() | {merge.name for merge in config.merges})
         members = [member for member in verified.values() if isinstance(member, Member)]
         warn_of_templates(config, members)
         if todo := [member for member in members if member.state.status == "pending"]:

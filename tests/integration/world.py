@@ -207,8 +207,8 @@ def kill_when(world: World, verb: str, config: Path, pattern: str, count: int = 
         assert driver.poll() is None, f"the run ended before {pattern} appeared"
         assert time.monotonic() < deadline, f"{pattern} never appeared"
         time.sleep(0.02)
-    # Ray's own agents outlive a killed raylet for a while; what must not is a worker, which holds a base and writes. One
-    # that was asking the GCS something waits a minute for it (RAY_gcs_rpc_server_reconnect_timeout_s), then it ends.
+    # Ray's own agents outlive a killed raylet for a while; what must not is a worker, which holds a base and writes.
+    # One that was asking the GCS waits a minute for it (RAY_gcs_rpc_server_reconnect_timeout_s), and ends then.
     agents = {"ray::RuntimeEnvAgent", "ray::DashboardAgent"}
     family = [child for child in psutil.Process(driver.pid).children(recursive=True) if child.name() not in agents]
     os.kill(driver.pid, signal.SIGKILL)

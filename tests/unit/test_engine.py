@@ -267,3 +267,8 @@ def test_the_dtype_of_auto_is_what_the_device_gains_by(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
     assert resolve_dtype("auto") == dtype
     assert (resolve_dtype("float32"), resolve_dtype("bfloat16")) == (torch.float32, torch.bfloat16)
+    assert resolve_dtype("auto", on_gpu=True) == torch.bfloat16, "of workers that have what this driver lacks"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert resolve_dtype("auto") == torch.bfloat16
+    assert resolve_dtype("auto", on_gpu=False) == dtype, "of actors on the CPU beside a driver that sees a GPU"

@@ -91,6 +91,13 @@ def test_seeds_have_bundles_of_their_own(tmp_path: Path) -> None:
     assert [task.data for task in first.tasks] == [str(config.train_file(0, name)) for name in RAW_NAMES]
 
 
+def test_an_owners_adapter_is_prompted_and_ended_as_its_task_says(tmp_path: Path) -> None:
+    own = {"adapter": "/mine", "prompt_template": "Q: {input}\nA:", "stop": "\n\n"}
+    config = load(tmp_path, tasks=[{"name": "a", "data": "a", **own}, {"name": "b", "data": "a"}])
+    assert [task.prompt_template for task in config.prepare(0).tasks] == ["Q: {input}\nA:", None]
+    assert [entry.stop for entry in config.fleet(0, "plain").adapters] == ["\n\n", None]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -112,6 +119,7 @@ def test_seeds_have_bundles_of_their_own(tmp_path: Path) -> None:
         ({"arms": {"real": {}}}, "arms.real: not a name for an arm"),
         ({"arms": {"a/b": {}}}, "arms.a/b: not a name for an arm"),
         ({"seeds": [0, 1, 0]}, "seeds: [0, 1, 0] names one twice"),
+        ({"tasks": [{"name": "a", "data": "a", "stop": "END"}]}, "task a: stop is for an adapter that is given"),
         ({"seeds": []}, "seeds: List should have at least 1 item"),
         ({"output": "results.html"}, "output: results.html does not end in .md"),
     ],

@@ -282,6 +282,14 @@ def test_the_page_of_the_gate_is_what_the_figures_of_all_pages_say() -> None:
     assert to_svg(found) == (docs / "gate.svg").read_text(encoding="utf-8")
 
 
+def test_a_migration_that_two_pages_have_is_counted_once(results: Results, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_results(results, tmp_path / f"{name}.md")
+    found = read_points([tmp_path / "a.json", tmp_path / "b.json"])
+    assert len(found) == len(results.points) and {page for page, _ in found} == {"a"}
+    assert {point.task for _, point in found} == {"skill, seed 0", "skill, seed 1"}, "a task of a seed is a group"
+
+
 def test_test_items_that_were_invented_are_named(results: Results, tmp_path: Path) -> None:
     assert "invented word for word" not in to_markdown(results, "results")
     rows = [one.model_copy(update={"num_seen": index}) for index, one in enumerate(MIGRATIONS[:2])]
@@ -412,6 +420,11 @@ def test_what_was_measured_otherwise_is_not_joined() -> None:
     for tasks in (second.tasks[:1], longer, [*second.tasks, second.tasks[0].model_copy(update={"name": "more"})]):
         with pytest.raises(InputError, match=r"b\.md: tasks"):
             join([("a.md", first), ("b.md", second.model_copy(update={"tasks": tasks}))])
+    rows = [one.setup.model_copy(update={"data": {"skill": digest}}) for one, digest in ((first, "a"), (second, "b"))]
+    first, other = (one.model_copy(update={"setup": own}) for one, own in zip((first, second), rows, strict=True))
+    with pytest.raises(InputError, match=r"b\.md: other data than in a\.md: skill; join seeds of the same rows"):
+        join([("a.md", first), ("b.md", other)])
+    assert join([("a.md", first), ("b.md", second)]).setup.seeds == SEEDS, "of rows that an older version did not note"
     with pytest.raises(InputError, match=r"b\.md: written by an older version, without the items' scores"):
         join([("a.md", first), ("b.md", second.model_copy(update={"items": []}))])
 
@@ -439,6 +452,6 @@ def test_the_page_says_what_the_arms_were_trained_on_where_it_differs(results: R
     ]
     items = [item.model_copy(update={"auc": 0.6 + item.seed / 10}) for item in results.items if item.task == "skill"]
     page = to_markdown(results.model_copy(update={"migrations": rows, "items": items}), "results")
-    assert "| skill | 0.65 | 50 %; 70 % | – |" in page and "| no-gain | – | – | – |" in page
+    assert "| skill | 0.65 | 50 %; 1.0; 70 % | – |" in page and "| no-gain | – | – | – |" in page
     alike = setup().model_copy(update={"arms": {"plain": {}, "other": {"distill": {"epochs": 1}}}})
     assert "## What they were trained on" not in to_markdown(results.model_copy(update={"setup": alike}), "results")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from translora.bundle import inspect_base
 from translora.config import BaseModelConfig
 from translora.distill.job import TrainJob
 from translora.evaluate import run
-from translora.evaluate.answers import Repetition, answer, migrations, task_items, write_items
+from translora.evaluate.answers import Repetition, answer, item_rows, migrations, task_items, write_items
 from translora.evaluate.config import EvaluateConfig
 from translora.evaluate.data import Split
 from translora.evaluate.run import evaluate, share_blocks, without_places
@@ -211,6 +213,28 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_made(
         evaluate(EvaluateConfig.model_validate(raw), lambda: started.append(True))
     assert message in str(fault.value)
     assert not started and not (tmp_path / "run").exists()
+
+
+def test_an_owners_adapter_with_a_chat_template_of_its_own_has_to_say_how_it_is_prompted(
+    config: EvaluateConfig, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(config.bundle_dir(3, "paint"), adapter)
+    (adapter / "chat_template.jinja").write_text("<s>{{ messages[0].content }}")
+
+    def start() -> None:
+        raise KeyError("Ray")
+
+    for own, raised in (({}, "brings a chat template"), ({"prompt_template": "{input} ->", "stop": "."}, "Ray")):
+        task = config.tasks[0].model_copy(update={"adapter": str(adapter), **own})
+        mine = config.model_copy(update={"run_dir": tmp_path / "run", "tasks": [task]})
+        with pytest.raises((ValueError, KeyError), match=raised):
+            evaluate(mine, start)
+
+
+def test_an_owners_adapter_ends_its_answers_where_its_task_says() -> None:
+    (row, *_) = item_rows("paint", "source_adapter", SPLITS["paint"], "slot", "chat", stop="END")
+    assert re.search(row["stop"], "red END") and not re.search(row["stop"], "red")
 
 
 def test_results_say_nothing_of_this_machine() -> None:

@@ -18,7 +18,7 @@ from translora.gate import agreement, questions
 from translora.gate.agreement import _judge_member, run_gate
 from translora.gate.questions import GateMember, answer_limit, answer_rows, token_rows
 from translora.gate.verdict import chance_agreement, chance_gain, chance_likelihood, informedness, judge, share_equal
-from translora.report.table import remarks
+from translora.report.table import agreement_text, remarks
 from translora.run.state import Accuracy, AdapterState, GateResult
 
 
@@ -272,6 +272,11 @@ def test_long_answers_agree_by_their_tokens() -> None:
     good = by_tokens(0.85, 0.5, 0.5)
     assert good.passed and good.unit == "tokens" and good.has_long_answers
     assert good.agreement_student == pytest.approx(0.85, abs=0.02) and good.agreement_base < 0.55
+    low, high = good.agreement_interval or (0.0, 1.0)
+    assert low < good.agreement_student < high and high - low < 0.07, "a mean of 20 alike shares is known well"
+    assert f"({100 * low:.0f}–{100 * high:.0f}) of tokens" in agreement_text(
+        AdapterState(name="a", bundle="a", gate=good)
+    )
     assert not by_tokens(0.55, 0.3, 0.3).passed, "too few"
     for idle in (by_tokens(0.85, 0.85, 0.5), by_tokens(0.85, 0.5, 0.85)):
         assert not idle.passed and "no better than the bare target base, or whatever the inputs" in idle.reason

@@ -34,6 +34,17 @@ def hold_until(path: Path, held, leave) -> None:  # type: ignore[no-untyped-def]
         leave.wait(60)
 
 
+def test_a_driver_of_another_host_is_looked_at_by_the_file_servers_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "lock")
+    real = time.time
+    monkeypatch.setattr(lease.time, "time", lambda: real() + 10 * lease.LEASE_SECONDS)
+    found = lease.describe(tmp_path / "lock")
+    assert found is not None and found["alive"] and found["seconds_since_sign"] < lease.LEASE_SECONDS
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
 def test_on_this_host_the_process_decides(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     held, leave = context.Event(), context.Event()

@@ -32,6 +32,7 @@ from translora.gate.phase import fail, gate_phase, judges
 from translora.gate.questions import GateMember
 from translora.merge.fleet import warn_of_templates
 from translora.report.table import note
+from translora.run import files
 from translora.run.check import check_training
 from translora.run.entries import expand_entries
 from translora.run.files import read_jsonl, replace_directory, sha256_path, write_json, write_jsonl
@@ -113,6 +114,34 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
         (directory / "file").write_text("half")
         raise RuntimeError
     assert not (tmp_path / "made").exists() and not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_a_directory_has_its_successor_before_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, removed = tmp_path / "made", []
+    remove, rename = shutil.rmtree, os.replace
+
+    def look(path: Path, **rest: Any) -> None:
+        removed.append((made / "file").read_text())
+        remove(path, **rest)
+
+    def fail(old: Path, new: Path) -> None:
+        if new == made and not (old / "file").read_text() == "old":
+            raise PermissionError(new)
+        rename(old, new)
+
+    def write(text: str) -> None:
+        with replace_directory(made) as directory:
+            (directory / "file").write_text(text)
+
+    write("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", fail)
+        with pytest.raises(PermissionError):
+            write("lost")
+    assert (made / "file").read_text() == "old", "what cannot be replaced stays"
+    monkeypatch.setattr(files.shutil, "rmtree", look)
+    write("new")
+    assert set(removed) == {"new"} and [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from translora.report.html import write_report
 from translora.run.lease import hold
 from translora.run.progress import Progress
 from translora.run.rundir import LOCK
-from translora.run.state import AdapterState, GateResult, SynthesisStats, save_state
+from translora.run.state import AdapterState, GateResult, SynthesisStats, note_fleet, save_state
 from translora.run.status import render_status
 
 
@@ -45,6 +46,17 @@ def in_distill(name: str, run_dir: Path, log: str) -> AdapterState:
 def test_a_run_without_adapters_yet(run_dir: Path) -> None:
     assert "no adapter has been started yet" in render_status(run_dir)
     assert json.loads(render_status(run_dir, as_json=True))["adapters"] == []
+
+
+def test_adapters_that_left_the_fleet_are_not_counted(run_dir: Path) -> None:
+    for name in ("kept", "gone"):
+        save_state(run_dir, AdapterState(name=name, bundle=name, status="migrated"))
+    assert "2 of 2 migrated" in render_status(run_dir), "a run that was begun by an older version"
+    note_fleet(run_dir, {"kept", "waiting"})
+    assert "1 of 1 migrated" in render_status(run_dir)
+    assert "1 of 1 migrated" in write_report(run_dir).read_text()
+    note_fleet(run_dir, {"kept", "gone"})
+    assert "2 of 2 migrated" in render_status(run_dir), "its state had stayed"
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ class SynthesisConfig(Strict):
     discriminator, or all (`none`); `auto` is the discriminator where the bundle has one that tells real inputs from
     invented ones, and confidence elsewhere."""
     surplus: float = Field(default=1.5, ge=1)
-    """Confidence and excess: collect |D_syn| times this, and keep of each answer those with the greatest score."""
+    """Confidence and excess: collect |D_syn| times this or more, and keep of each answer those with the greatest score.
+    What a round brings beyond it is chosen from, too."""
     seed_similarity: float = Field(default=0.9, gt=0, le=1)
     """An input as similar as this to a seed (edit similarity, 1 is equal) is dropped: it would leak the seed. So is one
     that holds a seed of five words or more. Where all inputs of a task have one form it takes more than that form."""

@@ -60,24 +60,26 @@ def hide_gpus() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def gains_by_bfloat16() -> bool:
-    """Whether this device multiplies bfloat16 matrices faster than those of float32.
+def gains_by_bfloat16(on_gpu: bool | None = None) -> bool:
+    """Whether a device multiplies bfloat16 matrices faster than those of float32: this process's own, if none is named.
 
     A CPU does with AMX, one of AMD's with AVX512-BF16. On Intel's without AMX that has half of float32's throughput:
     one core of a Xeon gave 84 GFLOP/s by oneDNN's kernel for it, 161 in float32 (768 x 640 by 640 x 2048, torch 2.13).
     """
-    if torch.cuda.is_available():
+    if on_gpu and not torch.cuda.is_available():
+        return True  # GPUs of other machines, as far as can be told from here
+    if torch.cuda.is_available() if on_gpu is None else on_gpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     by_vectors = capabilities.get("avx512_bf16") and "Intel" not in str(capabilities.get("cpu_name"))
     return bool(capabilities.get("amx_bf16") or by_vectors)
 
 
-def resolve_dtype(dtype: DType) -> torch.dtype:
-    """The torch dtype of a setting; `auto` is bfloat16 where the device gains by it."""
+def resolve_dtype(dtype: DType, on_gpu: bool | None = None) -> torch.dtype:
+    """The torch dtype of a setting; `auto` is bfloat16 where the device gains by it, this process's own if unset."""
     if dtype != "auto":
         return torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    return torch.bfloat16 if gains_by_bfloat16() else torch.float32
+    return torch.bfloat16 if gains_by_bfloat16(on_gpu) else torch.float32
 
 
 def attention_of(settings: BaseModelConfig, dtype: torch.dtype) -> str:

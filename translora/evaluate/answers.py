@@ -84,6 +84,7 @@ def answer(
         task: answer_limit(least, *tokenizers, [row["target"] for row in part.test], context)
         for task, part in splits.items()
     }
+    stops = {task.name: task.stop for task in config.tasks}
     answers: Answers = {}
     logliks: Logliks = {}
     with Hosts(config.resources, config.seed_dir(seed), config.synthesis.batch_size) as hosts:
@@ -95,7 +96,8 @@ def answer(
             rows: list[Row] = []
             for task, slot in slots.items():
                 template = bundles[task].manifest.prompt_template if on_source else "auto"
-                rows += item_rows(task, arm, splits[task], slot, template, None if on_source else limits[task])
+                stop = stops[task] if arm == SOURCE_ADAPTER else None
+                rows += item_rows(task, arm, splits[task], slot, template, None if on_source else limits[task], stop)
             own = {slot: paths[slot] for slot in slots.values() if slot is not None}
             where: dict[str, Any] = {
                 "base": base,
@@ -111,10 +113,19 @@ def answer(
     return answers, logliks
 
 
-def item_rows(task: str, arm: str, part: Split, slot: str | None, template: str, limit: int | None = None) -> list[Row]:
+def item_rows(
+    task: str,
+    arm: str,
+    part: Split,
+    slot: str | None,
+    template: str,
+    limit: int | None = None,
+    stop: str | None = None,
+) -> list[Row]:
     """One arm's rows of a task's test items: `gate_block`'s, or `choice_block`'s where a task offers choices."""
     if part.harness is None or not part.harness.is_choice:
-        rows = answer_rows(task, arm, [(row["input"], row["target"]) for row in part.test], slot, template, limit=limit)
+        samples = [(row["input"], row["target"]) for row in part.test]
+        rows = answer_rows(task, arm, samples, slot, template, limit=limit, stop=stop)
         # The harness ends every model's answer at the same texts, and scores what there is at the longest length.
         own = {} if part.harness is None else {"stop": part.harness.stop, "cut": True}
         return [row | own for row in rows]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -26,6 +26,7 @@ from translora.config import (
     refuse_same_names,
     refuse_teacher,
 )
+from translora.config.base import PromptTemplate
 from translora.config_file import NAME_PATTERN, ConfigFile, Strict, fault_text
 from translora.errors import InputError
 
@@ -39,6 +40,8 @@ _UNUSED_DISCRIMINATOR = {"epochs": 1, "max_samples": 4}
 
 class EvaluateTask(Strict):
     """One task with real data."""
+
+    added: ClassVar[frozenset[str]] = frozenset({"prompt_template", "stop"})
 
     name: str = Field(pattern=NAME_PATTERN)
     """Task name: the <NAME> of the discriminator's question, and the bundle's directory."""
@@ -56,6 +59,10 @@ class EvaluateTask(Strict):
     adapter: str | None = None
     """Existing PEFT adapter of the source base, in the place of one that is trained here, in all seeds: the test rows
     must be none that it has seen."""
+    prompt_template: PromptTemplate = "auto"
+    """How the source adapter is prompted, as in a prepare file: what `adapter` was trained with."""
+    stop: str | None = Field(default=None, min_length=1)
+    """Text at which the answers of `adapter` end, if it never learnt to end them."""
     num_train: int = Field(default=100, ge=2)
     """Rows that source adapter, discriminator and the target's adapter are trained on; another draw per seed."""
     num_test: int = Field(default=100, ge=2)
@@ -70,6 +77,10 @@ class EvaluateTask(Strict):
                 raise InputError(f"task {self.name}: include_path holds task files of lm_eval, which is not set")
             if self.metric is not None or self.filter is not None:
                 raise InputError(f"task {self.name}: metric and filter are of lm_eval's task, which is not set")
+        if self.adapter is None and self.stop is not None:
+            raise InputError(
+                f"task {self.name}: stop is for an adapter that is given; one trained here ends its answers"
+            )
         return self
 
 
@@ -147,7 +158,12 @@ class EvaluateConfig(ConfigFile):
             run_dir=self.seed_dir(seed) / "prepare",
             source=self.source,
             tasks=[
-                PrepareEntry(name=task.name, data=str(self.train_file(seed, task.name)), adapter=task.adapter)
+                PrepareEntry(
+                    name=task.name,
+                    data=str(self.train_file(seed, task.name)),
+                    adapter=task.adapter,
+                    prompt_template=None if task.prompt_template == "auto" else task.prompt_template,
+                )
                 for task in self.tasks
             ],
             seed=seed,
@@ -182,7 +198,7 @@ class EvaluateConfig(ConfigFile):
         try:
             entries = [
                 AdapterEntry.model_validate(
-                    {"bundle": str(self.bundle_dir(seed, task.name)), "num_samples": num_samples}
+                    {"bundle": str(self.bundle_dir(seed, task.name)), "num_samples": num_samples, "stop": task.stop}
                 )
                 for task in self.tasks
             ]

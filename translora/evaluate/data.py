@@ -14,7 +14,7 @@ from translora.evaluate.config import EvaluateTask
 from translora.evaluate.harness import Document, HarnessTask, load_harness_task
 from translora.evaluate.statistics import chance_share
 from translora.gate.verdict import is_equal
-from translora.run.files import check_row, derive_seed, read_jsonl
+from translora.run.files import check_row, derive_seed, digest, read_jsonl
 from translora.synthesis.prompts import normalise
 
 FIELDS = ("input", "target")
@@ -54,6 +54,11 @@ class TaskData:
     harness: HarnessTask | None = None
     tests: Sequence[tuple[dict[str, str], Document]] = ()
     """Rows and documents of the harness's test split; `rows` are then of its training split alone."""
+
+    @property
+    def digest(self) -> str:
+        """Of all rows, those included that no seed draws: seeds of other data cannot be put on one page."""
+        return digest(self.rows, [row for row, _ in self.tests])
 
 
 def load_task(entry: EvaluateTask) -> TaskData:

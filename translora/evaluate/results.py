@@ -46,7 +46,7 @@ class Setup(Record):
     """Empty in results of an older version, as the next ones."""
     discriminator: dict[str, Any] = {}
     data: dict[str, str] = {}
-    """Digest of each task's rows, in results of an older version; now it stands with the items."""
+    """Digest of all rows of each task, whichever the seeds drew; empty in some results of an older version."""
     adapters: dict[str, str] = {}
     """sha256 of the source adapters that were given, by task."""
     num_replicates: int
@@ -111,7 +111,7 @@ class Results(Record):
         """The migrated adapters of the tasks that count, as the gate saw them and as they are."""
         counted = {task.name for task in self.tasks if task.counted}
         return [
-            Point(one.gate, one.accuracy, one.source_accuracy, one.task)
+            Point(one.gate, one.accuracy, one.source_accuracy, one.task, one.seed)
             for one in self.migrations
             if one.task in counted and one.gate is not None and one.accuracy is not None
         ]
@@ -177,6 +177,11 @@ def join(parts: Sequence[tuple[str, Results]]) -> Results:
     expected = comparable(first)
     for name, part in others:
         own = comparable(part)
+        if first.setup.data and part.setup.data and part.setup.data != first.setup.data:
+            other = sorted(task for task, one in first.setup.data.items() if part.setup.data.get(task) != one)
+            raise InputError(
+                f"{name}: other data than in {first_name}: {', '.join(other)}; join seeds of the same rows"
+            )
         if strange := next((key for key in expected if own[key] != expected[key]), None):
             raise InputError(f"{name}: {strange} {own[strange]}, in {first_name} {expected[strange]}; join equal ones")
     seeds = sorted(seed for _, part in parts for seed in part.setup.seeds)
@@ -195,7 +200,8 @@ def join(parts: Sequence[tuple[str, Results]]) -> Results:
 
 def comparable(results: Results) -> dict[str, Any]:
     """What two parts of one evaluation have in common."""
-    found = results.setup.model_dump(exclude={"seeds", "data", "versions"})
+    found = results.setup.model_dump(exclude={"seeds", "data", "versions", "gate"})
+    found["gate"] = dict(GateConfig(**results.setup.gate))  # older results leave out what is at its default
     found["versions"] = {name: results.setup.versions.get(name) for name in DECIDING_VERSIONS}
     found["tasks"] = [(task.name, task.num_train, task.num_test, task.metric) for task in results.tasks]
     return found

@@ -17,8 +17,8 @@ from typing import Any
 from translora.bundle import BaseInfo
 from translora.bundle.base import pinned
 from translora.bundle.hub import name_of_path
-from translora.bundle.task import check_owned
-from translora.config import TrainConfig
+from translora.bundle.task import check_own_template, check_owned
+from translora.config import ResourceConfig, TrainConfig
 from translora.config_file import DType
 from translora.distill.job import make_job, refuse_failures
 from translora.distill.launch import train_adapters
@@ -65,13 +65,17 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
         check_section(config.train, base, "train")
     if config.target.vllm is not None and config.train.peft is not None:
         raise InputError("target.vllm: vLLM computes LoRAs alone; leave it out, or train.peft")
-    for task in config.tasks:
-        check_owned(task.adapter, source)
+    tokenizers = {"source": load_tokenizer(config.source), "target": load_tokenizer(config.target)}
+    for entry in config.prepare(config.seeds[0]).tasks:
+        check_owned(entry.adapter, source)
+        check_own_template(entry, entry.prompt_template or "auto", tokenizers["source"])
     for arm in config.arms:
         check_training(config.fleet(config.seeds[0], arm), source, target)
-    for base, settings in ((source, config.source), (target, config.target)):
-        prompts, context = prompt_format(load_tokenizer(settings)), context_of(settings, base)
+    templates = {task.name: task.prompt_template for task in config.tasks}
+    for role, base, settings in (("source", source, config.source), ("target", target, config.target)):
+        context = context_of(settings, base)
         for name, part in ((name, part) for own in splits.values() for name, part in own.items()):
+            prompts = prompt_format(tokenizers[role], templates[name] if role == "source" else "auto")
             inputs = (row["input"] for row in part.test)
             check_inputs(inputs, prompts, config.synthesis.max_answer_tokens, context, f"tasks.{name}")
     for seed in config.seeds:
@@ -82,16 +86,17 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
         start_cluster()
         repetitions = [repeat(config, seed, splits[seed], source, target) for seed in config.seeds]
     setup = Setup(
-        source=base_size(source, config.source.dtype),
-        target=base_size(target, config.target.dtype),
+        source=base_size(source, config.source.dtype, config.resources),
+        target=base_size(target, config.target.dtype, config.resources),
         seeds=config.seeds,
         num_samples=config.num_samples,
         arms=without_places(config.arms),
         train=settings_of(config.train),
         distill=settings_of(config.distill),
-        gate=config.gate.model_dump(),
+        gate=dict(config.gate),  # whole, also what is at its default: the page judges by it
         synthesis=without_places(config.synthesis.model_dump()),
         discriminator=config.discriminator.model_dump(include={"epochs", "learning_rate", "max_samples"}),
+        data={one.entry.name: one.digest for one in data},
         adapters={task.name: sha256_path(Path(task.adapter)) for task in config.tasks if task.adapter is not None},
         num_replicates=NUM_REPLICATES,
         versions=versions(),
@@ -186,8 +191,11 @@ def without_places(value: Any) -> Any:
     return name_of_path(value) if isinstance(value, str) and os.path.isabs(value) else value
 
 
-def base_size(base: BaseInfo, dtype: DType) -> BaseSize:
-    """What the results say of a base; its number of parameters is as the files hold them (tied weights once)."""
+def base_size(base: BaseInfo, dtype: DType, resources: ResourceConfig) -> BaseSize:
+    """What the results say of a base; its number of parameters is as the files hold them (tied weights once).
+
+    The dtype is what actors resolve it to that have GPUs or none, wherever this driver runs.
+    """
     num_parameters = sum(map(math.prod, base.shapes.values()))
-    weights = str(resolve_dtype(dtype)).removeprefix("torch.")
+    weights = str(resolve_dtype(dtype, on_gpu=resources.gpus_per_actor > 0)).removeprefix("torch.")
     return BaseSize(name=base.name, num_parameters=num_parameters, identity=base.identity, dtype=weights)

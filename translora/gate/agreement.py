@@ -29,7 +29,15 @@ from translora.gate.questions import (
     run_tokens,
     token_rows,
 )
-from translora.gate.verdict import chance_agreement, chance_gain, chance_likelihood, informedness, judge, share_equal
+from translora.gate.verdict import (
+    chance_agreement,
+    chance_gain,
+    chance_likelihood,
+    informedness,
+    judge,
+    mean_interval,
+    share_equal,
+)
 from translora.run.state import Accuracy, GateResult
 from translora.synthesis.quality import majority_share, num_seen
 
@@ -151,6 +159,7 @@ def _judge_member(
         right = [0.0 if text is None else share for text, share in zip(student, right, strict=True)]
         measured.unit, measured.commonest = "tokens", None
         measured.agreement_student, measured.agreement_base = fmean(right), fmean(bare)
+        measured.agreement_interval = mean_interval(right)
         # Better than both: the greater p-value is that of the two together (an intersection-union test).
         measured.p_value = max(chance_gain(right, bare), chance_gain(right, elsewhere))
     gate = judge(measured, member.config)

@@ -78,7 +78,8 @@ def try_adapters(config: PrepareConfig, tasks: Sequence[Task], base: BaseInfo) -
         if logliks[name, "adapter"] <= logliks[name, "base"] if is_long else own <= min(bare, 0.95):
             logger.warning(
                 "%s: its adapter does no better on its own data than the bare base; was it trained with another "
-                "prompt_template than %r?",
+                "prompt_template than %r%s?",
                 name,
                 task.template,
+                "" if any(answers[name, "adapter"]) else ", or never to end an answer (a migration then needs `stop`)",
             )

@@ -45,6 +45,8 @@ def informedness(answers: Sequence[str | None], references: Sequence[str]) -> fl
 
 NUM_DEALS = 10_000
 """Random orders of the answers, or signs of the gains, that a p-value is counted over."""
+NUM_DRAWS = 2_000
+"""Bootstrap replicates of an interval."""
 MOST_DEALT = 4_000_000
 """Values that are dealt out at a time."""
 ROUNDING = 1e-9
@@ -116,6 +118,13 @@ def chance_gain(shares: Sequence[float], others: Sequence[float]) -> float:
         signs = generator.choice([-1.0, 1.0], size=(count, len(gains_N)))
         as_much += int(np.count_nonzero(signs @ gains_N >= gains_N.sum() - ROUNDING))
     return (as_much + 1) / (NUM_DEALS + 1)
+
+
+def mean_interval(shares: Sequence[float]) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of the prompts' shares."""
+    drawn = np.random.default_rng(0).choice(np.asarray(shares), size=(NUM_DRAWS, len(shares)))
+    low, high = np.quantile(drawn.mean(axis=1), (0.025, 0.975))
+    return float(low), float(high)
 
 
 def judge(measured: GateResult, config: GateConfig) -> GateResult:

@@ -9,7 +9,15 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from translora import __version__
 from translora.report.markdown import code, escape, one_line
-from translora.report.table import ACCURACY_FIELDS, chance_text, interval, loglik_text, percent, remarks
+from translora.report.table import (
+    ACCURACY_FIELDS,
+    agreement_interval,
+    chance_text,
+    interval,
+    loglik_text,
+    percent,
+    remarks,
+)
 from translora.report.templates import environment
 from translora.run.state import AdapterState
 
@@ -51,7 +59,7 @@ def model_card(
         before=before,
         prompt_template=prompt_template,
         intervals=[
-            interval(state.gate.agreement_student, state.gate.num_heldout),
+            agreement_interval(state.gate),
             interval(state.accuracy.migrated, state.accuracy.num_items) if state.accuracy else "",
         ],
         accuracies=[getattr(state.accuracy, field) for field in ACCURACY_FIELDS if state.accuracy],

@@ -51,6 +51,16 @@ def interval(share: float, count: int) -> str:
     return f"{_points(low)}–{_points(high)}"
 
 
+def agreement_interval(gate: GateResult) -> str:
+    """The 95 % interval of the student's agreement; empty for tokens of an older version, which kept none.
+
+    A share of prompts has Wilson's. By tokens it is a mean of the prompts' shares, which is known far better.
+    """
+    if gate.unit == "answers":
+        return interval(gate.agreement_student, gate.num_heldout)
+    return "–".join(str(_points(end)) for end in gate.agreement_interval or ())
+
+
 def _points(share: float) -> int:
     rounded = round(100 * share)
     if rounded == 100 and share < 1:
@@ -70,7 +80,8 @@ def agreement_text(state: AdapterState) -> str:
         return MISSING
     before, after = gate.agreement_base, gate.agreement_student
     of_what = " of tokens" if gate.unit == "tokens" else ""
-    return f"{percent(before)} → {percent(after)} ({interval(after, gate.num_heldout)}){of_what}"
+    ends = f" ({own})" if (own := agreement_interval(gate)) else ""
+    return f"{percent(before)} → {percent(after)}{ends}{of_what}"
 
 
 def status_text(state: AdapterState) -> str:

@@ -79,15 +79,26 @@ def append_line(path: Path, line: str) -> None:
 
 @contextlib.contextmanager
 def replace_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory that becomes `path` when the block succeeds, and vanishes when it fails."""
-    temporary = _temporary(path)
+    """Yield a temporary directory that becomes `path` when the block succeeds, and vanishes when it fails.
+
+    What was there is renamed, its successor takes its name, and only then it is removed: whoever reads `path` misses it
+    for no longer than between two renames.
+    """
+    temporary, doomed = _temporary(path), _temporary(path)
     temporary.mkdir()
     try:
         yield temporary
-        remove_directory(path)
-        os.replace(temporary, path)
+        if path.exists():
+            os.replace(path, doomed)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if doomed.exists():
+                os.replace(doomed, path)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def remove_directory(path: Path) -> None:

@@ -237,6 +237,10 @@ def describe(path: Path) -> dict[str, Any] | None:
     seen = look(path)
     if seen is None or seen.owner is None:
         return None
-    owner, age = seen.owner, max(0.0, time.time() - seen.renewed)
+    owner, now = seen.owner, time.time()
+    if not owner.is_near:
+        with contextlib.suppress(OSError):  # who looks may not write here, and goes by the own clock
+            now = _now(path)
+    age = max(0.0, now - seen.renewed)
     alive = owner.is_alive if owner.is_near else age < LEASE_SECONDS
     return {"host": owner.host, "pid": owner.pid, "seconds_since_sign": round(age, 1), "alive": alive}

@@ -5,8 +5,9 @@ One JSON file per adapter, `RUN/adapters/NAME/state.json`, replaced atomically b
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ REFUSING: frozenset[str] = frozenset({"discriminator", "excess", ""})
 """Screens that refuse inputs; confidence only ranks them. Of old runs, which do not say, it was the discriminator."""
 SYNTHETIC, STUDENT, DISCRIMINATOR, BUNDLES = "synthetic.parquet", "student", "discriminator", "bundles"
 """An adapter's files and directories below RUN/adapters/NAME, and where what passed the gate lies in the run."""
+FLEET = "fleet.json"
+"""In the run directory: the names of the adapters that its fleet file has."""
 PHASES: tuple[Phase, ...] = ("verify", "synthesis", "distill", "gate", "done")
 Status = Literal["pending", "migrated", "merged", "failed_gate", "quarantined"]
 """`merged`: made of adapters that were migrated."""
@@ -79,6 +82,8 @@ class GateResult(BaseModel):
     has_long_answers: bool = False
     agreement_student: float
     agreement_base: float
+    agreement_interval: tuple[float, float] | None = None
+    """95 % bootstrap interval of the student's over the prompts, where `unit` is tokens."""
     only_answer: str | None = None
     """The teacher's answer to every synthetic sample, where it has only one."""
     informedness: float | None = None
@@ -199,8 +204,15 @@ def load_state(run_dir: Path, name: str) -> AdapterState:
         ) from error
 
 
+def note_fleet(run_dir: Path, names: Collection[str]) -> None:
+    """Keep which adapters the fleet file has now: states of earlier ones stay where they are."""
+    write_json(run_dir / FLEET, sorted(names))
+
+
 def load_states(run_dir: Path) -> list[AdapterState]:
-    """Every adapter state of a run, by name; one that cannot be read is that of a quarantined adapter.
+    """The state of every adapter of a fleet, by name; one that cannot be read is that of a quarantined adapter.
+
+    Adapters that an earlier fleet file of the run had are left out.
 
     Raises:
         InputError: `run_dir` is not the run directory of a fleet.
@@ -222,7 +234,11 @@ def load_states(run_dir: Path) -> list[AdapterState]:
             f"{run_dir}: the run of a `translora prepare`, which has no states; "
             f"its bundles are written to {config.get('output_dir')}"
         )
-    return [_load_or_quarantine(run_dir, name) for name in state_names(run_dir)]
+    names = state_names(run_dir)
+    with contextlib.suppress(OSError, ValueError, TypeError):  # of a run that was begun by an older version: all
+        fleet = set(json.loads((run_dir / FLEET).read_bytes()))
+        names = [name for name in names if name in fleet]
+    return [_load_or_quarantine(run_dir, name) for name in names]
 
 
 def _load_or_quarantine(run_dir: Path, name: str) -> AdapterState:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 REMEDIES = {
     "long_input": "raise synthesis.sampling.max_new_tokens",
-    "long_answer": "raise synthesis.max_answer_tokens",
+    "long_answer": "raise synthesis.max_answer_tokens, or set its `stop` if the adapter never learnt to end an answer",
     "seed_copy": "ship more and more different seeds, or raise synthesis.seed_similarity",
     "duplicate": "ship more and more different seeds, or raise synthesis.sampling.temperature",
     "refused": "raise synthesis.max_generated_factor and max_rounds, or screen by confidence",
