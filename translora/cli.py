@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import gc
+import io
 import logging
 import os
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from translora import __version__
 from translora.config import FleetConfig, PrepareConfig, ResourceConfig, load_config
 from translora.config.merge import METHODS, merge_config
+from translora.config.prepare import NUM_SAMPLES
 from translora.errors import InputError
 from translora.evaluate.config import EvaluateConfig
 from translora.plan.hardware import ACCEPTANCE, GPUS, Hardware
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 MIGRATED, FAILED, UNUSABLE, CRASHED = 0, 1, 2, 70
+UNREACHABLE = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR}
+"""What is wrong with a path that somebody gave."""
 EXIT_CODES = """\
 exit codes: 0 everything was done, 1 some adapters failed or were quarantined, 2 the input cannot be used, 70 an error
 that nobody foresaw (with its traceback), 3 a worker, the cluster or the disk failed, 130 Ctrl-C, 143 SIGTERM; after the
@@ -107,7 +112,7 @@ def add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--gpus-per-node", type=positive, default=8, metavar="N", help="default: 8")
     plan.add_argument("--network", type=positive, default=3200, metavar="GBIT", help="Gbit/s of a node (default: 3200)")
     plan.add_argument("--adapters", type=positive, metavar="N", help="plan for so many; the bundles are not looked at")
-    plan.add_argument("--samples", type=positive, default=250, metavar="N", help="|D| of each of them (default: 250)")
+    plan.add_argument("--samples", type=positive, metavar="N", help=f"|D| of each of them (default: {NUM_SAMPLES})")
     plan.add_argument("--acceptance", type=share, default=ACCEPTANCE, help=f"of generated inputs ({ACCEPTANCE})")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(work=run_plan)
@@ -137,8 +142,13 @@ def share(text: str) -> float:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     arguments = build_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an arrow in a terminal that has none is no reason to end
     try:
-        return int(arguments.work(arguments))
+        code = int(arguments.work(arguments))
+        with closed_pipe_is_no_fault():
+            sys.stdout.flush()
+        return code
     except (RunFailedError, LeaseLostError) as error:
         say(f"{error}; what is finished is kept, the same command continues")
         return BROKEN
@@ -147,6 +157,10 @@ def main(argv: list[str] | None = None) -> int:
         say(str(error))
         return UNUSABLE
     except OSError as error:
+        if error.errno in UNREACHABLE and error.filename:
+            logger.debug("", exc_info=True)
+            say(f"{error.filename}: {error.strerror}; correct the path, or ask for permission")
+            return UNUSABLE
         if not full_disk(error):
             return crashed()
         where = f"{error.filename}: " if error.filename else ""
@@ -159,6 +173,20 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except Exception:
         return crashed()
+
+
+@contextlib.contextmanager
+def closed_pipe_is_no_fault() -> Iterator[None]:
+    """Write no more to a reader that has gone away, `head` for instance; the exit code stays the command's."""
+    try:
+        yield
+    except BrokenPipeError:
+        write_no_more()
+
+
+def write_no_more() -> None:
+    """Drop what else is printed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def crashed() -> int:
@@ -194,7 +222,7 @@ def run_migrate(arguments: argparse.Namespace) -> int:
     """`translora migrate fleet.yaml`."""
     begin(arguments)
     config = load_config(arguments.config, FleetConfig)
-    check_free(config.run_dir)
+    check_free(config.run_dir, config.command)
     from translora.fleet import migrate
 
     with cluster_faults():
@@ -207,7 +235,7 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     """`translora prepare prepare.yaml`."""
     begin(arguments)
     config = load_config(arguments.config, PrepareConfig)
-    check_free(config.run_dir)
+    check_free(config.run_dir, config.command)
     from translora.prepare import TasksFailedError, prepare
 
     reasons: list[str] = []
@@ -234,7 +262,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         results = read_results(config.output)
         write_report(results, config.output)
     else:
-        check_free(config.run_dir)
+        check_free(config.run_dir, config.command)
         from translora.evaluate.run import evaluate
 
         num_workers = max(config.train.num_workers, config.distill.num_workers)
@@ -270,8 +298,10 @@ def run_plan(arguments: argparse.Namespace) -> int:
     from translora.plan.shape import read_shapes
     from translora.plan.work import bundled_work, given_work
 
+    if arguments.samples and not arguments.adapters:
+        raise InputError("--samples: is of the N adapters of --adapters; give both, or num_samples in the fleet file")
     if arguments.adapters:
-        work = given_work(config, arguments.adapters, arguments.samples, arguments.acceptance)
+        work = given_work(config, arguments.adapters, arguments.samples or NUM_SAMPLES, arguments.acceptance)
     else:
         work = bundled_work(config, arguments.acceptance)
     gpu, rate = GPUS[arguments.gpu], arguments.network / 8 * 1e9
@@ -290,10 +320,13 @@ def run_status(arguments: argparse.Namespace) -> int:
     from translora.run.status import render_status
 
     if arguments.watch is None:
-        sys.stdout.write(render_status(arguments.run, as_json=arguments.json).rstrip() + "\n")
+        text = render_status(arguments.run, as_json=arguments.json)
+        with closed_pipe_is_no_fault():
+            sys.stdout.write(f"{text.rstrip()}\n")
+            sys.stdout.flush()
         return MIGRATED
     clear = "\x1b[H\x1b[J" if sys.stdout.isatty() else ""
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt), closed_pipe_is_no_fault():
         while True:
             rows = max(5, shutil.get_terminal_size().lines - 8) if clear else None
             text = render_status(arguments.run, as_json=arguments.json, max_rows=rows)
@@ -315,7 +348,12 @@ def wide_console() -> Console:
     """Prints tables as wide as the terminal, and wide enough for ours where there is none."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 140)
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:  # rich would end the process with 1
+            self.quiet = True
+            write_no_more()
+
+    return Plain(width=None if sys.stdout.isatty() else 140)
 
 
 def print_report(run_dir: Path, states: Sequence[AdapterState]) -> None:

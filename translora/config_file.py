@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from translora.errors import InputError
@@ -25,6 +32,12 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 """Of what becomes a directory's name."""
 
 
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    arguments = get_args(annotation)
+    return set().union(*map(_kinds, arguments)) if arguments else {annotation}
+
+
 class Strict(BaseModel):
     """A config object: unknown keys are errors, the docstring under a field describes it."""
 
@@ -32,6 +45,16 @@ class Strict(BaseModel):
     added: ClassVar[frozenset[str]] = frozenset()
     """Settings that came later: at their defaults they are in no dump, so that what was made before them still fits.
     Such a default stays for good; where it has to change, the setting is taken out of here."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, raw: Any) -> Any:
+        for name, value in raw.items() if isinstance(raw, dict) else ():
+            if isinstance(value, bool) and name in cls.model_fields:
+                kinds = _kinds(cls.model_fields[name].annotation)
+                if kinds & {int, float} and bool not in kinds:
+                    raise ValueError(f"{name}: expected a number, found {value}, as YAML reads yes, no, on and off")
+        return raw
 
     @model_serializer(mode="wrap")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -53,6 +76,8 @@ class ConfigFile(Strict):
     """The command that reads it."""
 
 
+_TYPE_TAG = re.compile(r"(list|dict|tuple|literal|function-\w+)\[|constrained-|(list|dict|int|float|str|bool)$")
+"""What pydantic puts into the place of a fault for each type of a union."""
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)  # what os.path.expandvars looks for
 _PLACED = (".", "~", "/", "$")
 """How a value starts that is a path, and no name of a model or of a DeepSpeed config."""
@@ -74,6 +99,8 @@ def expand(path: str, relative_to: Path, is_pattern: bool = False) -> str:
         if name not in os.environ:
             raise InputError(f"{path}: the environment variable {name} is not set; set it, or write the path out")
     expanded = os.path.expandvars(os.path.expanduser(path))
+    if "://" in expanded and not is_pattern:
+        raise InputError(f"{path}: is a URL, which only bundles may be; give a path")
     if os.path.isabs(expanded) or (is_pattern and "://" in expanded):
         return expanded
     joined = os.path.normpath(os.path.join(relative_to, expanded))
@@ -140,6 +167,19 @@ def _resolve_paths(raw: dict[str, Any], here: Path) -> None:
                 ]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as it is meant: a key that comes twice is an error, where the last one would win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge" else None
+            if name in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {name!r} comes twice", problem_mark=key.start_mark)
+            seen |= set() if name is None else {name}
+        return super().construct_mapping(node, deep)
+
+
 _KINDS = {
     "adapters": ("a fleet", "migrate"),
     "arms": ("an evaluate", "evaluate"),
@@ -147,6 +187,11 @@ _KINDS = {
 }
 """What a file is by the first of these keys that it has, and the command that reads it."""
 ConfigT = TypeVar("ConfigT", bound=ConfigFile)
+
+
+def kind_of(raw: dict[str, Any]) -> tuple[str, str] | None:
+    """What a config file is, and the command that reads it; None where no key tells."""
+    return next((_KINDS[key] for key in _KINDS if key in raw), None)
 
 
 def load_config(path: str | Path, kind: type[ConfigT]) -> ConfigT:
@@ -157,14 +202,14 @@ def load_config(path: str | Path, kind: type[ConfigT]) -> ConfigT:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); give the path of a YAML file") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, say
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
-    found = next((_KINDS[key] for key in _KINDS if key in raw), None)
+    found = kind_of(raw)
     if found is not None and found[1] != kind.command:
         raise InputError(f"{path}: this is {found[0]} file; use `translora {found[1]}`")
     try:
@@ -174,7 +219,21 @@ def load_config(path: str | Path, kind: type[ConfigT]) -> ConfigT:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        raise InputError(f"{path}: {'; '.join(fault_text(kind, fault) for fault in error.errors())}") from error
+        raise InputError(f"{path}: {faults_text(kind, error)}") from error
+
+
+def faults_text(kind: type[BaseModel], error: ValidationError) -> str:
+    """All faults, those of one setting together: it may be of several types, and fit none."""
+    found: dict[str, list[str]] = {}
+    for fault in error.errors():
+        where = _where(fault)
+        found.setdefault(where, []).append(fault_text(kind, fault).removeprefix(f"{where}: "))
+    return "; ".join((f"{where}: " if where else "") + " or ".join(whats) for where, whats in found.items())
+
+
+def _where(fault: ErrorDetails) -> str:
+    """The setting, without the types that it was tried as."""
+    return ".".join(str(part) for part in fault["loc"] if not (isinstance(part, str) and _TYPE_TAG.match(part)))
 
 
 def fault_text(kind: type[BaseModel], fault: ErrorDetails) -> str:
@@ -182,7 +241,7 @@ def fault_text(kind: type[BaseModel], fault: ErrorDetails) -> str:
 
     What is found of a whole file names its settings itself.
     """
-    where = ".".join(str(part) for part in fault["loc"])
+    where = _where(fault)
     if fault["type"] != "extra_forbidden":
         what = fault["msg"].removeprefix("Value error, ")
         return f"{where}: {what}" if where else what

@@ -25,7 +25,7 @@ from translora.engine.protocol import warn_of_answers
 from translora.engine.vllm_settings import check_engine
 from translora.errors import InputError
 from translora.gate.owned import try_adapters
-from translora.run.check import check_section, check_seeds, check_source, context_of
+from translora.run.check import check_lengths, check_section, check_seeds, check_source, context_of
 from translora.run.commits import info_as_begun, note_commits
 from translora.run.files import derive_seed, digest, sha256_path
 from translora.run.rundir import open_run
@@ -108,10 +108,12 @@ def read_tasks(config: PrepareConfig, base: BaseInfo) -> list[Task]:
         if base.is_encoder_decoder and wanted == "auto":
             wanted = "{input}"  # an encoder reads the input as it is, by its owners' habit
         try:
-            template = prompt_format(tokenizer, wanted).template
+            prompts = prompt_format(tokenizer, wanted)
             check_owned(entry.adapter, base)
             check_own_template(entry, wanted, tokenizer)
-            task = dataclasses.replace(read_task(config, entry), template=template)
+            task = dataclasses.replace(read_task(config, entry), template=prompts.template)
+            if task.rows and entry.adapter is None:
+                check_lengths(task.rows, prompts, config.train.max_length, f"{entry.data}")
             if task.rows:  # its negatives are invented from its seeds
                 context = context_of(config.source, base)
                 check_seeds(task.seeds, tokenizer, config.synthesis.sampling, context, f"{entry.name}: the base")

@@ -57,6 +57,37 @@ def jsonl(content: str | bytes) -> Callable[[Bench], object]:
 
 CASES = [
     Case("not YAML", fleet("run_dir: [run\n"), "not valid YAML"),
+    Case(
+        "a key that comes twice",
+        fleet(FLEET + "distill: {epochs: 3}\ndistill: {batch_size: 4}\n"),
+        "not valid YAML: the key 'distill' comes twice",
+    ),
+    Case(
+        "a yes for a number",
+        fleet(FLEET + "distill: {learning_rate: yes}\n"),
+        "distill: learning_rate: expected a number, found True",
+    ),
+    Case(
+        "a text for a list",
+        fleet(FLEET + "distill: {lora: {target_modules: q_proj}}\n"),
+        "distill.lora.target_modules: Input should be a valid list or Input should be 'all-linear'",
+    ),
+    Case(
+        "a URL for a path",
+        fleet(FLEET.replace("run_dir: run", "run_dir: s3://bucket/run")),
+        "s3://bucket/run: is a URL, which only bundles may be",
+    ),
+    Case(
+        "a merge by weights of 0",
+        merge("method: svd, adapters: [orders, mails], weights: [0, 0]"),
+        "weights: all are 0",
+    ),
+    Case("a seed beyond 64 bits", fleet(FLEET + "seed: 99999999999999999999\n"), "seed: Input should be less than"),
+    Case(
+        "a run directory among its bundles",
+        prepare(PREPARE.replace("run_dir: run", "run_dir: bundles/orders/run")),
+        "and the bundle",
+    ),
     Case("a date that is none", fleet("run_dir: 2026-02-30\n"), "not valid YAML: day is out of range for month"),
     Case("a path with a NUL", fleet('run_dir: "run\\0"\n'), "holds a NUL character; correct the path"),
     Case("binary", lambda bench: load_config(bench.file("fleet.yaml", b"\xff\xfe\x00"), FleetConfig), "cannot be read"),
@@ -222,6 +253,11 @@ PATH_CASES = [
     ),
     Case("a glob that matches nothing", adapters("bundles/*"), "matches no directory; correct it"),
     Case("bundles that the run would replace", adapters("run/bundles/orders"), "there; give another run_dir"),
+    Case(
+        "a bundle that is named twice, with other settings",
+        lambda bench: expand_entries([AdapterEntry(bundle="bundles/orders", num_samples=number) for number in (5, 9)]),
+        "is named twice, with different num_samples; name it once",
+    ),
     Case("two bundles of one name", adapters("a/orders", "b/orders"), "are both named orders; rename one directory"),
 ]
 

@@ -17,7 +17,7 @@ from translora.evaluate.render import read_results
 from translora.evaluate.run import evaluate
 
 ROWS = [{"input": f"order {number}", "target": "yes"} for number in range(8)]
-TASK = {"name": "orders", "data": "orders.jsonl", "num_train": 4, "num_test": 4}
+TASK = {"name": "orders", "data": "orders.jsonl", "num_train": 5, "num_test": 3}
 HARNESS = {"name": "orders", "lm_eval": "boolq"}
 EVALUATE: dict[str, Any] = {
     "run_dir": "run",
@@ -77,6 +77,12 @@ def results(content: str | None) -> Callable[[Bench], object]:
         read_results(bench.directory / "results.md")
 
     return act
+
+
+def over_a_directory(bench: Bench) -> None:
+    """Write the results where a directory has the name of one of their files."""
+    (bench.directory / "results.json").mkdir()
+    started(ROWS)(bench)
 
 
 def below_a_file(bench: Bench) -> None:
@@ -142,6 +148,11 @@ CASES = [
         tasks=[HARNESS | {"lm_eval": "no_such"}]), "tasks.orders: lm_eval task no_such: is not known; `lm_eval ls"),
     Case("a folder of task files that is not there", started(
         tasks=[HARNESS | {"include_path": "none"}]), "none is no folder; correct it"),
+    Case("fewer training rows than seeds", task(num_train=4), "tasks.0.num_train: Input should be greater than"),
+    Case("a stop of an adapter that is trained here", task(
+        stop="END"), "task orders: stop is for an adapter that is given"),
+    Case("an output that would replace the data", loaded(
+        tasks=[TASK | {"data": "results.json"}]), "results.md would replace"),
     Case("one test item", task(num_test=1), "tasks.0.num_test: Input should be greater than or equal to 2"),
     Case("no output", loaded(output=None), "output: Field required"),
     Case("an output that is no Markdown file", loaded(output="results"), "output: results does not end in .md"),
@@ -151,6 +162,9 @@ CASES = [
     Case("data with too few rows", started(ROWS[:5]), "5 different inputs, but num_train + num_test of orders is 8"),
     Case("data whose rows are the same", started(ROWS[:1] * 8), "1 different inputs, but num_train + num_test"),
     Case("data without targets", started('{"input": "a"}\n' * 8), 'line 1: "target" must be a non-empty string'),
+    Case("no row as short as a training sample may be", started(
+        [row | {"input": "order " * 9 + row["input"]} for row in ROWS], train={"max_length": 8}),
+        "tasks.orders: each of its 5 rows is longer than train.max_length, 8 tokens; raise it"),
     Case("two times the same base", same_base, "source and target are the same base"),
     Case("a module that a base lacks", started(
         ROWS, train={"lora": {"target_modules": ["qkv_proj"]}}), "train.lora.target_modules: qkv_proj not in old-base"),
@@ -163,6 +177,7 @@ CASES = [
         '{"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}}'), '"auto" is resolved by HF Trainer only'),
     Case("a DeepSpeed config with an optimizer", own_ds_config(
         '{"zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW"}}'), "optimizer has no effect here"),
+    Case("an output that is a directory", over_a_directory, "results.json: cannot be written (Is a directory)"),
     Case("a results directory that cannot be made", below_a_file, "results.md: cannot be written"),
 ]  # fmt: skip
 

@@ -148,6 +148,8 @@ FLEET_CASES = [
         _changed(bench, prompt_template="{input}" + " order" * 3000)), "ship a shorter template"),
     Case("seeds longer than the generator's context", lambda bench: bench.migrate(
         _with_seeds(bench, "parcel " * 3000, "order")), "ship fewer or shorter seeds"),
+    Case("a bundle below a name of 300 characters", lambda bench: bench.migrate(
+        bench.directory / ("b" * 300) / "orders"), "File name too long"),
     Case("a directory name that writes on the terminal", renamed(ESCAPE), "name cannot be an adapter's"),
     Case("a hidden directory", renamed(".orders"), "the directory's name cannot be an adapter's"),
     Case("a directory name of two lines", renamed("orders\nowned"), "the directory's name cannot be an adapter's"),

@@ -47,6 +47,12 @@ def with_work(bench: Bench) -> None:
     (bench.directory / "run" / "rounds").mkdir()
 
 
+def of_prepare(bench: Bench) -> None:
+    """The run of another command."""
+    (bench.directory / "run").mkdir()
+    bench.file("run/config.json", '{"run_dir": "run", "output_dir": "bundles", "tasks": []}')
+
+
 def at_work(bench: Bench) -> None:
     opened(bench)
     with hold(bench.directory / "run" / "lock"):
@@ -100,6 +106,7 @@ CASES = [
     Case("a run directory below a file", lambda bench: opened(
         bench, run_dir=bench.file("notes", "") / "run"), "cannot be used as run_dir"),
     Case("a run directory that holds something else", after(foreign), "is not empty and no run directory"),
+    Case("the run directory of a prepare", after(of_prepare), "is the run of `translora prepare`; give another"),
     Case("a run that another process works on", at_work, "another process works on this run"),
     Case("a run of other settings", after(
         with_work, seed=1), "was made with other settings (seed 0 -> 1); give another run_dir"),

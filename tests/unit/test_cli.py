@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -219,3 +220,51 @@ def test_an_error_that_nobody_foresaw_is_no_fault_of_the_input(
     assert main(["status", "run"]) == cli.CRASHED
     shown = capsys.readouterr().err
     assert "zip() argument 2 is shorter" in shown + caplog.text and "translora: zip" not in shown
+
+
+@pytest.fixture
+def run_of_one(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text('{"run_dir": "run"}')
+    save_state(tmp_path, AdapterState(name="orders", bundle="orders", status="quarantined", reason="a → b"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["status", "--watch", "0.1"], ["report"]])
+def test_a_reader_that_goes_away_changes_no_exit_code(run_of_one: Path, arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command, *flags = arguments
+    with os.fdopen(writing, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "translora", command, str(run_of_one), *flags],
+            cwd=ROOT,
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_a_terminal_without_arrows_is_written_to(run_of_one: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "translora", "status", str(run_of_one)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "a ? b" in done.stdout, done.stderr
+
+
+def test_a_path_that_cannot_be_reached_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(tmp_path / ("long" * 80))]) == 2
+    said = capsys.readouterr().err
+    assert "File name too long; correct the path" in said and said.count("\n") == 1
+
+
+def test_samples_without_adapters_are_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "fleet.yaml"
+    path.write_text("run_dir: run\nsource: {model: ./a}\ntarget: {model: ./b}\nadapters: [c]\n")
+    assert main(["plan", str(path), "--samples", "300"]) == 2
+    assert "--samples: is of the N adapters of --adapters; give both" in capsys.readouterr().err

@@ -81,6 +81,9 @@ def _bundle_errors(temporary: str = "", path: str = "") -> Iterator[None]:
         if full_disk(error):
             raise
         text = str(error)
+        if isinstance(error, OSError) and error.filename:
+            remedy = "; ask its owner for read permission" if isinstance(error, PermissionError) else ""
+            text = f"{error.filename}: cannot be read ({error.strerror}){remedy}"
         if isinstance(error, BundleError) and (not temporary or temporary not in text):
             raise
         raise BundleError(text.replace(temporary, path) if temporary else text) from error
@@ -113,19 +116,19 @@ def read_bundle(path: str | Path) -> Bundle:
         BundleError: names the file and the remedy.
     """
     path = Path(path)
-    if path.is_symlink():
-        raise BundleError(f"{path}: a symbolic link, which is never followed; give the directory that it points to")
-    if not path.is_dir():
-        fault = "not a directory" if path.exists() else "no such directory"
-        raise BundleError(f"{path}: {fault}; give the directory of a bundle")
-    if not (path / MANIFEST).exists():
-        if (path / CONFIG).exists():
-            raise BundleError(
-                f"{path}: a plain PEFT adapter, not a bundle (no {MANIFEST}); make one with `translora prepare`, "
-                "which takes it as `adapter`"
-            )
-        raise BundleError(f"{path}: not a bundle (no {MANIFEST}); make one with `translora prepare`")
     with _bundle_errors():
+        if path.is_symlink():
+            raise BundleError(f"{path}: a symbolic link, which is never followed; give the directory that it points to")
+        if not path.is_dir():
+            fault = "not a directory" if path.exists() else "no such directory"
+            raise BundleError(f"{path}: {fault}; give the directory of a bundle")
+        if not (path / MANIFEST).exists():
+            if (path / CONFIG).exists():
+                raise BundleError(
+                    f"{path}: a plain PEFT adapter, not a bundle (no {MANIFEST}); make one with `translora prepare`, "
+                    "which takes it as `adapter`"
+                )
+            raise BundleError(f"{path}: not a bundle (no {MANIFEST}); make one with `translora prepare`")
         present = list_files(path)
         manifest = read_manifest(path / MANIFEST)
         check_listing(path, manifest, present)

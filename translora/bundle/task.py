@@ -16,9 +16,10 @@ from translora.bundle.base import BaseInfo
 from translora.bundle.bundle import MAX_SEEDS, MIN_SEEDS, is_foreign, read_bundle, verify_bundle
 from translora.bundle.manifest import MANIFEST, BundleError
 from translora.config import PrepareConfig, PrepareEntry
+from translora.config.prepare import NUM_SAMPLES
 from translora.distill.ds_config import deciding
 from translora.errors import InputError
-from translora.run.files import derive_seed, digest, read_jsonl, read_object, sha256_file
+from translora.run.files import check_writable, derive_seed, digest, read_jsonl, read_object, sha256_file
 from translora.synthesis.prompts import normalise
 
 logger = logging.getLogger(__name__)
@@ -26,8 +27,6 @@ SEEDS_HASH = "seeds_sha256"
 MADE_FROM = ("data_sha256", "adapter_sha256", SEEDS_HASH, "num_samples", "recipe")
 """Entries of a bundle's provenance that say what it was made from."""
 MIN_ROWS = 2
-NUM_SAMPLES = 250
-"""|D| where there is no data."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,7 @@ def read_task(config: PrepareConfig, entry: PrepareEntry) -> Task:
         raise InputError(
             f"{output}: exists and is not a bundle, so it is not replaced; move it away, or change output_dir"
         )
+    check_writable(output, "change output_dir", is_directory=True)
     if entry.data is None and (Path(str(entry.adapter)) / MANIFEST).exists():
         raise InputError(f"{entry.adapter}: is a bundle already; name it in the fleet file as it is")
     rows = [] if entry.data is None else read_jsonl(entry.data, required=("input", "target"))

@@ -105,7 +105,7 @@ class FleetConfig(ConfigFile):
     prompt_template: PromptTemplate = "auto"
     """How the new adapters are prompted: `chat` (the target's chat template), a string that contains {input}, `source`
     (each as its source adapter), or `auto`: chat where the target has a chat template."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """Root of every random number of the run."""
     synthesis: SynthesisConfig = SynthesisConfig()
     """Generate, screen, label."""

@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from translora.config.own import OwnSettings
-from translora.config_file import NAME_PATTERN, Attention, DType, Strict, fault_text
+from translora.config_file import NAME_PATTERN, Attention, DType, Strict, faults_text
 from translora.errors import InputError
 
 Combination = Literal[
@@ -134,6 +134,8 @@ class MergeSettings(Strict):
         """
         if self.weights is not None and len(self.weights) != num_adapters:
             raise InputError(f"weights: {len(self.weights)} for {num_adapters} adapters; give one for each")
+        if self.weights is not None and not any(self.weights):
+            raise InputError("weights: all are 0, which leaves nothing of the adapters; give one that is not")
         if self.weights is not None and self.needs_data:
             raise InputError(f"weights: {self.method} finds its own; leave them out, or use another method")
         for setting, (methods, words) in SETTINGS_OF.items():
@@ -180,7 +182,7 @@ class MergeConfig(MergeSettings):
     """As for any base: run the Python code that lies in its directory."""
     prompt_template: str = "auto"
     """As in prepare.yaml."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """Root of every random number."""
 
     @model_validator(mode="after")
@@ -265,7 +267,7 @@ def merge_config(settings: dict[str, Any], assignments: Sequence[str] = ()) -> M
     try:
         return MergeConfig.model_validate(raw)
     except ValidationError as error:
-        raise InputError("; ".join(fault_text(MergeConfig, fault) for fault in error.errors())) from error
+        raise InputError(faults_text(MergeConfig, error)) from error
 
 
 def merged_rank(method: str, ranks: Sequence[int], num_adapters: int) -> int:

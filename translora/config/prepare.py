@@ -15,6 +15,9 @@ from translora.config.train import DiscriminatorConfig, TrainConfig
 from translora.config_file import NAME_PATTERN, ConfigFile, Strict
 from translora.errors import InputError
 
+NUM_SAMPLES = 250
+"""|D| of a task whose data is gone: that of a task of BIG-Bench-Hard."""
+
 
 class PrepareEntry(Strict):
     """One bundle to make, from task data or, where the data is gone, from `adapter` and `seeds`."""
@@ -79,6 +82,14 @@ class PrepareConfig(ConfigFile):
     def _check(self) -> Self:
         refuse_same_names([task.name for task in self.tasks])
         refuse_teacher(self.train)
+        run_dir = self.run_dir.resolve()
+        for task in self.tasks:
+            output = (self.output_dir / task.name).resolve()
+            own = [run_dir / name for name in ("adapters", "tasks", "gangs", "negatives")]
+            if run_dir.is_relative_to(output) or any(output.is_relative_to(one) for one in own):
+                raise InputError(
+                    f"run_dir: {self.run_dir} and the bundle {output} lie in one another; change output_dir"
+                )
         return self
 
 

@@ -27,7 +27,7 @@ from translora.config import (
     refuse_teacher,
 )
 from translora.config.base import PromptTemplate
-from translora.config_file import NAME_PATTERN, ConfigFile, Strict, fault_text
+from translora.config_file import NAME_PATTERN, ConfigFile, Strict, faults_text
 from translora.errors import InputError
 
 SOURCE_BASE, SOURCE_ADAPTER, TARGET_BASE, REAL = "source_base", "source_adapter", "target_base", "real"
@@ -63,7 +63,7 @@ class EvaluateTask(Strict):
     """How the source adapter is prompted, as in a prepare file: what `adapter` was trained with."""
     stop: str | None = Field(default=None, min_length=1)
     """Text at which the answers of `adapter` end, if it never learnt to end them."""
-    num_train: int = Field(default=100, ge=2)
+    num_train: int = Field(default=100, ge=5)
     """Rows that source adapter, discriminator and the target's adapter are trained on; another draw per seed."""
     num_test: int = Field(default=100, ge=2)
     """Rows, none of them a training row, that every arm answers."""
@@ -126,6 +126,10 @@ class EvaluateConfig(ConfigFile):
             raise InputError(f"seeds: {self.seeds} names one twice; a repetition counts once")
         if self.output.suffix != ".md":
             raise InputError(f"output: {self.output.name} does not end in .md; name the Markdown file to write")
+        written = {path.resolve() for path in self.outputs}
+        for task in self.tasks:
+            if task.data is not None and Path(task.data).resolve() in written:
+                raise InputError(f"output: {self.output.name} would replace {task.data}; give another name")
         for arm in self.arms:
             if not re.fullmatch(NAME_PATTERN, arm) or arm in REFERENCE_ARMS:
                 raise InputError(
@@ -134,6 +138,11 @@ class EvaluateConfig(ConfigFile):
                 )
             self.fleet(self.seeds[0], arm)
         return self
+
+    @property
+    def outputs(self) -> list[Path]:
+        """The page, its figures and its plot."""
+        return [self.output.with_suffix(suffix) for suffix in (".md", ".json", ".svg")]
 
     def seed_dir(self, seed: int) -> Path:
         """Where one repetition lies."""
@@ -204,8 +213,7 @@ class EvaluateConfig(ConfigFile):
             ]
             return FleetConfig.model_validate(whole | own | {"adapters": entries})
         except ValidationError as error:
-            faults = "; ".join(f"arms.{arm}.{fault_text(FleetConfig, fault)}" for fault in error.errors())
-            raise InputError(faults) from error
+            raise InputError(f"arms.{arm}.{faults_text(FleetConfig, error)}") from error
 
 
 def without_gate(fleet: FleetConfig) -> FleetConfig:

@@ -32,7 +32,7 @@ from translora.evaluate.results import BaseSize, Results, Setup, summarise
 from translora.evaluate.statistics import NUM_REPLICATES
 from translora.fleet import migrate
 from translora.prepare import prepare
-from translora.run.check import check_inputs, check_section, check_training, context_of
+from translora.run.check import check_inputs, check_lengths, check_section, check_training, context_of
 from translora.run.commits import info_as_begun, note_commits
 from translora.run.files import check_writable, digest, sha256_path, write_bytes, write_jsonl
 from translora.run.rundir import EXECUTION_ONLY, open_run, refuse_other_settings, versions
@@ -78,9 +78,11 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
             prompts = prompt_format(tokenizers[role], templates[name] if role == "source" else "auto")
             inputs = (row["input"] for row in part.test)
             check_inputs(inputs, prompts, config.synthesis.max_answer_tokens, context, f"tasks.{name}")
+            check_lengths(part.train, prompts, config.train.max_length, f"tasks.{name}")
     for seed in config.seeds:
         refuse_other_settings((prepared := config.prepare(seed)).run_dir, prepared)
-    check_writable(config.output, "change `output`")
+    for path in config.outputs:
+        check_writable(path, "change `output`")
     with open_run(config.run_dir, config):
         note_commits(config.run_dir, (asked[0], source), (asked[1], target))
         start_cluster()

@@ -55,6 +55,8 @@ def entries_before(config: FleetConfig, names: Sequence[str]) -> dict[str, Adapt
         unknown = sorted(set(merge.adapters) - set(names) - found.keys())
         if merge.when == "after" and unknown:
             raise InputError(f"merges: {merge.name}: no adapter of this fleet is named {', '.join(unknown)}")
+        if missing := [path for path in merge.data if not Path(path).is_file()]:
+            raise InputError(f"merges: {merge.name}: {missing[0]}: no such file; correct its `data`")
     return found
 
 

@@ -70,7 +70,7 @@ def merge(config: MergeConfig) -> Path:
         check_recorded_base(path, base.name, "merge adapters of one base")
         check_adapter(path, base)
     config = config.model_copy(update={"prompt_template": prompt_template(config, base)})
-    check_writable(config.out, "give another --out")
+    check_writable(config.out, "give another --out", is_directory=True)
     try:
         with replace_directory(config.out) as directory:
             write_merged(config, base, directory)

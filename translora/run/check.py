@@ -12,6 +12,7 @@ from translora.bundle import BaseInfo
 from translora.bundle.base import ENCODER_DECODERS, info_of, refuse_encoder_decoder, refuse_quantised
 from translora.bundle.modules import linear_modules
 from translora.config import BaseModelConfig, FleetConfig, SamplingConfig, TrainConfig
+from translora.distill.data import num_too_long
 from translora.distill.ds_config import check_partitions, read_ds_config
 from translora.distill.teacher import check_vocabularies
 from translora.engine.loading import attention_of, check_attention, load_tokenizer, num_gpus, resolve_dtype
@@ -154,6 +155,23 @@ def check_inputs(
             f"{where}: {len(over)} of its inputs make prompts of up to {max(over)} tokens, which leave "
             f"{prompts.tokenizer.name_or_path} no room for answers of {num_answer_tokens} in its context of {context}; "
             "leave them out"
+        )
+
+
+def check_lengths(rows: Sequence[Mapping[str, str]], prompts: PromptFormat, max_length: int, where: str) -> None:
+    """Whether there is something to train on, before anything is computed for it.
+
+    Args:
+        rows: with input and target.
+        where: the file or task that they are from.
+
+    Raises:
+        InputError: no row is short enough.
+    """
+    samples = [(row["input"], row["target"].strip()) for row in rows]
+    if all(num_too_long([sample], prompts, max_length) for sample in samples):  # the first short one ends it
+        raise InputError(
+            f"{where}: each of its {len(rows)} rows is longer than train.max_length, {max_length} tokens; raise it"
         )
 
 

@@ -33,13 +33,14 @@ def expand_entries(
 
     Raises:
         InputError: no glob matches anything, two bundles that are named one by one bear the same name, or one lies
-            where the run would replace it.
+            where the run would replace it, or one is named twice with different settings.
     """
     own_output = None if run_dir is None else (run_dir / BUNDLES).resolve()
     found: dict[str, AdapterEntry] = {}
     faults: dict[str, str] = {}
     explicit = {bundle_name(one.bundle): place_of(one.bundle) for one in reversed(entries) if not is_glob(one.bundle)}
     empty: list[str] = []
+    named: set[str] = set()
     for entry in entries:
         is_pattern = is_glob(entry.bundle)
         paths = expand(entry.bundle)
@@ -62,7 +63,11 @@ def expand_entries(
                 faults[name] = f"{path}: another bundle of the fleet has its name; rename one directory"
             elif is_pattern and name in explicit:
                 continue
-            found[name] = entry.model_copy(update={"bundle": path})
+            own, earlier = entry.model_copy(update={"bundle": path}), found.get(name)
+            if name in named or (is_pattern and earlier is not None):
+                refuse_other_settings(own, earlier, path)
+            named |= set() if is_pattern else {name}
+            found[name] = own
     if empty and not found:
         raise InputError(f"adapters: the pattern {empty[0]} matches no directory; correct it")
     for pattern in empty:
@@ -70,16 +75,28 @@ def expand_entries(
     return found, faults
 
 
+def refuse_other_settings(own: AdapterEntry, earlier: AdapterEntry | None, path: str) -> None:
+    """Whether a bundle that two entries of one kind name has one set of settings.
+
+    Raises:
+        InputError: it has two.
+    """
+    assert earlier is not None
+    before, now = (entry.model_dump(exclude={"bundle"}) for entry in (earlier, own))
+    if other := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
+        raise InputError(f"adapters: {path} is named twice, with different {', '.join(other)}; name it once")
+
+
 def expand(bundle: str) -> list[str]:
     """The paths or URLs that an entry stands for."""
     if is_remote(bundle):
         return expand_remote(bundle)
-    return sorted(path for path in glob.glob(bundle) if Path(path).is_dir()) if is_glob(bundle) else [bundle]
+    return sorted(path for path in glob.glob(bundle) if os.path.isdir(path)) if is_glob(bundle) else [bundle]
 
 
 def is_glob(bundle: str) -> bool:
     """Whether an entry stands for what a pattern matches."""
-    return glob.has_magic(bundle) and (is_remote(bundle) or not Path(bundle).is_dir())
+    return glob.has_magic(bundle) and (is_remote(bundle) or not os.path.isdir(bundle))
 
 
 def place_of(bundle: str) -> str:

@@ -26,8 +26,8 @@ def _temporary(path: Path) -> Path:
     return path.parent / f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}"
 
 
-def check_writable(path: Path, remedy: str) -> None:
-    """Refuse at once what could not be written at the end; makes the directory that it will lie in.
+def check_writable(path: Path, remedy: str, *, is_directory: bool = False) -> None:
+    """Refuse at once what could not be written at the end, a file or a directory; makes what it will lie in.
 
     Raises:
         InputError: that cannot be made or written.
@@ -35,6 +35,8 @@ def check_writable(path: Path, remedy: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fault = "" if os.access(path.parent, os.W_OK) else "Permission denied"
+        if path.exists() and path.is_dir() != is_directory:
+            fault = "Not a directory" if is_directory else "Is a directory"
     except OSError as error:
         fault = error.strerror or str(error)
     if fault:

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from translora.config import VLLM_EXECUTION_ONLY
+from translora.config_file import kind_of
 from translora.errors import InputError
 from translora.run import lease
 from translora.run.files import TEMPORARY_PREFIX, full_disk, remove_temporaries, write_json
@@ -63,7 +64,7 @@ def open_run(run_dir: Path, config: BaseModel, *, settings_may_change: bool = Fa
             made with other settings.
         LeaseLostError: another driver took it over.
     """
-    with _locked(run_dir):
+    with _locked(run_dir, getattr(config, "command", "")):
         if not settings_may_change:
             refuse_other_settings(run_dir, config)
         elif changed := _changed_since(run_dir, config):
@@ -95,15 +96,18 @@ def _resolved(config: BaseModel) -> dict[str, Any]:
     return without_secrets(json.loads(config.model_dump_json()))
 
 
-def check_free(run_dir: Path) -> None:
+def check_free(run_dir: Path, command: str = "") -> None:
     """Refuse at once what `open_run` would refuse after the libraries are loaded and Ray has started.
+
+    Args:
+        command: that is to work on it.
 
     Raises:
         InputError: another process works on the run, it cannot be written, or it is no run directory.
     """
-    if run_dir.is_dir():
-        with _usable(run_dir):
-            _check_ours(run_dir)
+    with _usable(run_dir):
+        if run_dir.is_dir():
+            _check_ours(run_dir, command)
             lease.await_end(run_dir / LOCK, remove=False)
 
 
@@ -121,18 +125,20 @@ def _usable(run_dir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
+def _locked(run_dir: Path, command: str) -> Iterator[None]:
     """Create the run directory if need be, and hold its lease."""
     with contextlib.ExitStack() as stack:
         with _usable(run_dir):
-            _check_ours(run_dir)
+            _check_ours(run_dir, command)
             run_dir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lease.hold(run_dir / LOCK))
         yield
 
 
-def _check_ours(run_dir: Path) -> None:
+def _check_ours(run_dir: Path, command: str) -> None:
     """Refuse a directory that holds other files than a run's: a rerun removes what it takes for leftovers.
+
+    And one of another command, whose config would be replaced.
 
     Raises:
         InputError: names the directory.
@@ -143,7 +149,11 @@ def _check_ours(run_dir: Path) -> None:
     # A run that was killed at its very start leaves its lease and perhaps half a config.
     halves = tuple(f"{TEMPORARY_PREFIX}{name}-" for name in (CONFIG, LOCK))
     begun = {name for name in names if name == LOCK or name.startswith(halves)}
-    if names == begun or (CONFIG in names and "run_dir" in _read_config(run_dir / CONFIG)):
+    made = _read_config(run_dir / CONFIG) if CONFIG in names else {}
+    if names == begun or "run_dir" in made:
+        kind = kind_of(made)
+        if kind is not None and command not in ("", kind[1]):
+            raise InputError(f"{run_dir}: is the run of `translora {kind[1]}`; give another run_dir")
         return
     raise InputError(f"{run_dir}: is not empty and no run directory; give another run_dir")
 
