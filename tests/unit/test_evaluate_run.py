@@ -247,6 +247,10 @@ def test_other_settings_of_the_source_adapters_are_refused_before_anything_start
     config: EvaluateConfig, tmp_path: Path
 ) -> None:
     mine = config.model_copy(update={"run_dir": tmp_path / "run"})
+    with open_run(mine.run_dir, mine):
+        (mine.run_dir / "bundles").mkdir()
+    with open_run(mine.run_dir, mine.model_copy(update={"arms": mine.arms | {"one-more": {}}})):
+        pass  # what the other arms made still fits
     prepared = mine.prepare(3)
     with open_run(prepared.run_dir, prepared):
         (prepared.run_dir / "tasks").mkdir()

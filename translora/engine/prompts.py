@@ -107,7 +107,8 @@ def prompt_format(tokenizer: PreTrainedTokenizerBase, template: str = "auto") ->
     if template != "chat":
         if (count := template.count("{input}")) != 1:
             fault = "lacks {input}" if count == 0 else f"has {{input}} {count} times"
-            raise InputError(f"prompt template {template!r} {fault}; put it where the task input goes, or use auto")
+            remedy = "put it once, where the task input goes, or use auto"
+            raise InputError(f"prompt template {template!r} {fault}; {remedy}")
         return PromptFormat(tokenizer, template, eos, "" if template[-1:].isspace() else " ")
     if not has_chat:
         raise InputError("prompt template is 'chat', but the tokenizer has no chat template; use a string with {input}")

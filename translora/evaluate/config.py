@@ -102,7 +102,7 @@ class EvaluateConfig(ConfigFile):
     """One whole repetition each: split of the data, seed examples, source adapter, migrations."""
     arms: dict[str, dict[str, Any]] = Field(min_length=1)
     """Migrations of the same bundles by name; values override `num_samples` and sections of the fleet file: synthesis,
-    distill, gate."""
+    distill, gate. A rerun computes those alone that were added or changed."""
     num_samples: int = Field(default=100, ge=2)
     """|D_syn| of every adapter, where an arm has no other."""
     train: TrainConfig = TrainConfig()

@@ -25,6 +25,7 @@ LOCK, CONFIG = "lock", "config.json"
 PACKAGES = ("translora", "torch", "transformers", "peft", "deepspeed", "ray", "datasets", "wandb", "safetensors")
 MAY_CHANGE = {
     "adapters",
+    "arms",
     "merges",
     "max_num_samples",
     "max_rank",
