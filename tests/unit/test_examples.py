@@ -19,7 +19,7 @@ from datasets import Dataset
 from benchmarks.methods import with_source
 from examples import bases, sst2, tasks
 from translora.bundle import Bundle
-from translora.config import DiscriminatorConfig, FleetConfig, PrepareConfig, load_config
+from translora.config import DiscriminatorConfig, FleetConfig, GateConfig, PrepareConfig, load_config
 from translora.evaluate.config import EvaluateConfig
 from translora.evaluate.render import read_results
 from translora.evaluate.run import settings_of
@@ -212,7 +212,7 @@ def test_a_page_of_the_docs_is_of_the_settings_of_its_file(monkeypatch: pytest.M
     assert (setup.seeds, setup.num_samples, setup.arms) == (config.seeds, config.num_samples, config.arms)
     for told, train in ((setup.train, config.train), (setup.distill, config.distill)):
         assert told == {key: value for key, value in settings_of(train).items() if key in told}
-    assert setup.gate == config.gate.model_dump()
+    assert GateConfig(**setup.gate) == config.gate
     if setup.synthesis:  # which pages of an older version do not hold
         assert setup.synthesis == config.synthesis.model_dump()
         assert setup.discriminator == config.discriminator.model_dump(include=set(setup.discriminator))
