@@ -142,6 +142,12 @@ def test_a_directory_has_its_successor_before_it_is_removed(tmp_path: Path, monk
     monkeypatch.setattr(files.shutil, "rmtree", look)
     write("new")
     assert set(removed) == {"new"} and [path.name for path in tmp_path.iterdir()] == ["made"]
+    monkeypatch.undo()
+    made = tmp_path / "a-file"
+    made.write_text("mine")
+    with pytest.raises(NotADirectoryError):
+        write("new")
+    assert made.read_text() == "mine" and not list(tmp_path.glob(".tmp-*"))
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,7 @@ def replace_directory(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        if path.exists():
+        if path.is_dir() and not path.is_symlink():  # over anything else nothing is put
             os.replace(path, doomed)
         try:
             os.replace(temporary, path)
