@@ -181,12 +181,7 @@ def closed_pipe_is_no_fault() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        write_no_more()
-
-
-def write_no_more() -> None:
-    """Drop what else is printed."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def crashed() -> int:
@@ -349,9 +344,9 @@ def wide_console() -> Console:
     from rich.console import Console
 
     class Plain(Console):
-        def on_broken_pipe(self) -> None:  # rich would end the process with 1
-            self.quiet = True
-            write_no_more()
+        def on_broken_pipe(self) -> None:
+            with contextlib.suppress(SystemExit):  # rich writes no more, and would end the process with 1
+                super().on_broken_pipe()
 
     return Plain(width=None if sys.stdout.isatty() else 140)
 

@@ -222,13 +222,17 @@ def load_config(path: str | Path, kind: type[ConfigT]) -> ConfigT:
         raise InputError(f"{path}: {faults_text(kind, error)}") from error
 
 
-def faults_text(kind: type[BaseModel], error: ValidationError) -> str:
-    """All faults, those of one setting together: it may be of several types, and fit none."""
+def faults_text(kind: type[BaseModel], error: ValidationError, prefix: str = "") -> str:
+    """All faults, those of one setting together: it may be of several types, and fit none.
+
+    Args:
+        prefix: where `kind` stands in the file, with a dot at its end.
+    """
     found: dict[str, list[str]] = {}
     for fault in error.errors():
         where = _where(fault)
         found.setdefault(where, []).append(fault_text(kind, fault).removeprefix(f"{where}: "))
-    return "; ".join((f"{where}: " if where else "") + " or ".join(whats) for where, whats in found.items())
+    return "; ".join(prefix + (f"{where}: " if where else "") + " or ".join(whats) for where, whats in found.items())
 
 
 def _where(fault: ErrorDetails) -> str:

@@ -113,6 +113,10 @@ def test_an_owners_adapter_is_prompted_and_ended_as_its_task_says(tmp_path: Path
         ({"arms": {"x": None}}, "arms.x: Input should be a valid dictionary"),
         ({"arms": {"x": {"synthesis": {"batchsize": 3}}}}, "arms.x.synthesis.batchsize: unknown setting; did you mean"),
         ({"arms": {"x": {"synthesis": {"batch_size": 0}}}}, "arms.x.synthesis.batch_size: Input should be greater"),
+        (
+            {"arms": {"x": {"synthesis": {"batch_size": 0}, "distill": {"epochs": "many"}}}},
+            "arms.x.synthesis.batch_size: Input should be greater than or equal to 1; arms.x.distill.epochs: Input",
+        ),
         ({"arms": {"x": {"synthesis": 3}}}, "arms.x.synthesis: Input should be"),
         ({"arms": {"x": {"target": {"model": "y"}}}}, "arms.x.target: an arm overrides settings of synthesis, distill"),
         ({"arms": {"x": {"num_samples": 1}}}, "arms.x.num_samples: Input should be greater than or equal to 2"),

@@ -81,7 +81,7 @@ def _bundle_errors(temporary: str = "", path: str = "") -> Iterator[None]:
         if full_disk(error):
             raise
         text = str(error)
-        if isinstance(error, OSError) and error.filename:
+        if not temporary and isinstance(error, OSError) and error.filename:
             remedy = "; ask its owner for read permission" if isinstance(error, PermissionError) else ""
             text = f"{error.filename}: cannot be read ({error.strerror}){remedy}"
         if isinstance(error, BundleError) and (not temporary or temporary not in text):

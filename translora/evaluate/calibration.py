@@ -39,7 +39,7 @@ class Point(NamedTuple):
     accuracy: float
     source_accuracy: float
     task: str
-    seed: int = 0
+    seed: int
 
 
 @dataclass(frozen=True)

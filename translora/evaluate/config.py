@@ -59,7 +59,7 @@ class EvaluateTask(Strict):
     adapter: str | None = None
     """Existing PEFT adapter of the source base, in the place of one that is trained here, in all seeds: the test rows
     must be none that it has seen."""
-    prompt_template: PromptTemplate = "auto"
+    prompt_template: PromptTemplate | None = None
     """How the source adapter is prompted, as in a prepare file: what `adapter` was trained with."""
     stop: str | None = Field(default=None, min_length=1)
     """Text at which the answers of `adapter` end, if it never learnt to end them."""
@@ -171,7 +171,7 @@ class EvaluateConfig(ConfigFile):
                     name=task.name,
                     data=str(self.train_file(seed, task.name)),
                     adapter=task.adapter,
-                    prompt_template=None if task.prompt_template == "auto" else task.prompt_template,
+                    prompt_template=task.prompt_template,
                 )
                 for task in self.tasks
             ],
@@ -213,7 +213,7 @@ class EvaluateConfig(ConfigFile):
             ]
             return FleetConfig.model_validate(whole | own | {"adapters": entries})
         except ValidationError as error:
-            raise InputError(f"arms.{arm}.{faults_text(FleetConfig, error)}") from error
+            raise InputError(faults_text(FleetConfig, error, f"arms.{arm}.")) from error
 
 
 def without_gate(fleet: FleetConfig) -> FleetConfig:

@@ -66,19 +66,21 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
     if config.target.vllm is not None and config.train.peft is not None:
         raise InputError("target.vllm: vLLM computes LoRAs alone; leave it out, or train.peft")
     tokenizers = {"source": load_tokenizer(config.source), "target": load_tokenizer(config.target)}
-    for entry in config.prepare(config.seeds[0]).tasks:
+    prepared = config.prepare(config.seeds[0])
+    for entry in prepared.tasks:
         check_owned(entry.adapter, source)
-        check_own_template(entry, entry.prompt_template or "auto", tokenizers["source"])
+        check_own_template(entry, prepared.template_of(entry), tokenizers["source"])
     for arm in config.arms:
         check_training(config.fleet(config.seeds[0], arm), source, target)
-    templates = {task.name: task.prompt_template for task in config.tasks}
+    templates = {entry.name: prepared.template_of(entry) for entry in prepared.tasks}
     for role, base, settings in (("source", source, config.source), ("target", target, config.target)):
         context = context_of(settings, base)
+        own = templates if role == "source" else dict.fromkeys(templates, "auto")
+        formats = {name: prompt_format(tokenizers[role], template) for name, template in own.items()}
         for name, part in ((name, part) for own in splits.values() for name, part in own.items()):
-            prompts = prompt_format(tokenizers[role], templates[name] if role == "source" else "auto")
             inputs = (row["input"] for row in part.test)
-            check_inputs(inputs, prompts, config.synthesis.max_answer_tokens, context, f"tasks.{name}")
-            check_lengths(part.train, prompts, config.train.max_length, f"tasks.{name}")
+            check_inputs(inputs, formats[name], config.synthesis.max_answer_tokens, context, f"tasks.{name}")
+            check_lengths(part.train, formats[name], config.train.max_length, f"tasks.{name}")
     for seed in config.seeds:
         refuse_other_settings((prepared := config.prepare(seed)).run_dir, prepared)
     for path in config.outputs:

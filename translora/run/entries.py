@@ -40,7 +40,6 @@ def expand_entries(
     faults: dict[str, str] = {}
     explicit = {bundle_name(one.bundle): place_of(one.bundle) for one in reversed(entries) if not is_glob(one.bundle)}
     empty: list[str] = []
-    named: set[str] = set()
     for entry in entries:
         is_pattern = is_glob(entry.bundle)
         paths = expand(entry.bundle)
@@ -63,10 +62,9 @@ def expand_entries(
                 faults[name] = f"{path}: another bundle of the fleet has its name; rename one directory"
             elif is_pattern and name in explicit:
                 continue
-            own, earlier = entry.model_copy(update={"bundle": path}), found.get(name)
-            if name in named or (is_pattern and earlier is not None):
-                refuse_other_settings(own, earlier, path)
-            named |= set() if is_pattern else {name}
+            own = entry.model_copy(update={"bundle": path})
+            if name in found:
+                refuse_different(found[name], own)
             found[name] = own
     if empty and not found:
         raise InputError(f"adapters: the pattern {empty[0]} matches no directory; correct it")
@@ -75,16 +73,15 @@ def expand_entries(
     return found, faults
 
 
-def refuse_other_settings(own: AdapterEntry, earlier: AdapterEntry | None, path: str) -> None:
-    """Whether a bundle that two entries of one kind name has one set of settings.
+def refuse_different(earlier: AdapterEntry, now: AdapterEntry) -> None:
+    """Whether a bundle that two entries name, both one by one or both by a pattern, has one set of settings.
 
     Raises:
         InputError: it has two.
     """
-    assert earlier is not None
-    before, now = (entry.model_dump(exclude={"bundle"}) for entry in (earlier, own))
-    if other := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
-        raise InputError(f"adapters: {path} is named twice, with different {', '.join(other)}; name it once")
+    settings = sorted(AdapterEntry.model_fields.keys() - {"bundle"})
+    if other := [name for name in settings if getattr(earlier, name) != getattr(now, name)]:
+        raise InputError(f"adapters: {now.bundle} is named twice, with different {', '.join(other)}; name it once")
 
 
 def expand(bundle: str) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from translora.config import VLLM_EXECUTION_ONLY
-from translora.config_file import kind_of
+from translora.config_file import ConfigFile, kind_of
 from translora.errors import InputError
 from translora.run import lease
 from translora.run.files import TEMPORARY_PREFIX, full_disk, remove_temporaries, write_json
@@ -54,7 +54,7 @@ WORK = ("rounds", "negatives", "tasks", "gangs", "bundles")
 
 
 @contextlib.contextmanager
-def open_run(run_dir: Path, config: BaseModel, *, settings_may_change: bool = False) -> Iterator[None]:
+def open_run(run_dir: Path, config: ConfigFile, *, settings_may_change: bool = False) -> Iterator[None]:
     """Create or continue a run directory; holds its lease until the block ends.
 
     Args:
@@ -65,7 +65,7 @@ def open_run(run_dir: Path, config: BaseModel, *, settings_may_change: bool = Fa
             made with other settings.
         LeaseLostError: another driver took it over.
     """
-    with _locked(run_dir, getattr(config, "command", "")):
+    with _locked(run_dir, config.command):
         if not settings_may_change:
             refuse_other_settings(run_dir, config)
         elif changed := _changed_since(run_dir, config):

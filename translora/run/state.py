@@ -5,7 +5,6 @@ One JSON file per adapter, `RUN/adapters/NAME/state.json`, replaced atomically b
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from translora.errors import InputError
-from translora.run.files import write_json
+from translora.run.files import read_object, write_json
 from translora.run.redact import printable, redact
 
 Phase = Literal["verify", "synthesis", "distill", "gate", "done"]
@@ -206,7 +205,7 @@ def load_state(run_dir: Path, name: str) -> AdapterState:
 
 def note_fleet(run_dir: Path, names: Collection[str]) -> None:
     """Keep which adapters the fleet file has now: states of earlier ones stay where they are."""
-    write_json(run_dir / FLEET, sorted(names))
+    write_json(run_dir / FLEET, {"adapters": sorted(names)})
 
 
 def load_states(run_dir: Path) -> list[AdapterState]:
@@ -235,10 +234,8 @@ def load_states(run_dir: Path) -> list[AdapterState]:
             f"its bundles are written to {config.get('output_dir')}"
         )
     names = state_names(run_dir)
-    with contextlib.suppress(OSError, ValueError, TypeError):  # of a run that was begun by an older version: all
-        fleet = set(json.loads((run_dir / FLEET).read_bytes()))
-        names = [name for name in names if name in fleet]
-    return [_load_or_quarantine(run_dir, name) for name in names]
+    fleet = set(read_object(run_dir / FLEET).get("adapters", names))  # all of a run that an older version began
+    return [_load_or_quarantine(run_dir, name) for name in names if name in fleet]
 
 
 def _load_or_quarantine(run_dir: Path, name: str) -> AdapterState:
