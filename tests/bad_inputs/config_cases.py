@@ -216,7 +216,11 @@ CASES = [
         prepare(PREPARE + "train: {token_share: 0.7}\n"),
         "train.token_share: is by the source adapter, and training on real data has none; set it to 1",
     ),
-    Case("an unknown loss", fleet(FLEET + "distill: {loss: mse}\n"), "distill.loss: Input should be 'sft' or 'kl'"),
+    Case(
+        "an unknown loss",
+        fleet(FLEET + "distill: {loss: mse}\n"),
+        "distill.loss: Input should be 'auto', 'sft' or 'kl'",
+    ),
     Case(
         "a share of the GPUs' memory for vLLM that is none",
         fleet(

@@ -402,7 +402,7 @@ def test_what_the_distillation_needs_is_checked_before_anything_is_generated(wor
         ({"lora": {"target_modules": ["qkv_proj"]}}, "qkv_proj not in target; it has"),
         (
             {"loss": "kl"},
-            "distill.loss: kl compares token by token, and the bases have different vocabularies; use sft",
+            "distill.loss: kl compares token by token, and the bases have different vocabularies; use auto",
         ),
     ):
         fleet = world.fleet_config("early")

@@ -181,6 +181,38 @@ def test_a_student_comes_closer_to_its_teachers_probabilities_whoever_its_neighb
     assert found[0] == pytest.approx(total / count, rel=1e-4)
 
 
+def test_a_student_learns_each_of_its_teachers_answers_by_its_share(base_path: Path, tmp_path: Path) -> None:
+    """Soft labels: the first loss is transformers' own of each answer, weighted; the same bytes beside others."""
+    config = CONFIG.model_copy(update={"batch_size": len(ROWS), "epochs": 1})
+    rows = [{**row, "teacher": {"shares": {row["answer"]: 0.7, "no idea": 0.3}}} for row in ROWS]
+    made: list[bytes] = []
+    for company in (["one"], ["other", "one"]):
+        root = tmp_path / str(len(company))
+        root.mkdir()
+        queue = [make_job(root, name, rows if name == "one" else ROWS) for name in company]
+        base = WholeBase(base_path, torch.bfloat16, TARGETS)
+        train(base, Gang(base, queue, config, 2, base_name="base", group=None), root / "gang.safetensors", 100)
+        made.append((root / "one/adapter/adapter_model.safetensors").read_bytes())
+    assert made[0] == made[1]
+
+    base = WholeBase(base_path, torch.float32, TARGETS)
+    job = make_job(tmp_path, "one", rows)
+    train(base, Gang(base, [job], config, 1, base_name="base", group=None), tmp_path / "gang.safetensors", 100)
+    model, prompts = (
+        load_model(BaseModelConfig(model=str(base_path)), torch.float32, CPU),
+        prompt_format(base.tokenizer),
+    )
+    total, count = 0.0, 0.0
+    for row in rows:
+        for answer, share in ((row["answer"], 0.7), ("no idea", 0.3)):
+            prompt_ids, answer_ids = prompts.encode_pair(str(row["input"]), str(answer))
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt_ids + answer_ids[:-1]])).logits[0, len(prompt_ids) - 1 :]
+            total -= share * float(logits.log_softmax(-1).gather(1, torch.tensor(answer_ids)[:, None]).sum())
+            count += share * len(answer_ids)
+    assert losses(job)[0] == pytest.approx(total / count, rel=1e-4)
+
+
 def test_a_gang_goes_on_from_its_checkpoint_to_the_same_bytes(base_path: Path, tmp_path: Path) -> None:
     roots = [tmp_path / name for name in ("whole", "cut", "other_slots")]
     for root in roots:

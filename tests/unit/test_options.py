@@ -365,6 +365,8 @@ def test_options_that_came_later_leave_what_was_made_before_as_it_is() -> None:
 def test_how_a_student_learns_from_its_teacher_does_not_touch_a_discriminator() -> None:
     plain = TrainConfig()
     judge, student = (TrainJob("a", "", "", "", 3, 1, LR, with_end=with_end) for with_end in (False, True))
+    hard = plain.model_copy(update={"loss": "sft"})
+    assert student.recipe(plain, "f") == student.recipe(hard, "f"), "soft labels are in the data"
     for change in ({"loss": "kl"}, {"token_share": 0.5}, {"loss": "kl", "kl_top_k": 7}):
         changed = plain.model_copy(update=change)
         assert judge.recipe(changed, "f") == judge.recipe(plain, "f")

@@ -13,7 +13,7 @@ from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
 from translora.distill.data import batch_indices, chosen_tokens, encode_samples, num_steps, num_too_long, pack
 from translora.distill.job import RECIPE, TrainJob
 from translora.distill.launch import train_adapters
-from translora.distill.teacher import check_vocabularies
+from translora.distill.teacher import MIN_SHARE, check_vocabularies, shares
 from translora.engine.prompts import prompt_format
 from translora.run.files import derive_seed, digest, write_jsonl
 
@@ -115,9 +115,38 @@ def test_tokens_that_are_not_chosen_weigh_nothing() -> None:
     assert batch.weights_L.tolist() == [0.5 * flag for flag in sample.chosen]
 
 
+def test_a_sample_has_each_answer_that_its_teacher_finds_possible() -> None:
+    prompts = prompt_format(make_tokenizer("llama"))
+    rows = [
+        {"input": "a", "answer": "b c", "teacher": {"shares": {"a": 0.25, "b c": 0.75}}},
+        {"input": "b", "answer": "a", "teacher": {"shares": {"a": 1.0}}},
+        {"input": "b", "answer": "a"},
+        {"input": "c", "answer": "a", "teacher": {"shares": {"a": 0.5, "b " * 50: 0.5}}},
+    ]
+    samples = encode_samples(rows, prompts, 40, "task")
+    long, short = (prompts.encode_pair("a", answer)[1] for answer in ("b c", "a"))
+    assert [(one.answer_ids, one.share) for one in samples[0].answers] == [(long, 0.75), (short, 0.25)]
+    assert samples[1] == samples[2] and len(samples) == 3, "the last has an answer that is too long"
+    assert samples[0].num_trained == 0.75 * len(long) + 0.25 * len(short)
+    batch = pack([(0, samples[:1], 2.0)], torch.device("cpu"))
+    assert batch.labels_L.tolist() == [*long, *short]
+    assert batch.weights_L.tolist() == [1.5] * len(long) + [0.5] * len(short)
+    assert sum(batch.inputs["packed_lengths"]) == samples[0].num_tokens - 2, "last tokens predict nothing"  # type: ignore[call-overload]
+
+
+@given(st.lists(st.floats(-30, 0), min_size=1, max_size=6), st.data())
+def test_shares_are_the_probabilities_of_the_likely_answers(logliks: list[float], data: st.DataObject) -> None:
+    choices = [f"answer {index}" for index in range(len(logliks))]
+    own = data.draw(st.sampled_from(choices))
+    found = shares(choices, logliks, own)
+    odds = torch.tensor(logliks, dtype=torch.float64).softmax(0).tolist()
+    kept = {text: p for text, p in zip(choices, odds, strict=True) if p >= MIN_SHARE or text == own}
+    assert found == pytest.approx({text: p / sum(kept.values()) for text, p in kept.items()})
+
+
 def test_only_bases_of_one_vocabulary_can_be_compared_token_by_token() -> None:
     check_vocabularies(make_tokenizer("llama"), make_tokenizer("llama"))
-    with pytest.raises(ValueError, match="different vocabularies; use sft"):
+    with pytest.raises(ValueError, match="different vocabularies; use auto"):
         check_vocabularies(make_tokenizer("llama"), make_tokenizer("gemma3"))
 
 

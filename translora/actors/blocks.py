@@ -100,6 +100,14 @@ def teach_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> li
     return [{**row, "teacher": thought} for row, thought in zip(rows, found, strict=True)]
 
 
+def label_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
+    """Log-likelihood of each choice as the teacher's whole answer; adds `logliks`, in the order of the choices.
+
+    Rows: slot (the teacher), input, template, choices, and with_end as for `encoded`.
+    """
+    return rate_choices(engine, rows, [row["with_end"] for row in rows])
+
+
 def gate_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
     """As `answer_block`, and for rows with a `reference` its mean log-likelihood per token; adds `loglik`, or None.
 
@@ -136,10 +144,15 @@ def choice_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> l
 
     Rows: slot (adapter of the bank, or None for the bare base), input, template, choices.
     """
+    return rate_choices(engine, rows, [False] * len(rows))
+
+
+def rate_choices(engine: Engine, rows: list[Row], with_end: list[bool]) -> list[Row]:
+    """Add `logliks`: of each choice as the answer, with its end or without it."""
     samples, slots = [], []
-    for row in rows:
+    for row, ends in zip(rows, with_end, strict=True):
         prompts = prompt_format(engine.tokenizer, row["template"])
-        samples += [prompts.encode_pair(row["input"], choice, with_end=False) for choice in row["choices"]]
+        samples += [prompts.encode_pair(row["input"], choice, with_end=ends) for choice in row["choices"]]
         slots += [row["slot"]] * len(row["choices"])
     sums = iter([sum(own) for own in engine.log_likelihood(samples, slots)])
     return [{**row, "logliks": [next(sums) for _ in row["choices"]]} for row in rows]

@@ -81,7 +81,7 @@ class PrepareConfig(ConfigFile):
     @model_validator(mode="after")
     def _check(self) -> Self:
         refuse_same_names([task.name for task in self.tasks])
-        refuse_teacher(self.train)
+        self.train = on_real_data(self.train)
         run_dir = self.run_dir.resolve()
         for task in self.tasks:
             output = (self.output_dir / task.name).resolve()
@@ -93,18 +93,19 @@ class PrepareConfig(ConfigFile):
         return self
 
 
-def refuse_teacher(train: TrainConfig) -> None:
-    """What is trained on real data has no teacher and no source adapter.
+def on_real_data(train: TrainConfig) -> TrainConfig:
+    """How adapters are trained on real data, which has no teacher and no source adapter.
 
     Raises:
         InputError: the loss is one of a teacher, or tokens are chosen by a source adapter, or begun is with one.
     """
-    if train.loss != "sft":
-        raise InputError(f"train.loss: {train.loss} wants a teacher, and training on real data has none; use sft")
+    if train.loss == "kl":
+        raise InputError("train.loss: kl wants a teacher, and training on real data has none; use sft")
     if train.token_share < 1:
         raise InputError("train.token_share: is by the source adapter, and training on real data has none; set it to 1")
     if train.warm_start:
         raise InputError("train.warm_start: training on real data has no source adapter to begin with; set it to false")
+    return train.model_copy(update={"loss": "sft"})
 
 
 def refuse_same_names(names: Sequence[str]) -> None:

@@ -132,9 +132,12 @@ class TrainConfig(Strict):
     tokens_per_pass: Count = "auto"
     """Tokens that a gang should fill a worker's pass with, as far as memory allows; `auto` is what hides the gathering
     of the base behind the computing on one machine, and `translora plan` says what does on several."""
-    loss: Literal["sft", "kl"] = "sft"
-    """Of a student: `sft` is the cross-entropy of the teacher's answer (paper); `kl` the divergence from the teacher's
-    own probabilities of each token of it, where the two bases have one vocabulary. A discriminator has no teacher."""
+    loss: Literal["auto", "sft", "kl"] = "auto"
+    """Of a student: `sft` is the cross-entropy of the teacher's answer (paper). `auto` is the same where answers are
+    free text; where they are few, it is taken of each of them, weighted by the probability that the teacher gives it
+    (soft labels), whatever the vocabularies. `kl` is the divergence from the teacher's probabilities of each token of
+    its answer, where the two bases have one vocabulary. Discriminators and what is trained on real data have no
+    teacher: sft."""
     kl_top_k: int = Field(default=32, ge=1, le=1024)
     """kl: how many of the teacher's most likely tokens are told apart; the others count as one."""
     token_share: float = Field(default=1, gt=0, le=1)

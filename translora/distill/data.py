@@ -34,11 +34,26 @@ class Sample:
     """For each of `answer_ids`; None where there is no teacher, who then gives the answer's tokens for certain."""
     chosen: list[bool] | None = None
     """Which of `answer_ids` the loss is on; None is all."""
+    share: float = 1.0
+    """Of its input's loss: how likely the teacher finds this answer."""
+    others: tuple[Sample, ...] = ()
+    """The same input with the other answers that the teacher finds possible."""
 
     @property
-    def num_trained(self) -> int:
-        """Tokens that the loss is on."""
-        return len(self.answer_ids) if self.chosen is None else sum(self.chosen)
+    def answers(self) -> tuple[Sample, ...]:
+        """The input with each of its answers, whose shares add up to 1."""
+        return (self, *self.others)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a pass over the input with each of its answers."""
+        return sum(len(one.prompt_ids) + len(one.answer_ids) for one in self.answers)
+
+    @property
+    def num_trained(self) -> float:
+        """Tokens that the loss is on; of several answers the mean, weighted by their shares."""
+        counts = [len(one.answer_ids) if one.chosen is None else sum(one.chosen) for one in self.answers]
+        return sum(one.share * count for one, count in zip(self.answers, counts, strict=True))
 
 
 def encode_samples(
@@ -54,7 +69,8 @@ def encode_samples(
 
     `with_end` puts the end of the answer behind it; a discriminator's loss is on yes or no alone. A row's `teacher`
     (see translora.distill.teacher) is used where it saw the same tokens, which another template may have changed.
-    `token_share` is that of TrainConfig, for rows whose teacher gave an excess.
+    `token_share` is that of TrainConfig, for rows whose teacher gave an excess. Where the teacher gave `shares`, a
+    sample has several answers.
 
     Raises:
         InputError: no row is left.
@@ -66,12 +82,22 @@ def encode_samples(
         chosen = None
         if "excess" in teacher:
             chosen = chosen_tokens(teacher, prompts.answer_spans(row["input"], row["answer"]), token_share)
-        samples.append(Sample(prompt_ids, answer_ids, teacher_odds(row, answer_ids, vocabulary), chosen))
+        odds, shares = teacher_odds(row, answer_ids, vocabulary), teacher.get("shares", {})
+        possible = tuple(
+            Sample(*prompts.encode_pair(row["input"], text, with_end=with_end), share=share)
+            for text, share in shares.items()
+            if text != row["answer"]
+        )
+        samples.append(Sample(prompt_ids, answer_ids, odds, chosen, shares.get(row["answer"], 1.0), possible))
     if others := sum(
         "tokens" in row.get("teacher", {}) and one.teacher is None for row, one in zip(rows, samples, strict=True)
     ):
         logger.warning("%s: %d of %d answers have other tokens for the teacher: sft for these", name, others, len(rows))
-    kept = [sample for sample in samples if len(sample.prompt_ids) + len(sample.answer_ids) <= max_length]
+    kept = [
+        sample
+        for sample in samples
+        if all(len(one.prompt_ids) + len(one.answer_ids) <= max_length for one in sample.answers)
+    ]
     if len(kept) < len(samples):
         logger.warning(
             "%s: %d of %d samples exceed max_length %d", name, len(samples) - len(kept), len(samples), max_length
@@ -174,7 +200,7 @@ def pack(
 ) -> Packed:
     """Pack (slot, samples, weight of an answer's token) one behind the other.
 
-    The last token of an answer predicts nothing and stays out.
+    The last token of an answer predicts nothing and stays out. Each answer of a sample is a sequence of its own.
 
     Args:
         top_k: K; adds the teacher. Without one a sample's own tokens are certain.
@@ -187,12 +213,13 @@ def pack(
     segments, answers = [], {}
     for slot, samples, weight in shards:
         start, first = len(ids), len(labels)
-        for sample in samples:
+        for sample in (one for every in samples for one in every.answers):
             tokens = sample.prompt_ids + sample.answer_ids[:-1]
             predicting = len(ids) + len(sample.prompt_ids) - 1
             positions += range(predicting, predicting + len(sample.answer_ids))
             labels += sample.answer_ids
-            weights += [weight * chosen for chosen in sample.chosen or [True] * len(sample.answer_ids)]
+            own = weight * sample.share
+            weights += [own * chosen for chosen in sample.chosen or [True] * len(sample.answer_ids)]
             ids += tokens
             lengths.append(len(tokens))
         segments.append(Segment(slot, start, len(ids)))
@@ -202,7 +229,8 @@ def pack(
         odds = [
             place_odds
             for _, samples, _ in shards
-            for sample in samples
+            for every in samples
+            for sample in every.answers
             for place_odds in sample.teacher or [{token: 0.0} for token in sample.answer_ids]
         ]
         teacher = pad_odds(odds, top_k, place)

@@ -22,7 +22,7 @@ RECIPE = "recipe.txt"
 """In a job's output: the hash of what it was made from."""
 FAILURE = "failure.json"
 """In a job's work_dir: why it was given up."""
-OF_TEACHERS = ("loss", "kl_top_k", "token_share")
+OF_TEACHERS = ("kl_top_k", "token_share")
 """Settings of a training that say what a teacher is imitated in."""
 
 
@@ -60,8 +60,12 @@ class TrainJob:
         return self.name.rpartition("/")[2]
 
     def settings(self, config: TrainConfig) -> TrainConfig:
-        """How this job is trained: a student as the config says, a discriminator by LoRAs of its shape alone."""
+        """How this job is trained: a student as the config says, a discriminator by LoRAs of its shape alone.
+
+        Soft labels are `sft` on several answers, which lie in its data.
+        """
         own: dict[str, Any] = {"epochs": self.epochs, "learning_rate": self.learning_rate}
+        own["loss"] = "kl" if config.loss == "kl" and self.with_end else "sft"
         if not self.with_end:
             config, own["lora"] = config.at_defaults(OF_TEACHERS), config.lora.plain()
         return config.model_copy(update=own)

@@ -229,7 +229,7 @@ def measure(job: TrainJob, tokenizer: PreTrainedTokenizerBase, config: TrainConf
         samples = job.samples(tokenizer, config)
     except ValueError:
         return JobSize(0, 0.0, 0)
-    lengths = [len(sample.prompt_ids) + len(sample.answer_ids) for sample in samples]
+    lengths = [sample.num_tokens for sample in samples]
     steps = num_steps(len(samples), job.epochs, config.batch_size)
     return JobSize(steps, sum(lengths) / len(lengths), max(lengths))
 

@@ -23,8 +23,8 @@ from translora.config import (
     ResourceConfig,
     SynthesisConfig,
     TrainConfig,
+    on_real_data,
     refuse_same_names,
-    refuse_teacher,
 )
 from translora.config.base import PromptTemplate
 from translora.config_file import NAME_PATTERN, ConfigFile, Strict, faults_text
@@ -120,7 +120,7 @@ class EvaluateConfig(ConfigFile):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        refuse_teacher(self.train)
+        self.train = on_real_data(self.train)
         refuse_same_names([task.name for task in self.tasks])
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds: {self.seeds} names one twice; a repetition counts once")

@@ -200,7 +200,7 @@ def check_stop(config: FleetConfig, entry: AdapterEntry) -> None:
         return
     why = f"{entry.bundle}: `stop` is for a teacher that does not end its answers, and"
     if config.distill.loss == "kl":
-        raise InputError(f"{why} distill.loss: kl would imitate it there; use sft")
+        raise InputError(f"{why} distill.loss: kl would imitate it there; use auto")
 
 
 def check_steps(config: FleetConfig, entry: AdapterEntry, num_samples: int) -> None:
