@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from statistics import fmean
 
 import pyarrow.parquet as pq
 import pytest
@@ -27,6 +28,7 @@ from tests.integration.world import (
 from tests.secrets import PLANTED
 from tests.tiny import make_adapter
 from translora.bundle import inspect_base, read_bundle, verify_bundle, write_bundle
+from translora.engine.prompts import prompt_format
 from translora.lora.peft_io import read_lora
 from translora.run.files import read_jsonl, sha256_file, sha256_path
 from translora.run.state import AdapterState, load_states
@@ -125,6 +127,37 @@ def test_metrics_are_in_the_jsonl_file_and_in_the_offline_wandb_run(undisturbed:
 def test_students_learn_from_their_teachers(undisturbed: Path) -> None:
     for state in load_states(undisturbed):
         assert sum(state.losses[-4:]) < 0.9 * sum(state.losses[:4])
+
+
+def test_soft_labels_are_what_peft_gives_the_teachers_answers(world: World, undisturbed: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world.source)
+    checked = 0
+    for state in load_states(undisturbed):
+        bundle = world.root / "source-bundles" / state.name
+        data = undisturbed / "adapters" / state.name / "train/student/data.jsonl"
+        rows = read_jsonl(data, required=("input", "answer"))
+        classes = list(state.synthesis.classes)
+        assert all(("teacher" in row) == (len(classes) > 1) for row in rows)
+        prompts = prompt_format(tokenizer, read_bundle(bundle).manifest.prompt_template)
+        teacher = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.source), bundle).eval()
+        for row in (row for row in rows if "teacher" in row):
+            logliks = []
+            for answer in classes:
+                prompt_ids, answer_ids = prompts.encode_pair(row["input"], answer)
+                with torch.no_grad():
+                    logits = teacher(torch.tensor([prompt_ids + answer_ids[:-1]])).logits[0, len(prompt_ids) - 1 :]
+                logliks.append(logits.log_softmax(-1).gather(1, torch.tensor(answer_ids)[:, None]).sum())
+            odds = dict(zip(classes, torch.stack(logliks).softmax(0).tolist(), strict=True))
+            likely = {answer: p for answer, p in odds.items() if p >= 0.01}
+            found = row["teacher"]["probabilities"]
+            assert sum(found.values()) == pytest.approx(1, abs=1e-3) and likely.keys() <= found.keys()
+            for answer, p in likely.items():
+                # The answer that was given counts also where it is unlikely, as one that was cut may be.
+                assert found[answer] == pytest.approx(p / sum(likely.values()), abs=0.011)
+            checked += 1
+        sizes = [len(row["teacher"]["probabilities"]) for row in rows if "teacher" in row]
+        assert state.answers_per_sample == (pytest.approx(fmean(sizes), abs=0.01) if sizes else None)
+    assert checked > 0, "the tasks have few answers"
 
 
 def test_a_run_killed_in_every_phase_ends_as_if_it_had_not_been(world: World, undisturbed: Path) -> None:

@@ -181,10 +181,10 @@ def test_a_student_comes_closer_to_its_teachers_probabilities_whoever_its_neighb
     assert found[0] == pytest.approx(total / count, rel=1e-4)
 
 
-def test_a_student_learns_each_of_its_teachers_answers_by_its_share(base_path: Path, tmp_path: Path) -> None:
+def test_a_student_learns_each_of_its_teachers_answers_by_its_probability(base_path: Path, tmp_path: Path) -> None:
     """Soft labels: the first loss is transformers' own of each answer, weighted; the same bytes beside others."""
     config = CONFIG.model_copy(update={"batch_size": len(ROWS), "epochs": 1})
-    rows = [{**row, "teacher": {"shares": {row["answer"]: 0.7, "no idea": 0.3}}} for row in ROWS]
+    rows = [{**row, "teacher": {"probabilities": {row["answer"]: 0.7, "no idea": 0.3}}} for row in ROWS]
     made: list[bytes] = []
     for company in (["one"], ["other", "one"]):
         root = tmp_path / str(len(company))
@@ -204,12 +204,12 @@ def test_a_student_learns_each_of_its_teachers_answers_by_its_share(base_path: P
     )
     total, count = 0.0, 0.0
     for row in rows:
-        for answer, share in ((row["answer"], 0.7), ("no idea", 0.3)):
+        for answer, p in ((row["answer"], 0.7), ("no idea", 0.3)):
             prompt_ids, answer_ids = prompts.encode_pair(str(row["input"]), str(answer))
             with torch.no_grad():
                 logits = model(torch.tensor([prompt_ids + answer_ids[:-1]])).logits[0, len(prompt_ids) - 1 :]
-            total -= share * float(logits.log_softmax(-1).gather(1, torch.tensor(answer_ids)[:, None]).sum())
-            count += share * len(answer_ids)
+            total -= p * float(logits.log_softmax(-1).gather(1, torch.tensor(answer_ids)[:, None]).sum())
+            count += p * len(answer_ids)
     assert losses(job)[0] == pytest.approx(total / count, rel=1e-4)
 
 

@@ -1,6 +1,8 @@
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
 from translora.distill.data import batch_indices, chosen_tokens, encode_samples, num_steps, num_too_long, pack
 from translora.distill.job import RECIPE, TrainJob
 from translora.distill.launch import train_adapters
-from translora.distill.teacher import MIN_SHARE, check_vocabularies, shares
+from translora.distill.teacher import MIN_PROBABILITY, check_vocabularies, probabilities, soft_labels
 from translora.engine.prompts import prompt_format
 from translora.run.files import derive_seed, digest, write_jsonl
 
@@ -118,30 +120,52 @@ def test_tokens_that_are_not_chosen_weigh_nothing() -> None:
 def test_a_sample_has_each_answer_that_its_teacher_finds_possible() -> None:
     prompts = prompt_format(make_tokenizer("llama"))
     rows = [
-        {"input": "a", "answer": "b c", "teacher": {"shares": {"a": 0.25, "b c": 0.75}}},
-        {"input": "b", "answer": "a", "teacher": {"shares": {"a": 1.0}}},
+        {"input": "a", "answer": "b c", "teacher": {"probabilities": {"b c": 0.75, "a": 0.25}}},
+        {"input": "b", "answer": "a", "teacher": {"probabilities": {"a": 1.0}}},
         {"input": "b", "answer": "a"},
-        {"input": "c", "answer": "a", "teacher": {"shares": {"a": 0.5, "b " * 50: 0.5}}},
+        {"input": "b", "answer": "a", "teacher": {"probabilities": {"a": 0.5, "b " * 50: 0.5}}},
     ]
     samples = encode_samples(rows, prompts, 40, "task")
     long, short = (prompts.encode_pair("a", answer)[1] for answer in ("b c", "a"))
-    assert [(one.answer_ids, one.share) for one in samples[0].answers] == [(long, 0.75), (short, 0.25)]
-    assert samples[1] == samples[2] and len(samples) == 3, "the last has an answer that is too long"
+    assert [(one.answer_ids, one.probability) for one in samples[0].answers] == [(long, 0.75), (short, 0.25)]
+    assert samples[1] == samples[2] == samples[3], "an answer that is too long is no reason to lose the sample"
     assert samples[0].num_trained == 0.75 * len(long) + 0.25 * len(short)
     batch = pack([(0, samples[:1], 2.0)], torch.device("cpu"))
     assert batch.labels_L.tolist() == [*long, *short]
     assert batch.weights_L.tolist() == [1.5] * len(long) + [0.5] * len(short)
-    assert sum(batch.inputs["packed_lengths"]) == samples[0].num_tokens - 2, "last tokens predict nothing"  # type: ignore[call-overload]
+    assert batch.inputs["input_ids"].shape[1] == samples[0].num_tokens - 2, "last tokens predict nothing"  # type: ignore[attr-defined]
+
+
+def rated(logliks: Sequence[float], given: int, index: int = 0) -> list[dict[str, Any]]:
+    """Rows of `likelihood_block` for one sample."""
+    return [
+        {"index": index, "answer": f"answer {number}", "given": number == given, "loglik": value}
+        for number, value in enumerate(logliks)
+    ]
 
 
 @given(st.lists(st.floats(-30, 0), min_size=1, max_size=6), st.data())
-def test_shares_are_the_probabilities_of_the_likely_answers(logliks: list[float], data: st.DataObject) -> None:
-    choices = [f"answer {index}" for index in range(len(logliks))]
-    own = data.draw(st.sampled_from(choices))
-    found = shares(choices, logliks, own)
+def test_soft_labels_are_the_probabilities_of_the_likely_answers(logliks: list[float], data: st.DataObject) -> None:
+    own = data.draw(st.integers(0, len(logliks) - 1))
+    found = probabilities(rated(logliks, own))
     odds = torch.tensor(logliks, dtype=torch.float64).softmax(0).tolist()
-    kept = {text: p for text, p in zip(choices, odds, strict=True) if p >= MIN_SHARE or text == own}
-    assert found == pytest.approx({text: p / sum(kept.values()) for text, p in kept.items()})
+    kept = {number: p for number, p in enumerate(odds) if p >= MIN_PROBABILITY or number == own}
+    expected = {f"answer {number}": p / sum(kept.values()) for number, p in kept.items()}
+    assert found == pytest.approx(expected, abs=1e-4) and next(iter(found)) == f"answer {own}"
+
+
+def test_a_teacher_that_writes_its_answers_otherwise_gives_no_soft_labels(caplog: pytest.LogCaptureFixture) -> None:
+    sure, likely, never = (math.log(p) for p in (0.9, 0.06, 1e-9))
+    rows = [*rated([sure, likely], 0, 0), *rated([likely, sure], 1, 1), *rated([never, never], 0, 2)]
+    first, second, third = (one["probabilities"] for one in soft_labels("client", rows))
+    assert first == {"answer 0": 0.9375, "answer 1": 0.0625} and second == {"answer 1": 0.9375, "answer 0": 0.0625}
+    assert third == {"answer 0": 0.5, "answer 1": 0.5} and not caplog.messages, "one sample of three says little"
+    for bad in (never, float("nan")):
+        assert (
+            soft_labels("client", [*rated([sure, likely], 0), *rated([bad] * 2, 0, 1), *rated([bad] * 2, 0, 2)]) == []
+        )
+    assert "client: its teacher gives all of its answers together a probability of 0 %" in caplog.text
+    assert "compare its prompt template with the one it was trained with" in caplog.text
 
 
 def test_only_bases_of_one_vocabulary_can_be_compared_token_by_token() -> None:

@@ -71,6 +71,15 @@ def answer_likelihood(engine: Engine, rows: list[Row], slots: list[str | None]) 
     return [sum(own) / len(own) for own in engine.log_likelihood(encoded(engine, rows), slots)]
 
 
+def likelihood_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
+    """Log-likelihood of each row's whole `answer`, its end among it; adds `loglik`.
+
+    Rows: slot (the teacher), and what `encoded` needs.
+    """
+    found = engine.log_likelihood(encoded(engine, rows), [row["slot"] for row in rows])
+    return [{**row, "loglik": sum(own)} for row, own in zip(rows, found, strict=True)]
+
+
 def with_and_without(
     engine: Engine, samples: list[tuple[list[int], list[int]]], slots: list[str | None]
 ) -> list[tuple[list[float], list[float]]]:
@@ -98,14 +107,6 @@ def teach_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> li
             thought["spans"] = [list(span) for span in prompts.answer_spans(row["input"], row["answer"])]
             thought["excess"] = [token - base for token, base in zip(own, bare, strict=True)]
     return [{**row, "teacher": thought} for row, thought in zip(rows, found, strict=True)]
-
-
-def label_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
-    """Log-likelihood of each choice as the teacher's whole answer; adds `logliks`, in the order of the choices.
-
-    Rows: slot (the teacher), input, template, choices, and with_end as for `encoded`.
-    """
-    return rate_choices(engine, rows, [row["with_end"] for row in rows])
 
 
 def gate_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
@@ -144,15 +145,10 @@ def choice_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> l
 
     Rows: slot (adapter of the bank, or None for the bare base), input, template, choices.
     """
-    return rate_choices(engine, rows, [False] * len(rows))
-
-
-def rate_choices(engine: Engine, rows: list[Row], with_end: list[bool]) -> list[Row]:
-    """Add `logliks`: of each choice as the answer, with its end or without it."""
     samples, slots = [], []
-    for row, ends in zip(rows, with_end, strict=True):
+    for row in rows:
         prompts = prompt_format(engine.tokenizer, row["template"])
-        samples += [prompts.encode_pair(row["input"], choice, with_end=ends) for choice in row["choices"]]
+        samples += [prompts.encode_pair(row["input"], choice, with_end=False) for choice in row["choices"]]
         slots += [row["slot"]] * len(row["choices"])
     sums = iter([sum(own) for own in engine.log_likelihood(samples, slots)])
     return [{**row, "logliks": [next(sums) for _ in row["choices"]]} for row in rows]

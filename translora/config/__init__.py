@@ -14,7 +14,7 @@ refused.
 
 from translora.config.base import VLLM_EXECUTION_ONLY, BaseModelConfig, ResourceConfig
 from translora.config.fleet import OPEN_GATE, AdapterEntry, FleetConfig, GateConfig, TrackingConfig
-from translora.config.prepare import PrepareConfig, PrepareEntry, on_real_data, refuse_same_names
+from translora.config.prepare import PrepareConfig, PrepareEntry, for_real_data, refuse_same_names
 from translora.config.synthesis import SamplingConfig, Screen, SynthesisConfig
 from translora.config.train import ChainSettings, Count, DiscriminatorConfig, LoraSettings, TrainConfig
 from translora.config_file import load_config
@@ -38,7 +38,7 @@ __all__ = [
     "SynthesisConfig",
     "TrackingConfig",
     "TrainConfig",
+    "for_real_data",
     "load_config",
-    "on_real_data",
     "refuse_same_names",
 ]

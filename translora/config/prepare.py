@@ -81,7 +81,7 @@ class PrepareConfig(ConfigFile):
     @model_validator(mode="after")
     def _check(self) -> Self:
         refuse_same_names([task.name for task in self.tasks])
-        self.train = on_real_data(self.train)
+        self.train = for_real_data(self.train)
         run_dir = self.run_dir.resolve()
         for task in self.tasks:
             output = (self.output_dir / task.name).resolve()
@@ -93,7 +93,7 @@ class PrepareConfig(ConfigFile):
         return self
 
 
-def on_real_data(train: TrainConfig) -> TrainConfig:
+def for_real_data(train: TrainConfig) -> TrainConfig:
     """How adapters are trained on real data, which has no teacher and no source adapter.
 
     Raises:

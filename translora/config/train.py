@@ -126,18 +126,19 @@ class TrainConfig(Strict):
     batch_size: int = Field(default=8, ge=1)
     """Samples per optimizer step, over all workers."""
     micro_batch_size: int = Field(default=8, ge=1)
-    """Most samples of one adapter in one forward pass of a worker."""
+    """Most samples of one adapter in one forward pass of a worker; one of several answers is a sequence for each."""
     gang_size: Count = "auto"
     """Adapters that a worker trains side by side in one pass; `auto` fills the pass (see translora.distill.plan)."""
     tokens_per_pass: Count = "auto"
     """Tokens that a gang should fill a worker's pass with, as far as memory allows; `auto` is what hides the gathering
     of the base behind the computing on one machine, and `translora plan` says what does on several."""
     loss: Literal["auto", "sft", "kl"] = "auto"
-    """Of a student: `sft` is the cross-entropy of the teacher's answer (paper). `auto` is the same where answers are
-    free text; where they are few, it is taken of each of them, weighted by the probability that the teacher gives it
-    (soft labels), whatever the vocabularies. `kl` is the divergence from the teacher's probabilities of each token of
-    its answer, where the two bases have one vocabulary. Discriminators and what is trained on real data have no
-    teacher: sft."""
+    """Of a student: `sft` is the cross-entropy of the teacher's answer (paper). `auto` takes it of each answer that the
+    teacher has, weighted by the probability that it gives it (soft labels), whatever the vocabularies, where its
+    answers to all samples are few: up to 20 different ones, and no more than half as many as samples. Where they are
+    free text, the adapter has a `stop`, or `token_share` is less than 1, it is sft. `kl` is the divergence from the
+    teacher's probabilities of each token of its answer, where the two bases have one vocabulary. Discriminators and
+    what is trained on real data have no teacher: sft."""
     kl_top_k: int = Field(default=32, ge=1, le=1024)
     """kl: how many of the teacher's most likely tokens are told apart; the others count as one."""
     token_share: float = Field(default=1, gt=0, le=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,14 +34,14 @@ class Sample:
     """For each of `answer_ids`; None where there is no teacher, who then gives the answer's tokens for certain."""
     chosen: list[bool] | None = None
     """Which of `answer_ids` the loss is on; None is all."""
-    share: float = 1.0
-    """Of its input's loss: how likely the teacher finds this answer."""
+    probability: float = 1.0
+    """How likely the teacher finds this answer: what its cross-entropy is weighted with."""
     others: tuple[Sample, ...] = ()
-    """The same input with the other answers that the teacher finds possible."""
+    """The same input with the other answers that the teacher finds possible (soft labels)."""
 
     @property
     def answers(self) -> tuple[Sample, ...]:
-        """The input with each of its answers, whose shares add up to 1."""
+        """The input with each of its answers, whose probabilities add up to 1."""
         return (self, *self.others)
 
     @property
@@ -51,9 +51,9 @@ class Sample:
 
     @property
     def num_trained(self) -> float:
-        """Tokens that the loss is on; of several answers the mean, weighted by their shares."""
+        """Tokens that the loss is on; of several answers the mean, weighted by their probabilities."""
         counts = [len(one.answer_ids) if one.chosen is None else sum(one.chosen) for one in self.answers]
-        return sum(one.share * count for one, count in zip(self.answers, counts, strict=True))
+        return sum(one.probability * count for one, count in zip(self.answers, counts, strict=True))
 
 
 def encode_samples(
@@ -69,8 +69,8 @@ def encode_samples(
 
     `with_end` puts the end of the answer behind it; a discriminator's loss is on yes or no alone. A row's `teacher`
     (see translora.distill.teacher) is used where it saw the same tokens, which another template may have changed.
-    `token_share` is that of TrainConfig, for rows whose teacher gave an excess. Where the teacher gave `shares`, a
-    sample has several answers.
+    `token_share` is that of TrainConfig, for rows whose teacher gave an excess. Where the teacher gave
+    `probabilities`, a sample has several answers, without those that would be too long.
 
     Raises:
         InputError: no row is left.
@@ -82,22 +82,15 @@ def encode_samples(
         chosen = None
         if "excess" in teacher:
             chosen = chosen_tokens(teacher, prompts.answer_spans(row["input"], row["answer"]), token_share)
-        odds, shares = teacher_odds(row, answer_ids, vocabulary), teacher.get("shares", {})
-        possible = tuple(
-            Sample(*prompts.encode_pair(row["input"], text, with_end=with_end), share=share)
-            for text, share in shares.items()
-            if text != row["answer"]
-        )
-        samples.append(Sample(prompt_ids, answer_ids, odds, chosen, shares.get(row["answer"], 1.0), possible))
+        sample = Sample(prompt_ids, answer_ids, teacher_odds(row, answer_ids, vocabulary), chosen)
+        if "probabilities" in teacher:
+            sample = with_all_answers(sample, row, prompts, max_length, with_end=with_end)
+        samples.append(sample)
     if others := sum(
         "tokens" in row.get("teacher", {}) and one.teacher is None for row, one in zip(rows, samples, strict=True)
     ):
         logger.warning("%s: %d of %d answers have other tokens for the teacher: sft for these", name, others, len(rows))
-    kept = [
-        sample
-        for sample in samples
-        if all(len(one.prompt_ids) + len(one.answer_ids) <= max_length for one in sample.answers)
-    ]
+    kept = [sample for sample in samples if len(sample.prompt_ids) + len(sample.answer_ids) <= max_length]
     if len(kept) < len(samples):
         logger.warning(
             "%s: %d of %d samples exceed max_length %d", name, len(samples) - len(kept), len(samples), max_length
@@ -105,6 +98,26 @@ def encode_samples(
     if not kept:
         raise InputError(f"{name}: no training sample of at most {max_length} tokens; raise max_length")
     return kept
+
+
+def with_all_answers(
+    sample: Sample, row: Mapping[str, Any], prompts: PromptFormat, max_length: int, *, with_end: bool
+) -> Sample:
+    """A sample with each answer that its teacher gave a probability to, and that is short enough."""
+    probabilities = row["teacher"]["probabilities"]
+    others = [
+        Sample(*prompts.encode_pair(row["input"], text, with_end=with_end), probability=probability)
+        for text, probability in probabilities.items()
+        if text != row["answer"]
+    ]
+    others = [one for one in others if len(one.prompt_ids) + len(one.answer_ids) <= max_length]
+    own = probabilities[row["answer"]]
+    total = own + sum(one.probability for one in others)
+    return replace(
+        sample,
+        probability=own / total,
+        others=tuple(replace(one, probability=one.probability / total) for one in others),
+    )
 
 
 def num_too_long(rows: Sequence[tuple[str, str]], prompts: PromptFormat, max_length: int) -> int:
@@ -218,7 +231,7 @@ def pack(
             predicting = len(ids) + len(sample.prompt_ids) - 1
             positions += range(predicting, predicting + len(sample.answer_ids))
             labels += sample.answer_ids
-            own = weight * sample.share
+            own = weight * sample.probability
             weights += [own * chosen for chosen in sample.chosen or [True] * len(sample.answer_ids)]
             ids += tokens
             lengths.append(len(tokens))

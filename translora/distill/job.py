@@ -62,7 +62,7 @@ class TrainJob:
     def settings(self, config: TrainConfig) -> TrainConfig:
         """How this job is trained: a student as the config says, a discriminator by LoRAs of its shape alone.
 
-        Soft labels are `sft` on several answers, which lie in its data.
+        Soft labels are `sft` with several answers a sample, which lie in the job's data and so are of its recipe.
         """
         own: dict[str, Any] = {"epochs": self.epochs, "learning_rate": self.learning_rate}
         own["loss"] = "kl" if config.loss == "kl" and self.with_end else "sft"

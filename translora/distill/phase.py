@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from translora.bundle.adapter import is_in_bank
@@ -134,6 +135,9 @@ def distill_phase(run: Run, members: list[Member]) -> None:
         rows = [(row["input"], row["answer"]) for row in member.samples("train")]
         prompts = prompt_format(tokenizer, member.template(config))
         member.state.synthesis.num_too_long = num_too_long(rows, prompts, config.distill.max_length)
+    for member in members:
+        counts = [len(one["probabilities"]) for one in teachers.get(member.name, ()) if "probabilities" in one]
+        member.state.answers_per_sample = round(fmean(counts), 2) if counts else None
     by_name = {member.name: member for member in members}
     jobs = [job for member in members for job in train_jobs(run, member, teachers.get(member.name))]
     last_saved = 0.0

@@ -58,6 +58,7 @@ class JobSize:
     mean_tokens: float
     """Of a sample."""
     max_tokens: int
+    """Of a sample, where a pass has as many samples as it may; a sequence is no longer."""
 
 
 @dataclass(frozen=True)

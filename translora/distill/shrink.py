@@ -38,7 +38,7 @@ def given_up(notes: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Reasons by job of those that are too much alone, one sample at a time."""
     return {
         note["jobs"][0]: f"{note['jobs'][0]}: out of memory with one sample in the pass ({note['reason']}); "
-        "lower max_length, or give the workers more memory"
+        "lower max_length, set distill.loss to sft where its answers are many, or give the workers more memory"
         for note in notes
         if note.get("micro_batch_size") == note.get("gang_size") == 1 and len(note.get("jobs", ())) == 1
     }

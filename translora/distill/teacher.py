@@ -7,17 +7,18 @@ adapter than without (TiTok). All are computed once, for the samples of the set.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from translora.actors.blocks import label_block, teach_block
+from translora.actors.blocks import likelihood_block, teach_block
 from translora.actors.calls import Row
 from translora.actors.hosts import Hosts
 from translora.actors.rows import run_rows
-from translora.config import TrainConfig
 from translora.errors import InputError
 from translora.run.member import Member, Run
 from translora.run.state import SYNTHETIC
@@ -26,11 +27,14 @@ from translora.synthesis.prompts import normalise
 if TYPE_CHECKING:
     from translora.actors.host import BlockFunction
 
+logger = logging.getLogger(__name__)
 Teacher = dict[str, Any]
-"""Of a sample with an answer of A tokens: for soft labels shares, the probability by answer; answer_ids [A], tokens
-[A, K] and log_p [A, K] for kl; spans [A, 2] and excess [A] for token_share."""
-MIN_SHARE = 0.01
-"""Probability of an answer that a student is trained on: each costs as much as a sample."""
+"""Of a sample with an answer of A tokens: for soft labels `probabilities` by answer; answer_ids [A], tokens [A, K] and
+log_p [A, K] for kl; spans [A, 2] and excess [A] for token_share."""
+MIN_PROBABILITY = 0.01
+"""Of an answer that a student learns: each costs as much as a sample."""
+MIN_MASS = 0.5
+"""Probability of all answers together, in the middle sample: a teacher that gives them less writes them otherwise."""
 
 
 def check_vocabularies(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> None:
@@ -45,11 +49,6 @@ def check_vocabularies(source: PreTrainedTokenizerBase, target: PreTrainedTokeni
         )
 
 
-def has_soft_labels(config: TrainConfig) -> bool:
-    """Whether students with few answers are trained on each of them; chosen tokens are those of one answer."""
-    return config.loss == "auto" and config.token_share == 1
-
-
 def ask_teachers(run: Run, members: Sequence[Member]) -> dict[str, list[Teacher]]:
     """What the teachers think of their answers to the training samples, by adapter, in the samples' order.
 
@@ -57,57 +56,94 @@ def ask_teachers(run: Run, members: Sequence[Member]) -> dict[str, list[Teacher]
     missing from the result.
     """
     train = run.config.distill
-    members = [member for member in members if (member.directory / SYNTHETIC).is_file()]
-    if has_soft_labels(train):
-        members = [member for member in members if len(member.state.synthesis.classes) > 1]
-        rows = [row for member in members for row in choice_rows(member)]
-        found = ask(run, members, rows, label_block, "labels", {})
-        return {
-            name: [{"shares": shares(row["choices"], row["logliks"], row["answer"])} for row in own]
-            for name, own in found.items()
-        }
+    members = [member for member in members if (member.directory / SYNTHETIC).is_file() and is_trained(run, member)]
+    if train.loss == "auto" and train.token_share == 1:  # chosen tokens are those of one answer
+        return ask_for_soft_labels(run, [member for member in members if has_few_answers(member)])
     if train.loss != "kl" and train.token_share == 1:
         return {}
-    rows = [row for member in members for row in teacher_rows(member)]
+    rows = [row for member in members for row in answer_rows(member)]
     settings = {"top_k": train.kl_top_k if train.loss == "kl" else None, "excess": train.token_share < 1}
     found = ask(run, members, rows, teach_block, "teach", settings)
     return {name: [row["teacher"] for row in own] for name, own in found.items()}
 
 
-def teacher_rows(member: Member) -> Iterator[Row]:
-    """Rows of `teach_block`."""
-    for index, row in enumerate(member.samples("train")):
-        yield {
-            "adapter": member.name,
-            "index": index,
-            "slot": member.name,
-            "input": row["input"],
-            "answer": row["answer"],
-            "template": member.bundle.manifest.prompt_template,
-        }
+def is_trained(run: Run, member: Member) -> bool:
+    """Whether its student does not stay the copy that its warm start made."""
+    return run.config.training_of(member.entry).epochs > 0
 
 
-def choice_rows(member: Member) -> Iterator[Row]:
-    """Rows of `label_block`: the choices are the teacher's answers to all samples, the one to this sample first."""
-    for row in teacher_rows(member):
-        own = normalise(row["answer"])
-        choices = [row["answer"], *(text for text in member.state.synthesis.classes if normalise(text) != own)]
-        yield {**row, "choices": choices, "with_end": member.entry.stop is None}
+def has_few_answers(member: Member) -> bool:
+    """Whether a teacher has several answers that exclude each other, as those do not whose end is not known."""
+    return len(member.state.synthesis.classes) > 1 and member.entry.stop is None
 
 
-def shares(choices: Sequence[str], logliks: Sequence[float], answer: str) -> dict[str, float]:
-    """Probabilities of the answers, as shares of all that are likely enough; the teacher's own is always among them.
+def answer_rows(member: Member) -> list[Row]:
+    """The training samples, each with its teacher's answer."""
+    template = member.bundle.manifest.prompt_template
+    common = {"adapter": member.name, "slot": member.name, "template": template}
+    return [
+        {**common, "index": index, "input": row["input"], "answer": row["answer"]}
+        for index, row in enumerate(member.samples("train"))
+    ]
+
+
+def ask_for_soft_labels(run: Run, members: Sequence[Member]) -> dict[str, list[Teacher]]:
+    """How likely each teacher finds, for each sample, all answers that it gave to any.
+
+    Sequence-level distillation (Kim and Rush, arXiv 1606.07947) with the teacher's own distribution over its answers.
+    """
+    rows = [
+        {**row, "answer": text, "given": text == row["answer"]}
+        for member in members
+        for row in answer_rows(member)
+        for text in possible_answers(row["answer"], member.state.synthesis.classes)
+    ]
+    found = ask(run, members, rows, likelihood_block, "soft-labels", {})
+    labels = {name: soft_labels(name, own) for name, own in found.items()}
+    return {name: own for name, own in labels.items() if own}
+
+
+def soft_labels(name: str, rows: Sequence[Row]) -> list[Teacher]:
+    """The probabilities of each sample's answers; none where the teacher does not write them as they were asked for.
 
     Args:
-        choices: different answers.
-        logliks: of each as a whole answer.
-        answer: the teacher's own, one of them.
+        name: of the adapter.
+        rows: its own, of `likelihood_block`, in the samples' order.
     """
-    most = max(logliks)
-    odds = {text: math.exp(value - most) for text, value in zip(choices, logliks, strict=True)}
-    total = sum(odds.values())
-    kept = {text: value for text, value in odds.items() if value >= MIN_SHARE * total or text == answer}
-    return {text: value / sum(kept.values()) for text, value in kept.items()}
+    samples: dict[int, list[Row]] = {}
+    for row in rows:
+        samples.setdefault(row["index"], []).append(row)
+    mass = median(sum(math.exp(row["loglik"]) for row in answers) for answers in samples.values())
+    if mass >= MIN_MASS:
+        return [{"probabilities": probabilities(answers)} for answers in samples.values()]
+    logger.warning(
+        "%s: its teacher gives all of its answers together a probability of %.0f %%, as if it wrote or ended them "
+        "otherwise: sft, without soft labels; compare its prompt template with the one it was trained with",
+        name,
+        100 * mass,
+    )
+    return []
+
+
+def possible_answers(given: str, classes: Iterable[str]) -> list[str]:
+    """The answer that was given, as it was spelled, and all others."""
+    return [given, *(text for text in classes if normalise(text) != normalise(given))]
+
+
+def probabilities(answers: Sequence[Row]) -> dict[str, float]:
+    """The teacher's distribution over its likely answers to a sample, the one that it gave always among them.
+
+    Rounded, so that a batch of other neighbours, whose last bits differ, makes no other student.
+
+    Args:
+        answers: rows of `likelihood_block`, with `given`: whether it is the teacher's own.
+    """
+    most = max(row["loglik"] for row in answers)
+    given_first = sorted(answers, key=lambda row: (not row["given"], row["answer"]))
+    odds = {row["answer"]: math.exp(row["loglik"] - most) for row in given_first}
+    total, given = sum(odds.values()), given_first[0]["answer"]
+    kept = {text: value for text, value in odds.items() if value >= MIN_PROBABILITY * total or text == given}
+    return {text: round(value / sum(kept.values()), 4) for text, value in kept.items()}
 
 
 def ask(

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import ray.train
@@ -229,9 +230,12 @@ def measure(job: TrainJob, tokenizer: PreTrainedTokenizerBase, config: TrainConf
         samples = job.samples(tokenizer, config)
     except ValueError:
         return JobSize(0, 0.0, 0)
-    lengths = [sample.num_tokens for sample in samples]
+    lengths = sorted(sample.num_tokens for sample in samples)
+    longest = max(len(one.prompt_ids) + len(one.answer_ids) for sample in samples for one in sample.answers)
     steps = num_steps(len(samples), job.epochs, config.batch_size)
-    return JobSize(steps, sum(lengths) / len(lengths), max(lengths))
+    # A few samples may have many answers, by soft labels: a pass has no more tokens than the longest of them together.
+    most = math.ceil(fmean(lengths[-config.micro_batch_size :]))
+    return JobSize(steps, fmean(lengths), max(longest, most))
 
 
 def train_worker(spec: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from translora.config import (
     ResourceConfig,
     SynthesisConfig,
     TrainConfig,
-    on_real_data,
+    for_real_data,
     refuse_same_names,
 )
 from translora.config.base import PromptTemplate
@@ -120,7 +120,7 @@ class EvaluateConfig(ConfigFile):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        self.train = on_real_data(self.train)
+        self.train = for_real_data(self.train)
         refuse_same_names([task.name for task in self.tasks])
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds: {self.seeds} names one twice; a repetition counts once")

@@ -147,6 +147,8 @@ class AdapterState(BaseModel):
     num_steps: int = 0
     losses: list[float] = []
     """Training loss per step."""
+    answers_per_sample: float | None = None
+    """Mean of what its student learns by soft labels; None where it learns the teacher's one answer alone."""
     gate: GateResult | None = None
     earlier_agreement: float | None = None
     """The student's of the attempt before this one."""
