@@ -70,6 +70,7 @@ def write_fleet(work: Path, tag: Path, num_samples: int) -> Path:
         ],
         "gate": {**OPEN_GATE, "min_holdout": 8, "holdout_fraction": 0.1},
     }
+    config["distill"]["loss"] = "sft"  # as the page was measured
     path = work / "fleet.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

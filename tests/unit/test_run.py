@@ -27,6 +27,7 @@ from translora.config import (
 )
 from translora.distill.job import TrainJob
 from translora.distill.phase import distill_phase, train_jobs, warm_start
+from translora.distill.teacher import ask_teachers
 from translora.engine.loading import load_tokenizer
 from translora.gate.phase import fail, gate_phase, judges
 from translora.gate.questions import GateMember
@@ -40,7 +41,7 @@ from translora.run.member import Member, Run
 from translora.run.recipes import Bases, Seals, recipes
 from translora.run.resume import continue_state, sent_back, withdraw_others
 from translora.run.rundir import open_run
-from translora.run.state import AdapterState, GateResult, Phase, SynthesisStats, load_state, save_state
+from translora.run.state import SYNTHETIC, AdapterState, GateResult, Phase, SynthesisStats, load_state, save_state
 from translora.run.tracker import Tracker
 from translora.run.verify import check_copy, refused, verify, verify_fleet
 from translora.synthesis.phase import synthesis_phase
@@ -302,6 +303,52 @@ def test_attempts_end_when_more_samples_help_no_more(
         assert (state.status == "failed_gate") is (number == attempts)
     assert state.attempt == attempts == len(agreements) and state.reason.startswith("too low")
     assert ("more samples do not help" in state.reason) is (attempts > 1 and agreements[-1] <= agreements[-2])
+
+
+def test_teachers_are_asked_for_soft_labels_where_their_answers_are_few_and_exclude_each_other(
+    tmp_path: Path, run: Run, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"input": "one", "answer": "yes", "split": "train"},
+        {"input": "two", "answer": "No", "split": "train"},
+        {"input": "three", "answer": "no", "split": "heldout"},
+    ]
+
+    def member(name: str, classes: dict[str, int], **settings: Any) -> Member:
+        directory = tmp_path / "adapters" / name
+        directory.mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(rows), directory / SYNTHETIC)
+        state = fresh(name=name, synthesis=SynthesisStats(classes=classes))
+        return Member(bundle, state, directory, [], AdapterEntry(bundle="x", **settings))
+
+    few = {"no": 2, "yes": 1, "perhaps": 1}
+    members = [
+        member("few", few),
+        member("free-text", {}),
+        member("one-answer", {"yes": 3}),
+        member("without-ends", few, stop="END"),
+        Member(bundle, fresh(name="without-a-set"), tmp_path / "adapters/none", [], AdapterEntry(bundle="x")),
+    ]
+    asked: list[Any] = []
+    monkeypatch.setattr("translora.distill.teacher.ask", lambda run, members, rows, *_: asked.extend(rows) or {})
+    assert ask_teachers(run, members) == {}
+    found = [(row["adapter"], row["index"], row["input"], row["answer"], row["given"]) for row in asked]
+    assert found == [
+        ("few", 0, "one", "yes", True),
+        ("few", 0, "one", "no", False),
+        ("few", 0, "one", "perhaps", False),
+        ("few", 1, "two", "No", True),
+        ("few", 1, "two", "yes", False),
+        ("few", 1, "two", "perhaps", False),
+    ]
+    asked.clear()
+    for other in ({"loss": "sft"}, {"token_share": 0.7}, {"epochs": 0}):
+        part = run.config.distill.model_copy(update=other)
+        ask_teachers(dataclasses.replace(run, config=run.config.model_copy(update={"distill": part})), members)
+    assert all("given" not in row for row in asked), (
+        "sft and a copy ask nobody, and chosen tokens are those of one answer"
+    )
+    assert {row["adapter"] for row in asked} == {"few", "free-text", "one-answer", "without-ends"}
 
 
 def test_a_copy_is_not_tried_again_and_what_cannot_be_copied_is_refused(
