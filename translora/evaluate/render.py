@@ -113,7 +113,7 @@ def _setup(results: Results, json_name: str) -> list[str]:
         "width zero, which is the bootstrap's limit, not certainty.",
         "",
         f"Source adapter and real-data adapter: {_training(setup.train)}{_given(setup)}. "
-        f"Students: {_training(setup.distill)}{_synthesis(results)}. "
+        f"Students: {_training(setup.distill)}{_loss(setup)}{_synthesis(results)}. "
         f"Written by `translora evaluate` from [`{json_name}`]({json_name}); "
         + ", ".join(f"{name} {version}" for name, version in setup.versions.items() if name in DECIDING_VERSIONS)
         + ".",
@@ -158,6 +158,14 @@ def _training(settings: dict[str, object]) -> str:
         f"{student}, {settings['epochs']:g} epochs, "
         f"learning rate {settings['learning_rate']:g}, batch {settings['batch_size']}"
     )
+
+
+def _loss(setup: Setup) -> str:
+    """Whether students learn more of their teachers than the answers."""
+    words = {"auto": "soft labels where answers are few", "kl": "the teachers' probabilities token by token"}
+    found = words.get(str(setup.distill.get("loss")), "")
+    own = any("loss" in arm.get("distill", {}) for arm in setup.arms.values())
+    return f", {found}{', but for arms with another loss' if own else ''}" if found else ""
 
 
 def _given(setup: Setup) -> str:
