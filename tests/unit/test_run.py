@@ -254,12 +254,16 @@ def run(tmp_path: Path, target: BaseInfo) -> Iterator[Run]:
 def test_another_attempt_lays_the_first_set_aside_and_survives_a_kill(
     tmp_path: Path, run: Run, bundle: Bundle, finished: AdapterState, target: BaseInfo
 ) -> None:
-    judged = {"phase": "gate", "status": "pending", "reason": "", "losses": [1.0], "step": 1, "num_steps": 1}
-    state = finished.model_copy(update=judged | {"gate": verdict(0.4)})
+    trained = {"losses": [1.0], "step": 1, "num_steps": 1, "answers_per_sample": 1.5}
+    state = finished.model_copy(
+        update=trained | {"phase": "gate", "status": "pending", "reason": "", "gate": verdict(0.4)}
+    )
+    assert sent_back(state, fresh(), "gate").model_dump().items() >= trained.items(), "the card tells of it"
     first = (tmp_path / "adapters/a/synthetic.parquet").read_bytes()
     member = Member(bundle, state, tmp_path / "adapters/a", [], AdapterEntry(bundle="x"))
     run.send_back(member)
-    assert member.waits_for("synthesis") and state.attempt == 2 and state.losses == []
+    assert member.waits_for("synthesis") and state.attempt == 2
+    assert (state.losses, state.answers_per_sample) == ([], None)
     assert member.earlier_set.read_bytes() == first and not (tmp_path / "adapters/a/synthetic.parquet").exists()
     assert "attempt 2: the gate sent it back for more samples" in note(state)
     assert (state.gate, state.accuracy, state.earlier_agreement) == (None, None, 0.4), "the verdict was on the first"

@@ -116,7 +116,7 @@ class Run:
         os.replace(member.directory / SYNTHETIC, member.earlier_set)
         state.artifacts = {relative_to(self.config.run_dir, member.earlier_set): sha256_path(member.earlier_set)}
         state.status, state.phase, state.reason = "pending", "synthesis", ""
-        state.step, state.num_steps, state.losses = 0, 0, []
+        state.step, state.num_steps, state.losses, state.answers_per_sample = 0, 0, [], None
         state.earlier_agreement = state.gate.agreement_student if state.gate else None
         state.gate, state.accuracy = None, None
         self.save(state)

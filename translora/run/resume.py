@@ -151,5 +151,6 @@ def sent_back(state: AdapterState, fresh: AdapterState, phase: Phase) -> Adapter
     if phase != "synthesis":
         kept["synthesis"] = state.synthesis
     if phase == "gate":
-        kept |= {"losses": state.losses, "step": state.step, "num_steps": state.num_steps}
+        of_training = ("losses", "step", "num_steps", "answers_per_sample")
+        kept |= {key: getattr(state, key) for key in of_training}
     return fresh.model_copy(update=kept)
