@@ -141,6 +141,10 @@ class FleetConfig(ConfigFile):
         own = self.prompt_template if entry.prompt_template is None else entry.prompt_template
         return source if own == "source" else own
 
+    def stays_copy(self, entry: AdapterEntry) -> bool:
+        """Whether an adapter's student is not trained, and stays the copy that its warm start made."""
+        return self.training_of(entry).epochs == 0
+
     def training_of(self, entry: AdapterEntry) -> TrainConfig:
         """The training of an adapter's student."""
         own = {"epochs": entry.epochs, "learning_rate": entry.learning_rate}

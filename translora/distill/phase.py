@@ -131,7 +131,7 @@ def distill_phase(run: Run, members: list[Member]) -> None:
     teachers = ask_teachers(run, members)  # of the whole cohort: a rerun finds the same batches again
     members = [member for member in members if member.waits_for("distill")]
     tokenizer = load_tokenizer(config.target)
-    for member in (one for one in members if config.training_of(one.entry).epochs > 0):
+    for member in (one for one in members if not config.stays_copy(one.entry)):
         rows = [(row["input"], row["answer"]) for row in member.samples("train")]
         prompts = prompt_format(tokenizer, member.template(config))
         member.state.synthesis.num_too_long = num_too_long(rows, prompts, config.distill.max_length)

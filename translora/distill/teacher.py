@@ -56,7 +56,8 @@ def ask_teachers(run: Run, members: Sequence[Member]) -> dict[str, list[Teacher]
     missing from the result.
     """
     train = run.config.distill
-    members = [member for member in members if (member.directory / SYNTHETIC).is_file() and is_trained(run, member)]
+    members = [member for member in members if (member.directory / SYNTHETIC).is_file()]
+    members = [member for member in members if not run.config.stays_copy(member.entry)]
     if train.loss == "auto" and train.token_share == 1:  # chosen tokens are those of one answer
         return ask_for_soft_labels(run, [member for member in members if has_few_answers(member)])
     if train.loss != "kl" and train.token_share == 1:
@@ -65,11 +66,6 @@ def ask_teachers(run: Run, members: Sequence[Member]) -> dict[str, list[Teacher]
     settings = {"top_k": train.kl_top_k if train.loss == "kl" else None, "excess": train.token_share < 1}
     found = ask(run, members, rows, teach_block, "teach", settings)
     return {name: [row["teacher"] for row in own] for name, own in found.items()}
-
-
-def is_trained(run: Run, member: Member) -> bool:
-    """Whether its student does not stay the copy that its warm start made."""
-    return run.config.training_of(member.entry).epochs > 0
 
 
 def has_few_answers(member: Member) -> bool:

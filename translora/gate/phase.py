@@ -89,7 +89,7 @@ def fail(run: Run, member: Member) -> None:
     state = member.state
     assert state.gate is not None
     reason, agreement, before = state.gate.reason, state.gate.agreement_student, state.earlier_agreement
-    if run.config.training_of(member.entry).epochs == 0:
+    if run.config.stays_copy(member.entry):
         reason += "; it is a copy of its source adapter, which more samples do not change: give it epochs of its own"
     elif before is not None and agreement <= before:
         reason += f"; more samples do not help: agreement {agreement:.2f} after {before:.2f}"
@@ -104,7 +104,7 @@ def fail(run: Run, member: Member) -> None:
 
 def trained_inputs(run: Run, member: Member) -> list[str]:
     """What a student was trained on, where it is compared with real data; a copy was trained on nothing."""
-    if not member.eval_rows or run.config.training_of(member.entry).epochs == 0:
+    if not member.eval_rows or run.config.stays_copy(member.entry):
         return []
     return [row["input"] for row in member.samples("train")]
 
@@ -134,7 +134,7 @@ def publish(run: Run, member: Member, quality: DiscriminatorQuality | None) -> N
     assert gate is not None
     template = prompt_format(load_tokenizer(run.config.target), member.template(run.config)).template
     start = student_start(run, member.bundle.path).path
-    began: Began = "fresh" if start is None else "copy" if run.config.training_of(member.entry).epochs == 0 else "warm"
+    began: Began = "fresh" if start is None else "copy" if run.config.stays_copy(member.entry) else "warm"
     output = run.config.run_dir / "bundles" / member.name
     write_bundle(
         output,

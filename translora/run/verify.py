@@ -174,7 +174,7 @@ def check_copy(run: Run, bundle: Bundle, entry: AdapterEntry) -> None:
     Raises:
         InputError: it would not.
     """
-    if run.config.training_of(entry).epochs == 0:
+    if run.config.stays_copy(entry):
         start = student_start(run, bundle.path)
         if start.path is None:
             raise InputError(f"{bundle.path}: {start.remark}, and 0 epochs train nothing; give it epochs of its own")
@@ -209,7 +209,7 @@ def check_steps(config: FleetConfig, entry: AdapterEntry, num_samples: int) -> N
     Raises:
         InputError: it has not.
     """
-    if config.distill.peft is None and config.training_of(entry).epochs > 0:
+    if config.distill.peft is None and not config.stays_copy(entry):
         lora, steps = (
             config.distill.lora,
             num_steps(num_samples, config.training_of(entry).epochs, config.distill.batch_size),
