@@ -109,7 +109,7 @@ CASES = [
     Case("the run directory of a prepare", after(of_prepare), "is the run of `translora prepare`; give another"),
     Case("a run that another process works on", at_work, "another process works on this run"),
     Case("a run of other settings", after(
-        with_work, seed=1), "was made with other settings (seed 0 -> 1); give another run_dir"),
+        with_work, seed=1), "was made with other settings (seed 0 -> 1); set it back, or give another run_dir"),
     Case("a run of another base", after(
         with_work, target={"model": "newer"}), "target.model 'new' -> 'newer'"),
     Case("a run whose config is damaged", after(damaged("config.json", '{"run_dir": ')), "config.json: not readable"),

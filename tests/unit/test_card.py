@@ -114,10 +114,17 @@ def test_samples_that_were_too_long_are_not_counted_as_trained_on() -> None:
     assert "20 of 120 samples are longer than distill.max\\_length, and were not trained on" in " ".join(text.split())
 
 
-@pytest.mark.parametrize("screen", ["discriminator", "excess", "confidence", "none"])
-def test_a_discriminator_is_spoken_of_where_there_is_one(screen: str) -> None:
-    text = card(state(synthesis=SynthesisStats(screen=screen)))
-    assert ("example inputs and a\ndiscriminator" in text) is (screen in ("discriminator", "excess"))
+def test_a_discriminator_is_spoken_of_where_there_is_one() -> None:
+    files = {"adapters/routing/student": "ab", "adapters/routing/discriminator": "cd"}
+    assert "example inputs and a\ndiscriminator" in card(state(name="routing", artifacts=files))
+    files.popitem()
+    assert "discriminator." not in card(state(name="routing", artifacts=files))
+
+
+def test_a_template_that_writes_out_its_first_token_is_not_given_another() -> None:
+    text = model_card(state(), source="a", target="b", prompt_template="<bos>{input}\nA:", holds_bos=True)
+    assert 'tokenizer(prompt, return_tensors="pt", add_special_tokens=False)' in text
+    assert 'tokenizer(prompt, return_tensors="pt")' in card(state(), template="{input}\nA:")
 
 
 def test_it_depends_on_the_migration_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,24 @@ def test_means_are_over_the_tasks_that_count(results: Results) -> None:
         other.accuracy.value - results.references["source_adapter"].value
     )
     assert other.against_first is not None and other.against_first.value == pytest.approx((24 + 41 - 38 - 40) / 100)
+
+
+def test_each_pair_of_arms_is_compared() -> None:
+    counts = {"a": 40, "b": 35, "c": 20}
+    task = items("skill", source_base=0, source_adapter=40, target_base=5, real=45, **counts)
+    found = summarise(setup().model_copy(update={"arms": {arm: {} for arm in counts}}), [task], [])
+    text = to_markdown(found, "results")
+    assert "| accuracy | b |" in text and re.search(r"\| c \| -30\.0 \[", text), "b and c against a are a column above"
+    assert "row minus column" not in to_markdown(found.model_copy(update={"items": []}), "results")
+
+
+def test_the_answers_of_soft_labels_are_told_by_arm() -> None:
+    soft = [
+        migration("skill", "plain", seed, 0.9, 0.8).model_copy(update={"answers_per_sample": count})
+        for seed, count in enumerate((1.5, 2.5, None))
+    ]
+    text = to_markdown(summarise(setup(), [SKILL], [*soft, migration("skill", "other", 0, 0.9, 0.8)]), "results")
+    assert "Answers a sample that were learnt as soft labels, in the mean: 2.0 by 2 of 3 students (plain)." in text
 
 
 def test_the_gate_is_calibrated_on_the_tasks_that_count() -> None:

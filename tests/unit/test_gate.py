@@ -209,6 +209,9 @@ def test_a_student_of_one_answer_does_not_pass_however_well_it_agrees() -> None:
     assert not lucky.passed and lucky.p_value == pytest.approx(66 / 276, abs=0.02), "one of two, by three tries"
     unseen, _ = _judge_member(classified(["yes"] * 24), arms | {("paint", "gate_student"): ["yes"] * 24}, {}, {})
     assert unseen.agreement_student == 1 and not unseen.passed, "no prompt that shows the other answer"
+    assert unseen.reason == (
+        "all held-out prompts have one answer, so agreement says nothing; ship seeds of every answer"
+    ), "more of them would not help: an answer that came once is trained on"
 
 
 def test_a_member_is_judged_by_its_student_and_measured_by_every_arm() -> None:

@@ -107,6 +107,16 @@ def test_the_page_is_whole_escaped_and_loads_nothing(tmp_path: Path) -> None:
     assert page.count("<details") == len(states()) + 1
 
 
+def test_agreement_by_answers_and_by_tokens_have_means_of_their_own(tmp_path: Path) -> None:
+    state = migrated()
+    assert state.gate is not None
+    gate = state.gate.model_copy(update={"unit": "tokens", "agreement_base": 0.5, "agreement_student": 0.9})
+    adapters = [state, state.model_copy(update={"name": "letters", "gate": gate})]
+    page = write_report(make_run(tmp_path / "run", adapters)).read_text()
+    for means, unit in (("12% → 88%", "answers"), ("50% → 90%", "tokens")):
+        assert f"<b>{means}</b><span>mean agreement with the teacher, by {unit}</span>" in page
+
+
 @pytest.mark.parametrize("adapters", [[], states()[2:]])
 def test_a_run_that_has_hardly_begun_has_a_page(tmp_path: Path, adapters: list[AdapterState]) -> None:
     page = write_report(make_run(tmp_path / "run", adapters)).read_text()

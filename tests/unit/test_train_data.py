@@ -15,7 +15,14 @@ from translora.config import BaseModelConfig, ResourceConfig, TrainConfig
 from translora.distill.data import batch_indices, chosen_tokens, encode_samples, num_steps, num_too_long, pack
 from translora.distill.job import RECIPE, TrainJob
 from translora.distill.launch import train_adapters
-from translora.distill.teacher import MIN_PROBABILITY, check_vocabularies, probabilities, soft_labels
+from translora.distill.teacher import (
+    MIN_MASS,
+    MIN_PROBABILITY,
+    NoSoftLabelsError,
+    check_vocabularies,
+    probabilities,
+    soft_labels,
+)
 from translora.engine.prompts import prompt_format
 from translora.run.files import derive_seed, digest, write_jsonl
 
@@ -144,28 +151,34 @@ def rated(logliks: Sequence[float], given: int, index: int = 0) -> list[dict[str
     ]
 
 
-@given(st.lists(st.floats(-30, 0), min_size=1, max_size=6), st.data())
-def test_soft_labels_are_the_probabilities_of_the_likely_answers(logliks: list[float], data: st.DataObject) -> None:
-    own = data.draw(st.integers(0, len(logliks) - 1))
-    found = probabilities(rated(logliks, own))
-    odds = torch.tensor(logliks, dtype=torch.float64).softmax(0).tolist()
-    kept = {number: p for number, p in enumerate(odds) if p >= MIN_PROBABILITY or number == own}
-    expected = {f"answer {number}": p / sum(kept.values()) for number, p in kept.items()}
+@given(st.lists(st.floats(-30, 0), min_size=1, max_size=6), st.floats(MIN_MASS, 1), st.data())
+def test_soft_labels_are_the_probabilities_of_the_likely_answers(
+    odds: list[float], total: float, data: st.DataObject
+) -> None:
+    shares = torch.tensor(odds, dtype=torch.float64).softmax(0).tolist()
+    own = data.draw(st.sampled_from([number for number, share in enumerate(shares) if share >= 1.01 * MIN_PROBABILITY]))
+    found = probabilities(rated([math.log(1.001 * total * share) if share else -800.0 for share in shares], own))
+    kept = {number: share for number, share in enumerate(shares) if share >= MIN_PROBABILITY}
+    expected = {f"answer {number}": share / sum(kept.values()) for number, share in kept.items()}
     assert found == pytest.approx(expected, abs=1e-4) and next(iter(found)) == f"answer {own}"
 
 
-def test_a_teacher_that_writes_its_answers_otherwise_gives_no_soft_labels(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("logliks", [(-25, -12), (-25, -0.01), (-1.5, -1.5), (math.nan, math.nan), (math.nan, -0.1)])
+def test_a_sample_whose_likelihoods_do_not_tell_of_its_answer_has_that_answer_alone(logliks: Sequence[float]) -> None:
+    """A teacher may write one of its answers otherwise than it is asked for, which must not teach another answer."""
+    assert probabilities(rated(logliks, 0)) == {"answer 0": 1.0}
+
+
+def test_a_teacher_that_writes_its_answers_otherwise_gives_no_soft_labels() -> None:
     sure, likely, never = (math.log(p) for p in (0.9, 0.06, 1e-9))
     rows = [*rated([sure, likely], 0, 0), *rated([likely, sure], 1, 1), *rated([never, never], 0, 2)]
-    first, second, third = (one["probabilities"] for one in soft_labels("client", rows))
+    first, second, third = (one["probabilities"] for one in soft_labels(rows))
     assert first == {"answer 0": 0.9375, "answer 1": 0.0625} and second == {"answer 1": 0.9375, "answer 0": 0.0625}
-    assert third == {"answer 0": 0.5, "answer 1": 0.5} and not caplog.messages, "one sample of three says little"
+    assert third == {"answer 0": 1.0}, "one sample of three says little of the others"
+    reason = "all of its answers together a probability of 0 %, .*compare its prompt template"
     for bad in (never, float("nan")):
-        assert (
-            soft_labels("client", [*rated([sure, likely], 0), *rated([bad] * 2, 0, 1), *rated([bad] * 2, 0, 2)]) == []
-        )
-    assert "client: its teacher gives all of its answers together a probability of 0 %" in caplog.text
-    assert "compare its prompt template with the one it was trained with" in caplog.text
+        with pytest.raises(NoSoftLabelsError, match=reason):
+            soft_labels([*rated([sure, likely], 0), *rated([bad] * 2, 0, 1), *rated([bad] * 2, 0, 2)])
 
 
 def test_only_bases_of_one_vocabulary_can_be_compared_token_by_token() -> None:

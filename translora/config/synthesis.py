@@ -41,7 +41,8 @@ class SynthesisConfig(Strict):
     discriminator, or all (`none`); `auto` is the discriminator where the bundle has one that tells real inputs from
     invented ones, and confidence elsewhere."""
     surplus: float = Field(default=1.5, ge=1)
-    """Confidence and excess: collect |D_syn| times this or more, and keep of each answer those with the greatest score.
+    """Confidence and excess: collect this many times what is needed (|D_syn| and the samples that are held out for the
+    gate) or more, and keep of each answer those with the greatest score.
     What a round brings beyond it is chosen from, too."""
     seed_similarity: float = Field(default=0.9, gt=0, le=1)
     """An input as similar as this to a seed (edit similarity, 1 is equal) is dropped: it would leak the seed. So is one
@@ -55,6 +56,6 @@ class SynthesisConfig(Strict):
     max_rounds: int = Field(default=6, ge=1)
     """Rounds before an adapter that is still short gives up."""
     max_generated_factor: float = Field(default=10.0, ge=1)
-    """Budget: generated inputs per adapter, as a multiple of |D_syn|."""
+    """Budget: generated inputs per adapter, as a multiple of what is needed: |D_syn| and the held-out samples."""
     min_accepted_fraction: float = Field(default=0.5, gt=0, le=1)
-    """When the budget is spent: go on with fewer samples down to this fraction of |D_syn|, else quarantine."""
+    """When the budget is spent: go on with fewer samples down to this fraction of those needed, else quarantine."""

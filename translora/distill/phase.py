@@ -128,6 +128,8 @@ def student_start(run: Run, path: Path) -> Start:
 def distill_phase(run: Run, members: list[Member]) -> None:
     """Train all students, and what discriminators they leave, on one worker group that holds the target base."""
     config = run.config
+    for member in members:
+        member.state.training_warnings = []
     teachers = ask_teachers(run, members)  # of the whole cohort: a rerun finds the same batches again
     members = [member for member in members if member.waits_for("distill")]
     tokenizer = load_tokenizer(config.target)
@@ -164,12 +166,13 @@ def distill_phase(run: Run, members: list[Member]) -> None:
         label="distill",
         on_step=on_step,
     )
-    failures = {job.owner: reason for job in reversed(jobs) if (reason := job.failure()) is not None}
     for member in members:
-        if member.name in failures:
-            run.quarantine(member.state, failures[member.name])
+        own = {job.kind: job.failure() for job in jobs if job.owner == member.name}
+        if (reason := own[STUDENT]) is not None:
+            run.quarantine(member.state, reason)
             continue
+        if (reason := own.get(DISCRIMINATOR)) is not None:
+            member.warn(f"the discriminator for the next hop could not be trained ({reason}): it is left out")
         member.state.losses = json.loads((member.directory / STUDENT / "losses.json").read_text())
         member.state.step = member.state.num_steps = len(member.state.losses)
-        made = (STUDENT, DISCRIMINATOR) if member.state.synthesis.leaves_discriminator else (STUDENT,)
-        run.advance(member, "gate", *(member.directory / kind for kind in made))
+        run.advance(member, "gate", *(member.directory / kind for kind, reason in own.items() if reason is None))

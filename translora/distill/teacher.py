@@ -34,7 +34,7 @@ log_p [A, K] for kl; spans [A, 2] and excess [A] for token_share."""
 MIN_PROBABILITY = 0.01
 """Of an answer that a student learns: each costs as much as a sample."""
 MIN_MASS = 0.5
-"""Probability of all answers together, in the middle sample: a teacher that gives them less writes them otherwise."""
+"""Probability of all answers to a sample together: a teacher that gives them less writes them otherwise."""
 
 
 def check_vocabularies(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> None:
@@ -52,8 +52,8 @@ def check_vocabularies(source: PreTrainedTokenizerBase, target: PreTrainedTokeni
 def ask_teachers(run: Run, members: Sequence[Member]) -> dict[str, list[Teacher]]:
     """What the teachers think of their answers to the training samples, by adapter, in the samples' order.
 
-    Nobody is asked where the training needs no answer. An adapter whose rows cannot be computed is quarantined, and
-    missing from the result.
+    Nobody is asked where the training needs no answer. An adapter whose rows cannot be computed is missing from the
+    result: it is trained with sft where soft labels were to be had, and quarantined where the loss needs a teacher.
     """
     train = run.config.distill
     members = [member for member in members if (member.directory / SYNTHETIC).is_file()]
@@ -64,7 +64,10 @@ def ask_teachers(run: Run, members: Sequence[Member]) -> dict[str, list[Teacher]
         return {}
     rows = [row for member in members for row in answer_rows(member)]
     settings = {"top_k": train.kl_top_k if train.loss == "kl" else None, "excess": train.token_share < 1}
-    found = ask(run, members, rows, teach_block, "teach", settings)
+    found, faults = ask(run, members, rows, teach_block, "teach", settings)
+    for member in members:
+        if member.name in faults and member.waits_for("distill"):
+            run.quarantine(member.state, faults[member.name])
     return {name: [row["teacher"] for row in own] for name, own in found.items()}
 
 
@@ -94,31 +97,48 @@ def ask_for_soft_labels(run: Run, members: Sequence[Member]) -> dict[str, list[T
         for row in answer_rows(member)
         for text in possible_answers(row["answer"], member.state.synthesis.classes)
     ]
-    found = ask(run, members, rows, likelihood_block, "soft-labels", {})
-    labels = {name: soft_labels(name, own) for name, own in found.items()}
-    return {name: own for name, own in labels.items() if own}
+    found, faults = ask(run, members, rows, likelihood_block, "soft-labels", {})
+    labels, reasons = {}, {name: f"its teacher cannot be asked ({fault})" for name, fault in faults.items()}
+    for name, own in found.items():
+        try:
+            labels[name] = soft_labels(own)
+        except NoSoftLabelsError as error:
+            reasons[name] = str(error)
+    for member in members:
+        if member.name in reasons:
+            member.warn(f"trained without soft labels, with sft: {reasons[member.name]}")
+    return labels
 
 
-def soft_labels(name: str, rows: Sequence[Row]) -> list[Teacher]:
-    """The probabilities of each sample's answers; none where the teacher does not write them as they were asked for.
+class NoSoftLabelsError(Exception):
+    """Why a teacher's probabilities cannot be had."""
+
+
+def soft_labels(rows: Sequence[Row]) -> list[Teacher]:
+    """The probabilities of each sample's answers.
 
     Args:
-        name: of the adapter.
-        rows: its own, of `likelihood_block`, in the samples' order.
+        rows: an adapter's, of `likelihood_block`, in the samples' order.
+
+    Raises:
+        NoSoftLabelsError: the teacher does not write its answers as it was asked for them.
     """
     samples: dict[int, list[Row]] = {}
     for row in rows:
         samples.setdefault(row["index"], []).append(row)
-    mass = median(sum(math.exp(row["loglik"]) for row in answers) for answers in samples.values())
-    if mass >= MIN_MASS:
-        return [{"probabilities": probabilities(answers)} for answers in samples.values()]
-    logger.warning(
-        "%s: its teacher gives all of its answers together a probability of %.0f %%, as if it wrote or ended them "
-        "otherwise: sft, without soft labels; compare its prompt template with the one it was trained with",
-        name,
-        100 * mass,
-    )
-    return []
+    middle = median(mass(answers) for answers in samples.values())
+    if not middle >= MIN_MASS:
+        raise NoSoftLabelsError(
+            f"its teacher gives all of its answers together a probability of {100 * middle:.0f} %, as if it wrote or "
+            "ended them otherwise; compare its prompt template with the one it was trained with"
+        )
+    return [{"probabilities": probabilities(answers)} for answers in samples.values()]
+
+
+def mass(answers: Sequence[Row]) -> float:
+    """Probability that a teacher gives all answers to a sample together; 0 where it is not a number."""
+    found = sum(math.exp(row["loglik"]) for row in answers)
+    return 0.0 if math.isnan(found) else found
 
 
 def possible_answers(given: str, classes: Iterable[str]) -> list[str]:
@@ -129,25 +149,30 @@ def possible_answers(given: str, classes: Iterable[str]) -> list[str]:
 def probabilities(answers: Sequence[Row]) -> dict[str, float]:
     """The teacher's distribution over its likely answers to a sample, the one that it gave always among them.
 
-    Rounded, so that a batch of other neighbours, whose last bits differ, makes no other student.
+    That one alone where the likelihoods do not tell of what it wrote: where they find all answers unlikely, or the one
+    that it wrote. Rounded, so that a batch of other neighbours, whose last bits differ, makes no other student.
 
     Args:
         answers: rows of `likelihood_block`, with `given`: whether it is the teacher's own.
     """
-    most = max(row["loglik"] for row in answers)
     given_first = sorted(answers, key=lambda row: (not row["given"], row["answer"]))
-    odds = {row["answer"]: math.exp(row["loglik"] - most) for row in given_first}
-    total, given = sum(odds.values()), given_first[0]["answer"]
-    kept = {text: value for text, value in odds.items() if value >= MIN_PROBABILITY * total or text == given}
+    total, given = mass(answers), given_first[0]["answer"]
+    kept = {
+        row["answer"]: math.exp(row["loglik"])
+        for row in given_first
+        if math.exp(row["loglik"]) >= MIN_PROBABILITY * total
+    }
+    if total < MIN_MASS or given not in kept:
+        return {given: 1.0}
     return {text: round(value / sum(kept.values()), 4) for text, value in kept.items()}
 
 
 def ask(
     run: Run, members: Sequence[Member], rows: Sequence[Row], function: BlockFunction, place: str, settings: Any
-) -> dict[str, list[Row]]:
-    """Compute rows on the source base; what came back by adapter, in the samples' order."""
+) -> tuple[dict[str, list[Row]], dict[str, str]]:
+    """Compute rows on the source base: what came back by adapter, in the samples' order, and why some did not."""
     if not rows:
-        return {}
+        return {}, {}
     config = run.config
     faults: dict[str, str] = {}
     with Hosts(config.resources, config.run_dir, config.synthesis.batch_size) as hosts:
@@ -168,7 +193,4 @@ def ask(
     for row in sorted(computed, key=lambda row: (row["adapter"], row["index"])):
         if row["adapter"] in found:
             found[row["adapter"]].append(row)
-    for member in members:
-        if member.name in faults and member.waits_for("distill"):
-            run.quarantine(member.state, faults[member.name])
-    return found
+    return found, faults

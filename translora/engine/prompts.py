@@ -27,6 +27,12 @@ class PromptFormat:
     lead: str
     """What stands between prompt and answer: a space after a plain template, what the chat template has there."""
 
+    @property
+    def holds_bos(self) -> bool:
+        """Whether the template begins with the token that begins a text, as a chat template that is written out."""
+        bos = self.tokenizer.bos_token
+        return bool(bos) and self.template.startswith(bos)
+
     def render(self, text: str) -> str:
         """The prompt for a task input, special tokens included."""
         if self.template == "chat":
@@ -34,9 +40,8 @@ class PromptFormat:
             rendered = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
             assert isinstance(rendered, str)
             return rendered
-        bos = self.tokenizer.bos_token if _adds_bos(self.tokenizer) else ""
-        written = bos and self.template.startswith(bos)  # a chat template, written out
-        return f"{'' if written else bos}{self.template.replace('{input}', text)}"
+        bos = self.tokenizer.bos_token if _adds_bos(self.tokenizer) and not self.holds_bos else ""
+        return f"{bos}{self.template.replace('{input}', text)}"
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of the prompt."""

@@ -22,6 +22,7 @@ from translora.evaluate.items import ItemScores, TaskItems
 from translora.evaluate.results import Migration
 from translora.gate.questions import Answers, Logliks, answer_limit, answer_rows, run_answers, run_choices
 from translora.gate.verdict import judge
+from translora.report.table import note
 from translora.run.check import context_of
 from translora.run.files import digest, sha256_path, write_parquet
 from translora.run.state import SYNTHETIC, AdapterState
@@ -199,11 +200,12 @@ def migrations(config: EvaluateConfig, repetition: Repetition) -> list[Migration
                     task=state.name,
                     seed=repetition.seed,
                     arm=arm,
-                    note=state.reason or state.synthesis.shortfall or state.synthesis.warning,
+                    note=note(state),
                     synthesis=state.synthesis,
                     gate=judge(state.gate, fleet.gate) if state.gate else None,
                     accuracy=sum(good) / len(good) if good else None,
                     source_accuracy=sum(source) / len(source),
+                    answers_per_sample=state.answers_per_sample,
                     num_seen=num_seen(
                         inputs_trained_on(fleet.run_dir / "adapters" / state.name / SYNTHETIC),
                         repetition.splits[state.name].test if fleet.distill.epochs > 0 else [],

@@ -83,7 +83,10 @@ class HarnessTask:
             if isinstance(target, int) and 0 <= target < len(choices):
                 target = choices[target]
             if str(target).strip() not in choices or not all(choices):
-                raise InputError(f"lm_eval task {self.name}: {target!r} is none of a document's choices {choices}")
+                raise InputError(
+                    f"lm_eval task {self.name}: the target {target!r} is none of its document's choices {choices}; "
+                    "mend the task file, or leave the task out of `tasks`"
+                )
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"lm_eval task {self.name}: a document's prompt is not text; give another task")
         if not str(target).strip():
@@ -122,7 +125,10 @@ class HarnessTask:
             results = self.task.process_results(document, [instance.filtered_resps[key] for instance in own])
             scores.append(float(results[self.metric]))
             if not 0 <= scores[-1] <= 1:
-                raise InputError(f"lm_eval task {self.name}: its {self.metric} is {scores[-1]}, not between 0 and 1")
+                raise InputError(
+                    f"lm_eval task {self.name}: its {self.metric} is {scores[-1]}, not between 0 and 1; set another "
+                    "`metric` for it in `tasks`"
+                )
         return scores
 
     def try_out(self) -> None:

@@ -67,6 +67,8 @@ class Migration(Record):
     accuracy: float | None
     """On the real test items; None where there is no migrated adapter."""
     source_accuracy: float
+    answers_per_sample: float | None = None
+    """Mean of what the student learnt by soft labels; None without them, and in results of an older version."""
     num_seen: int = 0
     """Test items whose input was invented word for word, and trained on."""
 
@@ -120,6 +122,16 @@ class Results(Record):
     def calibration(self) -> Calibration:
         """The gate against real accuracy."""
         return calibrate(self.points, GateConfig(**self.setup.gate))
+
+
+def task_items(tasks: Sequence[TaskResult], items: Sequence[ItemScores]) -> list[TaskItems]:
+    """The items of some tasks, which may be of several evaluations."""
+    return [
+        TaskItems(
+            task.name, task.num_train, task.num_test, [one for one in items if one.task == task.name], task.metric
+        )
+        for task in tasks
+    ]
 
 
 def mean_over(tasks: Sequence[TaskItems], first: str, second: str | None = None) -> Estimate | None:
@@ -188,12 +200,7 @@ def join(parts: Sequence[tuple[str, Results]]) -> Results:
     if len(set(seeds)) < len(seeds):
         raise InputError(f"seeds {seeds}: one was measured twice; give its results once")
     items = sorted((one for _, part in parts for one in part.items), key=lambda one: one.seed)
-    tasks = [
-        TaskItems(
-            task.name, task.num_train, task.num_test, [one for one in items if one.task == task.name], task.metric
-        )
-        for task in first.tasks
-    ]
+    tasks = task_items(first.tasks, items)
     migrations = sorted((one for _, part in parts for one in part.migrations), key=lambda one: one.seed)
     return summarise(first.setup.model_copy(update={"seeds": seeds}), tasks, migrations)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from statistics import fmean
 
-from translora.evaluate.cells import MISSING, points, ratio, table
+from translora.evaluate.cells import MISSING, counted_noun, points, ratio, table
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, TARGET_BASE
 from translora.evaluate.items import TaskResult
-from translora.evaluate.results import ArmResult, Migration, Results, Setup
+from translora.evaluate.results import ArmResult, Migration, Results, Setup, mean_over, task_items
 from translora.report.markdown import escape
 
 ARM_WORDS = {
@@ -75,8 +76,29 @@ def arms_side_by_side(results: Results) -> list[str]:
         + (f", each of its {len(rows) - 1} intervals by itself." if len(rows) > 2 else "."),
         "",
         *table(headers, rows, num_text=2),
+        *differences(results),
+        *_soft_labels(results),
         *_seen(results),
     ]
+
+
+def differences(results: Results) -> list[str]:
+    """What each arm has more than each of the others but the first, paired by test item."""
+    _, *arms = results.arms
+    if len(arms) < 2 or not results.items:
+        return []
+    counted = task_items([task for task in results.tasks if task.counted], results.items)
+    rows = [
+        [
+            arm,
+            *(
+                points(mean_over(counted, arm, other) if place < row else None, signed=True)
+                for place, other in enumerate(arms[:-1])
+            ),
+        ]
+        for row, arm in enumerate(arms)
+    ]
+    return ["", "The same between the other arms, row minus column:", "", *table(["accuracy", *arms[:-1]], rows[1:])]
 
 
 def samples(results: Results) -> list[str]:
@@ -131,6 +153,17 @@ def _seen(results: Results) -> list[str]:
     return (
         ["", f"Test items whose input was invented word for word, and trained on: {'; '.join(found)}."] if found else []
     )
+
+
+def _soft_labels(results: Results) -> list[str]:
+    """How many answers a sample the students of each arm learnt, where they learnt more than the teacher's own."""
+    found = []
+    for arm in results.arms:
+        own = [one.answers_per_sample for one in results.migrations if one.arm == arm]
+        soft = [count for count in own if count is not None]
+        if soft:
+            found.append(f"{fmean(soft):.1f} by {len(soft)} of {counted_noun(len(own), 'student')} ({arm})")
+    return ["", f"Answers a sample that were learnt as soft labels, in the mean: {'; '.join(found)}."] if found else []
 
 
 def _settings(overrides: dict[str, object]) -> str:

@@ -43,7 +43,7 @@ def gate_phase(run: Run, members: list[Member]) -> None:
     ]
     bases = {"source base": run.source.identity, "target base": run.target.identity}
     teachers = {f"teacher/{member.name}": member.bundle.digest for member in members}
-    leaving = [member for member in members if member.state.synthesis.leaves_discriminator]
+    leaving = [member for member in members if member.state.has_discriminator]
     with Hosts(config.resources, config.run_dir, config.synthesis.batch_size) as hosts:
         qualities = measure(
             judges(run, leaving),
@@ -132,19 +132,19 @@ def publish(run: Run, member: Member, quality: DiscriminatorQuality | None) -> N
     """Write the migrated adapter as a bundle of the target base, ready for the next hop."""
     manifest, gate = member.bundle.manifest, member.state.gate
     assert gate is not None
-    template = prompt_format(load_tokenizer(run.config.target), member.template(run.config)).template
+    prompts = prompt_format(load_tokenizer(run.config.target), member.template(run.config))
     start = student_start(run, member.bundle.path).path
     began: Began = "fresh" if start is None else "copy" if run.config.stays_copy(member.entry) else "warm"
     output = run.config.run_dir / "bundles" / member.name
     write_bundle(
         output,
         adapter_dir=member.directory / STUDENT,
-        discriminator_dir=member.directory / DISCRIMINATOR if member.state.synthesis.leaves_discriminator else None,
+        discriminator_dir=member.directory / DISCRIMINATOR if member.state.has_discriminator else None,
         seeds=member.bundle.seeds,
         task_name=manifest.task_name,
         base=run.target,
         num_samples=member.state.num_samples,
-        prompt_template=template,
+        prompt_template=prompts.template,
         discriminator_quality=quality,
         provenance={
             "migrated_from": manifest.base_name,
@@ -157,7 +157,8 @@ def publish(run: Run, member: Member, quality: DiscriminatorQuality | None) -> N
             member.state,
             source=run.source.name,
             target=run.target.name,
-            prompt_template=template,
+            prompt_template=prompts.template,
+            holds_bos=prompts.holds_bos,
             before=str(manifest.provenance.get("migrated_from", "")),
             method=run.config.distill.method,
             began=began,

@@ -146,14 +146,19 @@ def judge(measured: GateResult, config: GateConfig) -> GateResult:
             reasons.append("long texts are seldom the same to the letter: set gate.long_answers to tokens")
     if gain < config.min_gain:
         reasons.append(f"gain over the target base {gain:+.2f} < gate.min_gain {config.min_gain:+.2f}")
-    shows_nothing = measured.informedness is not None and measured.informedness <= 0
-    if shows_nothing and config.min_agreement > 0 and measured.only_answer is None:
+    most = config.max_p_value if config.min_agreement > 0 else 1.0
+    has_several, informed = measured.only_answer is None, measured.informedness
+    shows_nothing = has_several and config.min_agreement > 0 and informed is not None and informed <= 0
+    by_chance = has_several and measured.p_value is not None and measured.p_value > most
+    if (shows_nothing or by_chance) and measured.commonest == 1:
+        reasons.append("all held-out prompts have one answer, so agreement says nothing; ship seeds of every answer")
+        shows_nothing = by_chance = False
+    if shows_nothing:
         reasons.append(
             "it does no better than one answer to everything (informedness 0); ship seeds of every answer, or raise "
             "gate.min_holdout"
         )
-    most = config.max_p_value if config.min_agreement > 0 else 1.0
-    if measured.only_answer is None and measured.p_value is not None and measured.p_value > most:
+    if by_chance:
         why = (
             "its answers may well agree by chance, whatever the inputs; ship seeds of every answer"
             if measured.unit == "answers"

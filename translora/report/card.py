@@ -34,6 +34,7 @@ def model_card(
     before: str = "",
     method: str = "LoRA",
     began: Began = "fresh",
+    holds_bos: bool = False,
 ) -> str:
     """README.md of a bundle as the Hugging Face hub reads it; the same text for the same migration, at any time.
 
@@ -45,6 +46,7 @@ def model_card(
         before: name of the base before the source, where the adapter had been moved before.
         method: what kind of adapter it is.
         began: what its weights were before they were trained.
+        holds_bos: whether the template begins with the token that begins a text.
     """
     assert state.gate is not None
     return render_card(
@@ -58,6 +60,7 @@ def model_card(
         target=target,
         before=before,
         prompt_template=prompt_template,
+        holds_bos=holds_bos,
         intervals=[
             agreement_interval(state.gate),
             interval(state.accuracy.migrated, state.accuracy.num_items) if state.accuracy else "",

@@ -6,12 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from translora import __version__
 from translora.report.charts import histogram, loss_curve, scatter
 from translora.report.table import (
     ACCURACY_FIELDS,
+    AGREEMENT_FIELDS,
     MISSING,
     STATUS_WORDS,
     accepted_text,
@@ -70,16 +72,16 @@ def _run_facts(run_dir: Path, states: Sequence[AdapterState]) -> dict[str, Any]:
     gates = [state.gate for state in states if state.gate]
     counts = {status: sum(state.status == status for state in states) for status in STATUS_WORDS}
     tiles = [(word, counts[status], status) for status, word in STATUS_WORDS.items() if counts[status]]
-    mean_agreement = None
-    if gates:
-        before = sum(gate.agreement_base for gate in gates) / len(gates)
-        after = sum(gate.agreement_student for gate in gates) / len(gates)
-        mean_agreement = f"{percent(before)} → {percent(after)}"
+    agreements = []
+    for unit in ("answers", "tokens"):
+        if own := [gate for gate in gates if gate.unit == unit]:
+            before, after = (fmean(getattr(gate, field) for gate in own) for field in AGREEMENT_FIELDS)
+            agreements.append((f"{percent(before)} → {percent(after)}", unit))
     return {
         "source": _model_name(config, "source"),
         "target": _model_name(config, "target"),
         "tiles": tiles,
-        "mean_agreement": mean_agreement,
+        "agreements": agreements,
         "config": json.dumps(config, indent=2, ensure_ascii=False),
         "versions": read_object(run_dir / "versions.json"),
     }

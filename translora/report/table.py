@@ -28,6 +28,7 @@ STATUS_STYLES = {
     "pending": "dim",
 }
 MISSING = "–"
+AGREEMENT_FIELDS = ("agreement_base", "agreement_student")
 ACCURACY_FIELDS = ("source_base", "source_adapter", "target_base", "migrated")
 
 
@@ -106,7 +107,8 @@ def remarks(state: AdapterState) -> list[str]:
             f"{stats.num_too_long} of {stats.num_train} samples are longer than distill.max_length, and were not "
             "trained on; raise it"
         )
-    return [text for text in (again, stats.shortfall, too_long, stats.warning, seen) if text]
+    found_out = (again, stats.shortfall, too_long, stats.warning, *state.training_warnings, seen)
+    return [text for text in found_out if text]
 
 
 def chance_text(gate: GateResult) -> str:

@@ -15,7 +15,7 @@ from translora.config import AdapterEntry, FleetConfig
 from translora.run.files import sha256_path
 from translora.run.redact import printable, redact
 from translora.run.resume import artifact_digest, continue_state
-from translora.run.state import SYNTHETIC, AdapterState, Phase, save_state
+from translora.run.state import SYNTHETIC, AdapterState, Phase, save_state, training_fields
 from translora.run.tracker import Tracker
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,11 @@ class Member:
     def earlier_set(self) -> Path:
         """The synthetic set of the attempt before."""
         return self.directory / f"synthetic-{self.state.attempt - 1}.parquet"
+
+    def warn(self, text: str) -> None:
+        """Say what its training has to do without, here and in the report."""
+        logger.warning("%s: %s", self.name, text)
+        self.state.training_warnings.append(printable(redact(text)))
 
     def template(self, config: FleetConfig) -> str:
         """The prompt template of its student and of its next discriminator."""
@@ -116,7 +121,8 @@ class Run:
         os.replace(member.directory / SYNTHETIC, member.earlier_set)
         state.artifacts = {relative_to(self.config.run_dir, member.earlier_set): sha256_path(member.earlier_set)}
         state.status, state.phase, state.reason = "pending", "synthesis", ""
-        state.step, state.num_steps, state.losses, state.answers_per_sample = 0, 0, [], None
+        for name, value in training_fields(AdapterState(name="", bundle="")).items():
+            setattr(state, name, value)
         state.earlier_agreement = state.gate.agreement_student if state.gate else None
         state.gate, state.accuracy = None, None
         self.save(state)

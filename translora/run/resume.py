@@ -21,6 +21,7 @@ from translora.run.state import (
     load_state,
     reached,
     state_path,
+    training_fields,
 )
 
 logger = logging.getLogger(__name__)
@@ -151,6 +152,5 @@ def sent_back(state: AdapterState, fresh: AdapterState, phase: Phase) -> Adapter
     if phase != "synthesis":
         kept["synthesis"] = state.synthesis
     if phase == "gate":
-        of_training = ("losses", "step", "num_steps", "answers_per_sample")
-        kept |= {key: getattr(state, key) for key in of_training}
+        kept |= training_fields(state)
     return fresh.model_copy(update=kept)

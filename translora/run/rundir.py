@@ -84,7 +84,7 @@ def refuse_other_settings(run_dir: Path, config: BaseModel) -> None:
         InputError: it was not; names them.
     """
     if changed := _changed_since(run_dir, config):
-        raise InputError(f"{run_dir}: was made with other settings ({changed}); give another run_dir")
+        raise InputError(f"{run_dir}: was made with other settings ({changed}); set it back, or give another run_dir")
 
 
 def _changed_since(run_dir: Path, config: BaseModel) -> str:

@@ -64,7 +64,7 @@ class SynthesisStats(BaseModel):
     @property
     def leaves_discriminator(self) -> bool:
         """Whether one is trained for the next hop: without refused inputs it would have nothing to learn from."""
-        return self.screen in REFUSING
+        return self.screen in REFUSING and self.dropped.get("refused", 0) > 0
 
     @property
     def only_answer(self) -> str | None:
@@ -149,6 +149,8 @@ class AdapterState(BaseModel):
     """Training loss per step."""
     answers_per_sample: float | None = None
     """Mean of what its student learns by soft labels; None where it learns the teacher's one answer alone."""
+    training_warnings: list[str] = []
+    """What its training had to do without: soft labels, or a discriminator for the next hop."""
     gate: GateResult | None = None
     earlier_agreement: float | None = None
     """The student's of the attempt before this one."""
@@ -165,9 +167,20 @@ class AdapterState(BaseModel):
     """The migrated bundle, relative to the run directory."""
 
     @property
+    def has_discriminator(self) -> bool:
+        """Whether one was trained for the next hop."""
+        return f"adapters/{self.name}/{DISCRIMINATOR}" in self.artifacts
+
+    @property
     def set_size(self) -> int:
         """|D_syn|: samples of this attempt that are trained on; as many as were asked for while they are not there."""
         return self.synthesis.num_train - self.synthesis.num_too_long or self.num_samples
+
+
+def training_fields(state: AdapterState) -> dict[str, Any]:
+    """What a state says of its training."""
+    names = ("step", "num_steps", "losses", "answers_per_sample", "training_warnings")
+    return {name: getattr(state, name) for name in names}
 
 
 def reached(state: AdapterState, phase: Phase) -> bool:

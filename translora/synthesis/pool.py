@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 REMEDIES = {
+    "malformed": "the generator writes nothing after these seeds: look at them, or set another `generator`",
     "long_input": "raise synthesis.sampling.max_new_tokens",
     "long_answer": "raise synthesis.max_answer_tokens, or set its `stop` if the adapter never learnt to end an answer",
     "seed_copy": "ship more and more different seeds, or raise synthesis.seed_similarity",
     "duplicate": "ship more and more different seeds, or raise synthesis.sampling.temperature",
+    "near_duplicate": "ship more and more different seeds, or raise synthesis.duplicate_similarity",
     "refused": "raise synthesis.max_generated_factor and max_rounds, or screen by confidence",
     "empty_answer": "the adapter answers nothing to these inputs: compare its prompt_template with how it was trained",
 }
@@ -167,9 +169,10 @@ def close(pool: Pool) -> None:
     if outranked:
         stats.dropped["outranked"] = len(outranked)
     if len(pool.accepted) < pool.needed:
+        limit = "max_generated_factor" if stats.generated >= pool.budget else "max_rounds"
         stats.shortfall = (
-            f"{stats.accepted} of {pool.needed} samples after {stats.rounds} rounds and {stats.generated} "
-            f"generated (acceptance {stats.acceptance:.0%}, dropped {stats.dropped})"
+            f"{stats.accepted} of {pool.needed} samples when synthesis.{limit} ended it, after {stats.rounds} rounds "
+            f"and {stats.generated} generated (acceptance {stats.acceptance:.0%}, dropped {stats.dropped})"
         )
         commonest = max(stats.dropped, key=lambda reason: stats.dropped[reason], default="")
         stats.shortfall += f"; {REMEDIES[commonest]}" if commonest in REMEDIES else ""
