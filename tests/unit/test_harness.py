@@ -222,7 +222,7 @@ def test_written_answers_are_worth_what_they_are_worth_to_the_harness(folder: Pa
         ("box_mutual", r"none of its metrics \(acc_mutual_info\) can be had"),
         ("box_exact", r"none of its metrics \(exact_match\) can be had"),
         ("box_twice", "asks for 2 answers to a document"),
-        ("box_unlabelled", r"its documents cannot be scored \(.*is none of a document's choices"),
+        ("box_unlabelled", r"its documents cannot be scored \(.*is none of its document's choices"),
     ],
 )
 def test_a_task_that_cannot_be_measured_is_refused(folder: Path, name: str, message: str) -> None:

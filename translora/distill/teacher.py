@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
@@ -28,13 +28,27 @@ if TYPE_CHECKING:
     from translora.actors.host import BlockFunction
 
 logger = logging.getLogger(__name__)
-Teacher = dict[str, Any]
-"""Of a sample with an answer of A tokens: for soft labels `probabilities` by answer; answer_ids [A], tokens [A, K] and
-log_p [A, K] for kl; spans [A, 2] and excess [A] for token_share."""
 MIN_PROBABILITY = 0.01
 """Of an answer that a student learns: each costs as much as a sample."""
 MIN_MASS = 0.5
 """Probability of all answers to a sample together: a teacher that gives them less writes them otherwise."""
+
+
+class Teacher(TypedDict, total=False):
+    """What a teacher thinks of one sample, whose answer has A tokens; what the loss needs of it."""
+
+    probabilities: dict[str, float]
+    """Soft labels: of each of its answers."""
+    answer_ids: list[int]
+    """kl: A of them."""
+    tokens: list[list[int]]
+    """kl: the likeliest ones, [A, K]."""
+    log_p: list[list[float]]
+    """kl: their log-probabilities, [A, K]."""
+    spans: list[list[int]]
+    """token_share: the first character of each token and the one behind the last, [A, 2]."""
+    excess: list[float]
+    """token_share: how much likelier it is with the adapter than without, [A]."""
 
 
 def check_vocabularies(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> None:
