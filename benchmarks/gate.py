@@ -7,6 +7,7 @@ against what it really kept of its source adapter's accuracy. The pages withheld
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from translora.config import GateConfig
 from translora.errors import InputError
 from translora.evaluate.calibration import DIGITS, SIGNAL_WORDS, SIGNALS, Point, signal
-from translora.evaluate.cells import correlation, counted_noun, ratio_of, table
+from translora.evaluate.cells import MISSING, correlation, counted_noun, ratio_of, table
 from translora.evaluate.plot import Mark, draw
 from translora.evaluate.render import read_results
 from translora.evaluate.statistics import separation
@@ -69,6 +70,19 @@ def bins_table(points: Sequence[Point]) -> list[str]:
     return table([*headers, *_threshold_words("pass with min_agreement")], rows)
 
 
+def pages_table(found: Sequence[tuple[str, Point]]) -> list[str]:
+    """Where the good and the bad ones come from: of each page's adapters that kept so much, how many pass."""
+    ends, rows = (float("-inf"), 0.8, 0.9, float("inf")), []
+    for page in dict.fromkeys(page for page, _ in found):
+        cells = []
+        for low, high in itertools.pairwise(ends):
+            own = [point for name, point in found if name == page and low <= kept(point) < high]
+            passed = sum(passes(point, GateConfig().min_agreement) for point in own)
+            cells.append(f"{passed} of {len(own)}" if own else MISSING)
+        rows.append([f"[{page}]({page}.md)", *cells])
+    return table(["adapters that pass, of those that kept", "under 80 %", "80 % to 90 %", "at least 90 %"], rows)
+
+
 def thresholds_table(points: Sequence[Point]) -> list[str]:
     """How well each min_agreement separates, for each reading of what a good adapter is, and on average."""
     rows, found = [], []
@@ -117,6 +131,10 @@ def to_markdown(found: Sequence[tuple[str, Point]], plot: str) -> str:
         f"![Agreement with the teacher against migrated − source accuracy, one point per adapter]({plot})",
         "",
         *bins_table(points),
+        "",
+        "The same by page, with the default:",
+        "",
+        *pages_table(found),
         "",
         "Balanced accuracy is the mean of the share of good adapters that pass and of others that do not. The default "
         "was chosen by such tables, on these adapters and earlier ones.",
