@@ -674,6 +674,49 @@ def test_what_becomes_of_an_adapter_whose_samples_teach_nothing(
         assert "answers 'yes' to all 20 samples" in caplog.text
 
 
+@pytest.mark.parametrize("asked", ["auto", "discriminator"])
+def test_what_a_discriminator_starves_is_screened_by_confidence_unless_it_was_asked_for(
+    tmp_path: Path, run: Run, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    def run_rows(label: str, rows: list[dict[str, Any]], *rest: object, **more: object) -> list[dict[str, Any]]:
+        if "generate" in label:
+            return [row | {"text": f"input {row['sample_id']}", "finished": True} for row in rows]
+        refused = {"score": -1.0, "answer": None, "finished": True}
+        return [
+            row | (refused if row["screen"] == "discriminator" and row["sample_id"] % 8 else kept(row["sample_id"]))
+            for row in rows
+        ]
+
+    def kept(number: int) -> dict[str, Any]:
+        return {"score": 0.9, "answer": ("yes", "no")[number % 2], "finished": True}
+
+    monkeypatch.setattr("translora.synthesis.rounds.run_rows", run_rows)
+    settings = {"max_generated_factor": 2, "seed_similarity": 1, "duplicate_similarity": 1, "surplus": 1}
+    synthesis = SynthesisConfig.model_validate({"screen": asked} | settings)
+    run = dataclasses.replace(
+        run,
+        config=run.config.model_copy(
+            update={"run_dir": tmp_path, "synthesis": synthesis, "gate": GateConfig(min_holdout=4)}
+        ),
+    )
+    state = AdapterState(name="a", bundle="x", phase="synthesis", num_samples=16)
+    member = Member(bundle, state, tmp_path / "adapters/a", [], AdapterEntry(bundle="x"))
+    member.directory.mkdir(parents=True)
+    assert bundle.discriminator_dir is not None
+    synthesis_phase(run, [member])
+    if asked == "discriminator":
+        assert state.status == "quarantined" and "5 of 20 samples when synthesis.max_generated_factor" in state.reason
+        return
+    assert member.waits_for("distill") and state.synthesis.screen == "confidence"
+    assert len(member.samples("train")) == 16 and not state.synthesis.leaves_discriminator
+    assert remarks(state) == ["its discriminator let only 5 of 40 inputs pass: screened by confidence"]
+    run.send_back(member)
+    monkeypatch.setattr("translora.synthesis.phase.choose_screen", lambda *_: pytest.fail("it has a screen already"))
+    synthesis_phase(run, [member])
+    assert state.attempt == 2 and state.synthesis.screen == "confidence"
+    assert len(member.samples("train")) > 16, "the second attempt has the first one's samples, and others"
+
+
 def test_virtual_tokens_count_of_adapters_that_have_some(tmp_path: Path, run: Run, bundle: Bundle) -> None:
     """A LoRA's config may hold anything there: it is not read."""
     for count in ("16", 100_000, -500):

@@ -39,7 +39,7 @@ class SynthesisConfig(Strict):
     """Which inputs are kept: those that the owner's `discriminator` takes for real (the paper), those whose answer the
     adapter is surest of (`confidence`), or makes most likelier than its base does (`excess`), for bundles without a
     discriminator, or all (`none`); `auto` is the discriminator where the bundle has one that tells real inputs from
-    invented ones, and confidence elsewhere."""
+    invented ones and lets enough of them pass, and confidence elsewhere."""
     surplus: float = Field(default=1.5, ge=1)
     """Confidence and excess: collect this many times what is needed (|D_syn| and the samples that are held out for the
     gate) or more, and keep of each answer those with the greatest score.

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from translora.config import GateConfig
+from translora.config import GateConfig, SynthesisConfig
 from translora.run.files import derive_seed, write_parquet
 from translora.run.member import Member, Run
-from translora.run.state import SYNTHETIC
+from translora.run.state import SYNTHETIC, ScreenName
 from translora.synthesis.pool import Pool, choose_screen
 from translora.synthesis.quality import answer_classes, by_answer, deal
 from translora.synthesis.rounds import synthesise
@@ -25,28 +26,88 @@ logger = logging.getLogger(__name__)
 def synthesis_phase(run: Run, members: list[Member]) -> None:
     """Fill every adapter's synthetic set and write it, split into train, heldout and refused."""
     config = run.config
-    pools = []
+    pools = {member.name: make_pool(run, member) for member in members}
+    fill(run, members, pools)
+    starved = [member for member in members if is_starved(run, member, pools[member.name])]
+    warnings = {}
+    for member in starved:
+        found = pools[member.name].stats
+        warnings[member.name] = (
+            f"its discriminator let only {found.accepted} of {found.generated} inputs pass: screened by confidence"
+        )
+        pools[member.name] = make_pool(run, member, "confidence")
+    fill(run, starved, pools)
     for member in members:
-        needed = sum(config.gate.sizes(member.state.num_samples, member.state.attempt))
-        budget = math.ceil(config.synthesis.max_generated_factor * needed)
-        asked = member.entry.screen or config.synthesis.screen
-        screen = choose_screen(config.synthesis, member.bundle, member.entry.screen)
+        if not member.waits_for("synthesis"):
+            continue
+        pool = pools[member.name]
+        pool.stats.warning = "; ".join(filter(None, [warnings.get(member.name), pool.stats.warning]))
+        member.state.synthesis = pool.stats
+        if pool.fault:
+            run.quarantine(member.state, pool.fault)
+            continue
+        if has_too_few(pool, config.synthesis):
+            run.quarantine(member.state, f"too few synthetic samples: {pool.stats.shortfall}")
+            continue
+        write_synthetic(member, pool, config.seed, config.gate)
+        if pool.stats.shortfall:
+            logger.warning("%s: goes on with fewer samples: %s", member.name, pool.stats.shortfall)
+        if pool.stats.warning:
+            logger.warning("%s: %s", member.name, pool.stats.warning)
+        run.advance(member, "distill", member.directory / SYNTHETIC)
+
+
+def make_pool(run: Run, member: Member, screen: ScreenName | None = None) -> Pool:
+    """An adapter's pool, screened by what it asks for unless `screen` says otherwise.
+
+    Another attempt goes on with the set of the one before, and with its screen.
+    """
+    synthesis, state = run.config.synthesis, member.state
+    earlier = (state.earlier or state.synthesis) if state.attempt > 1 else None
+    if earlier is not None and earlier.screen:
+        screen = cast(ScreenName, earlier.screen)
+    if screen is None:
+        screen = choose_screen(synthesis, member.bundle, member.entry.screen)
         found = member.bundle.manifest.discriminator_quality
-        if asked == "auto" and screen != "discriminator" and found is not None:
+        if asks_for_auto(run, member) and screen != "discriminator" and found is not None:
             logger.warning(
                 "%s: its discriminator was not shown to tell real inputs from invented ones (%s): screened by %s",
                 member.name,
                 found,
                 screen,
             )
-        surplus = config.synthesis.surplus if screen in ANSWER_SCORES else 1.0
-        pools.append(Pool(member.name, member.bundle, needed, budget, screen, surplus, member.entry.stop))
-        if member.state.attempt > 1:
-            rows = pq.read_table(member.earlier_set).to_pylist()
-            pools[-1].carry_on(member.state.earlier or member.state.synthesis, rows)
+    needed = sum(run.config.gate.sizes(state.num_samples, state.attempt))
+    budget = math.ceil(synthesis.max_generated_factor * needed)
+    surplus = synthesis.surplus if screen in ANSWER_SCORES else 1.0
+    pool = Pool(member.name, member.bundle, needed, budget, screen, surplus, member.entry.stop)
+    if earlier is not None:
+        pool.carry_on(earlier, pq.read_table(member.earlier_set).to_pylist())
+    return pool
+
+
+def asks_for_auto(run: Run, member: Member) -> bool:
+    """Whether the screen of an adapter is translora's choice."""
+    return (member.entry.screen or run.config.synthesis.screen) == "auto"
+
+
+def is_starved(run: Run, member: Member, pool: Pool) -> bool:
+    """Whether a discriminator that nobody insists on leaves an adapter without the samples that it needs."""
+    by_discriminator = pool.screen == "discriminator" and asks_for_auto(run, member) and not pool.fault
+    return by_discriminator and member.state.attempt == 1 and has_too_few(pool, run.config.synthesis)
+
+
+def has_too_few(pool: Pool, config: SynthesisConfig) -> bool:
+    """Whether what was accepted is too little to go on with."""
+    return len(pool.accepted) < max(2, config.min_accepted_fraction * pool.needed)
+
+
+def fill(run: Run, members: Sequence[Member], pools: Mapping[str, Pool]) -> None:
+    """Generate, screen and label for the pools of some members; their states follow each round."""
+    config = run.config
 
     def after_round() -> None:
-        for member, pool in zip(members, pools, strict=True):
+        for member in members:
+            pool = pools[member.name]
             if not member.waits_for("synthesis"):
                 continue
             member.state.synthesis = pool.stats.model_copy(deep=True)
@@ -58,7 +119,7 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
             )
 
     synthesise(
-        pools,
+        [pools[member.name] for member in members],
         generator=config.generator,
         source=config.source,
         identities=(run.generator.identity, run.source.identity),
@@ -68,22 +129,6 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
         run_dir=config.run_dir,
         on_round=after_round,
     )
-    for member, pool in zip(members, pools, strict=True):
-        if not member.waits_for("synthesis"):
-            continue
-        member.state.synthesis = pool.stats
-        if pool.fault:
-            run.quarantine(member.state, pool.fault)
-            continue
-        if len(pool.accepted) < max(2, config.synthesis.min_accepted_fraction * pool.needed):
-            run.quarantine(member.state, f"too few synthetic samples: {pool.stats.shortfall}")
-            continue
-        write_synthetic(member, pool, config.seed, config.gate)
-        if pool.stats.shortfall:
-            logger.warning("%s: goes on with fewer samples: %s", member.name, pool.stats.shortfall)
-        if pool.stats.warning:
-            logger.warning("%s: %s", member.name, pool.stats.warning)
-        run.advance(member, "distill", member.directory / SYNTHETIC)
 
 
 def draw_heldout(answers: Sequence[str], count: int, seed: int) -> set[int]:
