@@ -118,10 +118,14 @@ def add_plan(plan: argparse.ArgumentParser) -> None:
     plan.set_defaults(work=run_plan)
 
 
+MOST = 1_000_000
+"""Of what `plan` counts."""
+
+
 def positive(text: str) -> int:
     """A whole number above 0."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    if not 1 <= (value := int(text)) <= MOST:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not within 1 and {MOST:,}")
     return value
 
 

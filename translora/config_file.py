@@ -11,12 +11,13 @@ import os
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -30,6 +31,11 @@ DType = Literal["auto", "bfloat16", "float32"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 """Of what becomes a directory's name."""
+
+
+NumSamples = Annotated[int, Field(ge=2, le=10_000_000)]
+Epochs = Annotated[float, Field(gt=0, le=10_000)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 def _kinds(annotation: Any) -> set[Any]:
@@ -92,6 +98,8 @@ def expand(path: str, relative_to: Path, is_pattern: bool = False) -> str:
     Raises:
         InputError: an environment variable is not set.
     """
+    if not path.strip():
+        raise InputError("an empty path; leave it out, or write it")
     if "\0" in path:
         raise InputError(f"{path!r}: holds a NUL character; correct the path")
     for match in _VARIABLE.finditer(path):
@@ -205,6 +213,8 @@ def load_config(path: str | Path, kind: type[ConfigT]) -> ConfigT:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); give the path of a YAML file") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: not valid YAML: nested too deep") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, say
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
@@ -247,12 +257,26 @@ def fault_text(kind: type[BaseModel], fault: ErrorDetails) -> str:
     """
     where = _where(fault)
     if fault["type"] != "extra_forbidden":
-        what = fault["msg"].removeprefix("Value error, ")
+        what = fault["msg"].removeprefix("Value error, ") + _hint(fault)
         return f"{where}: {what}" if where else what
     *parents, unknown = fault["loc"]
     known = _settings_at(kind, parents)
     close = difflib.get_close_matches(str(unknown), known, n=1)
     return f"{where}: unknown setting; " + (f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}")
+
+
+def _hint(fault: ErrorDetails) -> str:
+    """What to write, where a slip is a common one."""
+    kind, found = fault["type"], fault["input"]
+    if found is None and kind in ("model_type", "list_type", "path_type"):
+        return "; it is empty: leave it out, or give it a value"
+    if kind == "model_type" and isinstance(found, str):
+        return f"; write {{model: {found}}}" if fault["ctx"]["class_name"] == "BaseModelConfig" else ""
+    if kind == "list_type" and isinstance(found, str):
+        return f"; write [{found}]"
+    if kind == "literal_error" and isinstance(found, bool):
+        return f", found {found}, as YAML reads yes, no, on and off; put it in quotation marks"
+    return ""
 
 
 def _settings_at(kind: Any, loc: Sequence[int | str]) -> list[str]:

@@ -113,7 +113,7 @@ def read_tasks(config: PrepareConfig, base: BaseInfo) -> list[Task]:
             check_own_template(entry, wanted, tokenizer)
             task = dataclasses.replace(read_task(config, entry), template=prompts.template)
             if task.rows and entry.adapter is None:
-                check_lengths(task.rows, prompts, config.train.max_length, f"{entry.data}")
+                check_lengths(task.rows, prompts, config.train.max_length, f"{entry.data}", "train.max_length")
             if task.rows:  # its negatives are invented from its seeds
                 context = context_of(config.source, base)
                 check_seeds(task.seeds, tokenizer, config.synthesis.sampling, context, f"{entry.name}: the base")

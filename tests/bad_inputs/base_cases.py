@@ -146,6 +146,8 @@ def over_something_else(bench: Bench) -> None:
 
 
 CASES = [
+    Case("a revision of a directory", lambda bench: inspect_base(
+        str(bench.base()), revision="v2"), "a directory, and `revision` is of a model on the hub; leave v2 out"),
     Case("no such directory", lambda bench: inspect_base(str(bench.directory / "llama")), "no such directory"),
     Case("neither a directory nor reachable on a hub", unreachable, "the hub cannot be reached"),
     Case("a single file", lambda bench: inspect_base(str(bench.file("model.gguf", ""))), "a file; give a model"),

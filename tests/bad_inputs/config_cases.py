@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from tests.bad_inputs.workshop import Bench, Case
 from translora.config import AdapterEntry, FleetConfig, PrepareConfig, load_config
+from translora.merge.data import answer_of
 from translora.merge.fleet import entries_before
 from translora.run.entries import expand_entries
 from translora.run.files import read_jsonl
@@ -70,7 +71,7 @@ CASES = [
     Case(
         "a text for a list",
         fleet(FLEET + "distill: {lora: {target_modules: q_proj}}\n"),
-        "distill.lora.target_modules: Input should be a valid list or Input should be 'all-linear'",
+        "distill.lora.target_modules: Input should be a valid list; write [q_proj] or Input should be 'all-linear'",
     ),
     Case(
         "a URL for a path",
@@ -87,6 +88,29 @@ CASES = [
         "a run directory among its bundles",
         prepare(PREPARE.replace("run_dir: run", "run_dir: bundles/orders/run")),
         "and the bundle",
+    ),
+    Case("a YAML file without end", fleet("run_dir: " + "[" * 3000), "not valid YAML: nested too deep"),
+    Case(
+        "more epochs than there can be",
+        fleet(FLEET + "distill: {epochs: 1.0e+300}\n"),
+        "distill.epochs: Input should be",
+    ),
+    Case(
+        "a temperature of nothing",
+        fleet(FLEET + "synthesis: {sampling: {temperature: 1.0e-300}}\n"),
+        "sampling.temperature: Input should be greater",
+    ),
+    Case(
+        "a |D| beyond what a bundle may have",
+        prepare(PREPARE.replace("data:", "num_samples: 20000000, data:")),
+        "tasks.0.num_samples: Input should be less",
+    ),
+    Case("an empty path", fleet(FLEET.replace("[bundles/orders]", '[""]')), "an empty path; leave it out, or write it"),
+    Case("a section without settings", fleet(FLEET + "distill:\n"), "it is empty: leave it out, or give it a value"),
+    Case(
+        "a no for a screen",
+        fleet(FLEET + "synthesis: {screen: no}\n"),
+        "found False, as YAML reads yes, no, on and off; put it in quotation",
     ),
     Case("a date that is none", fleet("run_dir: 2026-02-30\n"), "not valid YAML: day is out of range for month"),
     Case("a path with a NUL", fleet('run_dir: "run\\0"\n'), "holds a NUL character; correct the path"),
@@ -129,9 +153,13 @@ CASES = [
     Case("a prepare file for migrate", fleet(PREPARE), "this is a prepare file; use `translora prepare`"),
     Case("a fleet file for prepare", prepare(FLEET), "this is a fleet file; use `translora migrate`"),
     Case("a section that is text", fleet(FLEET + "synthesis: fast\n"), "synthesis: Input should be"),
-    Case("a base that is text", fleet(FLEET.replace("{model: ./old-base}", "./old-base")), "source: Input should be"),
+    Case("a base that is text", fleet(FLEET.replace("{model: ./old-base}", "./old-base")), "write {model: ./old-base}"),
     Case("no adapters", fleet(FLEET.replace("[bundles/orders]", "[]")), "adapters: List should have at least 1 item"),
-    Case("adapters that are text", fleet(FLEET.replace("[bundles/orders]", "bundles")), "adapters: Input should be"),
+    Case(
+        "adapters that are text",
+        fleet(FLEET.replace("[bundles/orders]", "bundles")),
+        "adapters: Input should be a valid list; write [bundles]",
+    ),
     Case("a rank over the limit", fleet(FLEET + "distill: {lora: {rank: 4096}}\n"), "distill.lora.rank: Input should"),
     Case("an unknown dtype", fleet(FLEET.replace("./new-base}", "./new-base, dtype: int4}")), "target.dtype: Input"),
     Case("a merge of one bundle", merge("method: svd, adapters: [orders]"), "merges.0.adapters: List should have"),
@@ -256,6 +284,11 @@ PATH_CASES = [
         "a directory instead of a fleet file", lambda bench: load_config(bench.directory, FleetConfig), "cannot be read"
     ),
     Case("a glob that matches nothing", adapters("bundles/*"), "matches no directory; correct it"),
+    Case(
+        "a run directory in a bundle",
+        lambda bench: expand_entries([AdapterEntry(bundle=str(bench.bundle()))], bench.directory / "orders/run"),
+        "lies in the bundle",
+    ),
     Case("bundles that the run would replace", adapters("run/bundles/orders"), "there; give another run_dir"),
     Case(
         "a bundle that is named twice, with other settings",
@@ -266,6 +299,16 @@ PATH_CASES = [
 ]
 
 JSONL_CASES = [
+    Case(
+        "a row that says two things",
+        jsonl('{"input": "a", "target": "b", "input": "c"}'),
+        "line 1: not JSON (the key 'input' comes twice)",
+    ),
+    Case(
+        "a row of a merge whose answer is NaN",
+        lambda bench: answer_of({"target": float("nan")}, "orders.jsonl, row 3"),
+        "orders.jsonl, row 3: its answer is not a number; give text",
+    ),
     Case("no such data file", lambda bench: read_jsonl(bench.directory / "orders.jsonl", ("input",)), "cannot be read"),
     Case("data that is empty", jsonl("\n\n"), "no rows"),
     Case("a line that is not JSON", jsonl('{"input": "a", "target": "b"}\nnonsense\n'), "line 2: not JSON"),

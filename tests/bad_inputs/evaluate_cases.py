@@ -113,6 +113,12 @@ def own_ds_config(text: str) -> Callable[[Bench], object]:
 
 
 CASES = [
+    Case("a second seed beyond 64 bits", loaded(seeds=[0, 10**20]), "seeds.1: Input should be less than"),
+    Case("results in the run directory", loaded(output="run/results.md"), "lies in run_dir, whose files it could"),
+    Case("rows that are too long for the students", started(
+        ROWS, distill={"max_length": 9}), "arms.plain: each of its 5 rows is longer than distill.max_length, 9 tokens"),
+    Case("a prompt template of a task without an input", started(
+        ROWS, tasks=[TASK | {"prompt_template": "Q"}]), "tasks.orders: prompt template 'Q' lacks {input}"),
     Case("a misspelt key", loaded(task=[TASK]), "task: unknown setting; did you mean tasks?"),
     Case("a misspelt key of a task", task(num_tests=4), "tasks.0.num_tests: unknown setting; did you mean num_test?"),
     Case("a misspelt key in a section", loaded(

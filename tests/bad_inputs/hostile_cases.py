@@ -138,6 +138,8 @@ CASES = [
 ]  # fmt: skip
 
 FLEET_CASES = [
+    Case("seeds that are longer than what is trained on", lambda bench: bench.migrate(
+        bench.bundle(), distill={"max_length": 9}), "distill.max_length is 9; raise it"),
     Case("a |D| that would occupy the whole fleet", lambda bench: bench.migrate(
         _resized(bench, 9_000_000)), "its |D| is 9,000,000, max_num_samples is 20,000; set num_samples"),
     Case("a rank that would make the bank large for all", lambda bench: bench.migrate(

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from translora.cli import build_parser, main, print_report
 from translora.config import ResourceConfig
 from translora.report import html
 from translora.run import cluster
+from translora.run.faults import RunFailedError
 from translora.run.state import AdapterState, save_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,6 +208,23 @@ def test_what_the_nodes_lack_is_waited_for_only_where_nodes_can_come(
     cli.start_cluster(ResourceConfig(), 1, verbose=False)
     assert told == [may_grow]
     assert "TRANSLORA_FIXED_CLUSTER=1" in (ROOT / "launch" / "migrate.sbatch").read_text()
+
+
+def test_a_head_node_that_does_not_answer_is_named_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself would try for a quarter of an hour, without a word."""
+    monkeypatch.setattr(cluster, "HEAD_SECONDS", 0.5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]  # bound, and nobody listens
+        address = f"127.0.0.1:{port}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(
+            RunFailedError, match=rf":{port}: no Ray cluster answers.*start its head node, or correct RAY"
+        ):
+            cluster.start_ray()
+        free.listen()
+        cluster.wait_for_head(address, "RAY_ADDRESS")
+    cluster.wait_for_head("ray://nowhere:1", "RAY_ADDRESS")
 
 
 def test_an_error_that_nobody_foresaw_is_no_fault_of_the_input(

@@ -145,9 +145,9 @@ def test_training_gives_the_losses_of_a_plain_training_with_peft(base: Path, tmp
         ({"peft_type": "LORA", "use_dora": True, "lora_alpha": float("nan")}, "lora_alpha is nan"),
         (
             {"peft_type": "LORA", "use_dora": True, "lora_alpha": 0},
-            "lora_alpha is 0, expected a positive number; correct",
+            "lora_alpha is 0, expected a positive number, below 1e9; correct",
         ),
-        ({"peft_type": "lora", "r": -4}, "r is -4, expected a positive number; correct it"),
+        ({"peft_type": "lora", "r": -4}, "r is -4, expected a positive number, whole and below 1e9; correct it"),
         ({"peft_type": "LORA", "init_lora_weights": "pissa"}, "leave it out, or use distill.lora with init: eva"),
         ({"peft_type": "LORA", "bias": "all"}, "only bias='none' is supported; train it without biases"),
         (

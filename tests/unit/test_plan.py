@@ -399,6 +399,10 @@ def test_the_command_prints_the_tables_and_the_settings(capsys: pytest.CaptureFi
     assert main([*flags, "--json", "--gpu", "a100-40gb", "--gpus", "4"]) == FAILED
     (found,) = json.loads(capsys.readouterr().out)
     assert found["problems"] and found["phases"][0]["name"] == "generate"
+    for huge in ("1000000000000", "9" * 5000):
+        with pytest.raises(SystemExit):
+            main([*flags, "--gpus", huge])
+    assert "1000000000000 is not within 1 and 1,000,000" in capsys.readouterr().err
 
 
 def test_a_plan_without_bundles_or_bases_says_what_to_give(

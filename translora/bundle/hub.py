@@ -20,6 +20,8 @@ def locate(model: str, with_code: bool, revision: str | None) -> tuple[str, Path
     """Name, directory and commit (of the hub alone) of a base; raises InputError when there is none."""
     path = os.path.expanduser(model)
     if os.path.isdir(path):
+        if revision is not None:
+            raise InputError(f"{model}: a directory, and `revision` is of a model on the hub; leave {revision} out")
         return name_of_path(os.path.abspath(path)), Path(path), None
     if os.path.exists(path):
         raise InputError(f"{model}: a file; give a model directory (convert GGUF or other single files first)")

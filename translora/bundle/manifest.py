@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from translora.bundle.adapter import CONFIG, WEIGHTS
 from translora.bundle.reading import read_json_object
-from translora.config_file import NAME_PATTERN
+from translora.config_file import NAME_PATTERN, NumSamples
 from translora.errors import InputError
 from translora.run.redact import printable
 
@@ -87,7 +87,7 @@ class Manifest(_Record):
     """Hub id or directory name of the base that the adapter was trained on."""
     base_fingerprint: Sha256
     """Fingerprint of that base's weights."""
-    num_samples: int = Field(ge=2, le=10_000_000)
+    num_samples: NumSamples
     """|D|, the number of the owner's training samples."""
     prompt_template: str = Field(max_length=20_000)
     """`chat` (the tokenizer's chat template) or a string that contains {input} once."""

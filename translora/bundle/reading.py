@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from translora.errors import InputError
+from translora.run.files import unique_keys
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_ADAPTER_HEADER_BYTES = 10_000_000  # some 50,000 tensors
@@ -37,16 +38,6 @@ class TensorHeader:
     num_bytes: int
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; a key that comes twice is refused, because of such ones every reader takes another."""
-    value: dict[str, Any] = {}
-    for key, item in pairs:
-        if key in value:
-            raise InputError(f"the key {key[:80]!r} comes twice")
-        value[key] = item
-    return value
-
-
 def read_json_object(path: Path, remedy: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Read a JSON object of at most `max_bytes`.
 
@@ -63,7 +54,7 @@ def read_json_object(path: Path, remedy: str, max_bytes: int = MAX_JSON_BYTES) -
     if size > max_bytes:
         raise InputError(f"{path}: {size:,} bytes, the limit is {max_bytes:,}; {remedy}")
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:  # ValueError: also bad UTF-8, and numbers of 4300 digits
         raise InputError(f"{path}: not JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
@@ -107,7 +98,7 @@ def read_header(
                 )
             if header_bytes > max_bytes:
                 raise InputError(f"{path}: a header of {header_bytes:,} bytes, the limit is {max_bytes:,}; {remedy}")
-            raw = json.loads(handle.read(header_bytes), object_pairs_hook=_object)
+            raw = json.loads(handle.read(header_bytes), object_pairs_hook=unique_keys)
         data_start = 8 + header_bytes
         if not isinstance(raw, dict):
             raise TypeError("its header is no JSON object")

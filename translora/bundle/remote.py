@@ -117,7 +117,7 @@ def _open(url: str) -> tuple[Any, str]:
     try:
         fs, path = url_to_fs(url)
     except (ValueError, ImportError, OSError) as error:
-        raise BundleError(f"{url}: {first_line(error, 300)}") from error
+        raise BundleError(f"{url}: {first_line(error, 300)}; give a URL whose file system is installed") from error
     return fs, path
 
 

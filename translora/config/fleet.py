@@ -13,7 +13,7 @@ from translora.config.merge import MergeEntry
 from translora.config.own import OwnSettings
 from translora.config.synthesis import SynthesisConfig
 from translora.config.train import DiscriminatorConfig, TrainConfig
-from translora.config_file import ConfigFile, Strict
+from translora.config_file import ConfigFile, NumSamples, Seed, Strict
 from translora.errors import InputError
 from translora.lora.kinds import MAX_RANK
 
@@ -98,14 +98,14 @@ class FleetConfig(ConfigFile):
     """The bundles."""
     merges: list[MergeEntry] = []
     """Bundles that become one adapter, before or after the migration."""
-    max_num_samples: int = Field(default=20_000, ge=2)
+    max_num_samples: NumSamples = 20_000
     """Largest |D| that is taken over from a bundle, whose owner chose it; above it an adapter needs a `num_samples`."""
     max_rank: int = Field(default=256, ge=1, le=MAX_RANK)
     """Largest rank of a source adapter: all that answer together have room for the largest among them."""
     prompt_template: PromptTemplate = "auto"
     """How the new adapters are prompted: `chat` (the target's chat template), a string that contains {input}, `source`
     (each as its source adapter), or `auto`: chat where the target has a chat template."""
-    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
+    seed: Seed = 0
     """Root of every random number of the run."""
     synthesis: SynthesisConfig = SynthesisConfig()
     """Generate, screen, label."""

@@ -262,7 +262,7 @@ def merge_config(settings: dict[str, Any], assignments: Sequence[str] = ()) -> M
             continue
         try:
             inner[last] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise InputError(f"--set {assignment}: the value is no plain value ({error})") from error
     try:
         return MergeConfig.model_validate(raw)

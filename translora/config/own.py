@@ -6,19 +6,19 @@ from pydantic import Field
 
 from translora.config.base import PromptTemplate
 from translora.config.synthesis import Screen
-from translora.config_file import Strict
+from translora.config_file import Epochs, NumSamples, Strict
 
 
 class OwnSettings(Strict):
     """Of one bundle, of a glob over bundles, or of bundles that become one before they migrate."""
 
-    num_samples: int | None = Field(default=None, ge=2)
+    num_samples: NumSamples | None = None
     """|D_syn|; the bundle's own |D| when unset, of a merge the sum of its parts'."""
     eval_data: str | None = None
     """JSONL with `input` and `target`: real held-out data, only measured on, never trained on."""
     screen: Screen | None = None
     """This adapter's own synthesis.screen."""
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: Epochs | None = None
     """This adapter's own distill.epochs."""
     learning_rate: float | None = Field(default=None, gt=0)
     """This adapter's own distill.learning_rate."""

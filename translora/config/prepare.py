@@ -12,7 +12,7 @@ from translora.config.base import BaseModelConfig, PromptTemplate, ResourceConfi
 from translora.config.fleet import TrackingConfig
 from translora.config.synthesis import SynthesisConfig
 from translora.config.train import DiscriminatorConfig, TrainConfig
-from translora.config_file import NAME_PATTERN, ConfigFile, Strict
+from translora.config_file import NAME_PATTERN, ConfigFile, NumSamples, Seed, Strict
 from translora.errors import InputError
 
 NUM_SAMPLES = 250
@@ -32,7 +32,7 @@ class PrepareEntry(Strict):
     """Existing PEFT adapter of the source base; trained from `data` when unset."""
     seeds: str | None = None
     """JSONL with five (cleaned) `input` lines to ship as seeds; chosen from `data` when unset."""
-    num_samples: int | None = Field(default=None, ge=2)
+    num_samples: NumSamples | None = None
     """|D|, how many samples a migration synthesises; unset, the rows of `data`, or 250 (a task of BIG-Bench-Hard)."""
 
     prompt_template: PromptTemplate | None = None
@@ -61,7 +61,7 @@ class PrepareConfig(ConfigFile):
     """`chat` (the tokenizer's template), a string that contains {input}, or `auto`: chat where there is a template."""
     num_seeds: int = Field(default=5, ge=2, le=50)
     """Seed examples per bundle."""
-    seed: int = 0
+    seed: Seed = 0
     """Root of every random number of the run."""
     train: TrainConfig = TrainConfig()
     """Training of missing adapters."""

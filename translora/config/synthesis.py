@@ -15,7 +15,7 @@ Screen = Literal["auto", "discriminator", "confidence", "excess", "none"]
 class SamplingConfig(Strict):
     """How the generator samples task inputs."""
 
-    temperature: float = Field(default=0.9, gt=0)
+    temperature: float = Field(default=0.9, ge=0.01, le=100)
     """Softmax temperature."""
     top_k: int = Field(default=50, ge=1)
     """Candidates kept at each step (a full sort of a 262k vocabulary costs more than the forward pass)."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from translora.config_file import DType, Strict
+from translora.config_file import DType, Epochs, Strict
 from translora.errors import InputError
 from translora.lora.kinds import MAX_RANK, check_kind
 
@@ -119,11 +119,11 @@ class TrainConfig(Strict):
     warm_start: bool = False
     """Each student begins as its source adapter, where that is a LoRA and both bases are of one shape (as an update of
     one base is); an adapter of another kind begins as without."""
-    epochs: float = Field(default=20, ge=0)
+    epochs: float = Field(default=20, ge=0, le=10_000)
     """Passes over the training samples; 0 leaves a student as its warm start made it, a copy of its source adapter."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak learning rate."""
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=8, ge=1, le=1_000_000)
     """Samples per optimizer step, over all workers."""
     micro_batch_size: int = Field(default=8, ge=1)
     """Most samples of one adapter in one forward pass of a worker; one of several answers is a sequence for each."""
@@ -190,7 +190,7 @@ class TrainConfig(Strict):
 class DiscriminatorConfig(Strict):
     """Training of the discriminator (yes/no over task inputs)."""
 
-    epochs: float = Field(default=6, gt=0)
+    epochs: Epochs = 6
     """Passes over positives and negatives."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""

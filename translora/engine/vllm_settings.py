@@ -60,7 +60,8 @@ def check_engine(base: BaseModelConfig) -> None:
         return
     if importlib.util.find_spec("vllm") is None:
         raise InputError(
-            f"{base.model}: asks for vllm, which is not installed; pip install 'translora[vllm]', or leave `vllm` out"
+            f"{base.model}: asks for vllm, which is not installed; pip install '.[vllm]' in translora's checkout, or "
+            "leave `vllm` out"
         )
     from vllm.engine.arg_utils import EngineArgs
 

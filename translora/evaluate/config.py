@@ -27,7 +27,7 @@ from translora.config import (
     refuse_same_names,
 )
 from translora.config.base import PromptTemplate
-from translora.config_file import NAME_PATTERN, ConfigFile, Strict, faults_text
+from translora.config_file import NAME_PATTERN, ConfigFile, NumSamples, Seed, Strict, faults_text
 from translora.errors import InputError
 
 SOURCE_BASE, SOURCE_ADAPTER, TARGET_BASE, REAL = "source_base", "source_adapter", "target_base", "real"
@@ -98,12 +98,12 @@ class EvaluateConfig(ConfigFile):
     """The base that replaces it."""
     tasks: list[EvaluateTask] = Field(min_length=1)
     """The tasks; each becomes one adapter per seed and arm."""
-    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1)
     """One whole repetition each: split of the data, seed examples, source adapter, migrations."""
     arms: dict[str, dict[str, Any]] = Field(min_length=1)
     """Migrations of the same bundles by name; values override `num_samples` and sections of the fleet file: synthesis,
     distill, gate. A rerun computes those alone that were added or changed."""
-    num_samples: int = Field(default=100, ge=2)
+    num_samples: NumSamples = 100
     """|D_syn| of every adapter, where an arm has no other."""
     train: TrainConfig = TrainConfig()
     """Training of the source adapters, and of the real-data adapters on the target base."""
@@ -127,6 +127,8 @@ class EvaluateConfig(ConfigFile):
         if self.output.suffix != ".md":
             raise InputError(f"output: {self.output.name} does not end in .md; name the Markdown file to write")
         written = {path.resolve() for path in self.outputs}
+        if any(self.run_dir.resolve() in (path, *path.parents) for path in written):
+            raise InputError(f"output: {self.output} lies in run_dir, whose files it could replace; name another place")
         for task in self.tasks:
             if task.data is not None and Path(task.data).resolve() in written:
                 raise InputError(f"output: {self.output.name} would replace {task.data}; give another name")

@@ -182,7 +182,7 @@ def load_harness_task(entry: EvaluateTask) -> HarnessTask:
         from lm_eval.api.metrics import mean
     except ImportError as error:
         raise InputError(
-            f"tasks.{entry.name}: lm_eval needs lm-evaluation-harness; pip install 'translora[lm-eval]'"
+            f"tasks.{entry.name}: lm_eval needs lm-evaluation-harness; pip install '.[lm-eval]' in translora's checkout"
         ) from error
     where = f"tasks.{entry.name}: lm_eval task {entry.lm_eval}"
     if entry.include_path is not None and not Path(entry.include_path).is_dir():

@@ -76,11 +76,20 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
     for role, base, settings in (("source", source, config.source), ("target", target, config.target)):
         context = context_of(settings, base)
         own = templates if role == "source" else dict.fromkeys(templates, "auto")
-        formats = {name: prompt_format(tokenizers[role], template) for name, template in own.items()}
+        formats = {}
+        for name, template in own.items():
+            try:
+                formats[name] = prompt_format(tokenizers[role], template)
+            except InputError as error:
+                raise InputError(f"tasks.{name}: {error}") from error
         for name, part in ((name, part) for own in splits.values() for name, part in own.items()):
             inputs = (row["input"] for row in part.test)
             check_inputs(inputs, formats[name], config.synthesis.max_answer_tokens, context, f"tasks.{name}")
-            check_lengths(part.train, formats[name], config.train.max_length, f"tasks.{name}")
+            check_lengths(part.train, formats[name], config.train.max_length, f"tasks.{name}", "train.max_length")
+            if role == "target":
+                for arm in config.arms:
+                    longest = config.fleet(config.seeds[0], arm).distill.max_length
+                    check_lengths(part.train, formats[name], longest, f"tasks.{name}, arms.{arm}", "distill.max_length")
     for seed in config.seeds:
         refuse_other_settings((prepared := config.prepare(seed)).run_dir, prepared)
     for path in config.outputs:

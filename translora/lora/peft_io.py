@@ -123,7 +123,8 @@ def check_numbers(config: Mapping[str, Any], path: Path | str, remedy: str = "re
         integral = not option.endswith("alpha") and not option.startswith("alpha")
         kinds = (int,) if integral else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 1e9:
-            raise InputError(f"{path}: {option} is {value!r}, expected a positive number; {remedy}")
+            whole = "whole and " if integral else ""
+            raise InputError(f"{path}: {option} is {value!r}, expected a positive number, {whole}below 1e9; {remedy}")
 
 
 def check_init(init: object, path: Path | str, remedy: str | None = None) -> None:

@@ -47,6 +47,6 @@ def resolve_targets(linears: Iterable[str], targets: Sequence[str] | str, base: 
         hint = f"; in its place there is {', '.join(instead)}" if instead else ""
         raise InputError(
             f"{setting}: {', '.join(missing)} not in {base}; it has {', '.join(sorted(lasts))}{hint}; "
-            f"or write {ALL_LINEAR}"
+            f"or write {ALL_LINEAR} in its place, without brackets"
         )
     return [name for name in linears if name.rpartition(".")[2] in targets]

@@ -51,6 +51,8 @@ def answer_of(row: Mapping[str, Any], where: str) -> str:
         InputError: it is no text and no number; names the place.
     """
     found = next((row[field] for field in ANSWERS if row.get(field) is not None), "")
+    if found != found:
+        raise InputError(f"{where}: its answer is not a number; give text, or leave the row out")
     if not isinstance(found, str | int | float) or isinstance(found, bool):
         raise InputError(f"{where}: its answer is {type(found).__name__}; give text, as the model has to write it")
     return str(found).strip()

@@ -197,7 +197,10 @@ def run_method(config: MergeConfig, tasks: Sequence[Task], base: BaseInfo) -> tu
         trust_remote_code=config.trust_remote_code,
     )
     tokenizer = load_tokenizer(settings)
-    prompts = prompt_format(tokenizer, config.prompt_template)
+    try:
+        prompts = prompt_format(tokenizer, config.prompt_template)
+    except InputError as error:
+        raise InputError(f"prompt_template: {error}") from error
     pad = int(tokenizer.pad_token_id)
     chosen = config.max_length, config.max_samples, config.seed
     if config.method == "cat":

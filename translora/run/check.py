@@ -158,12 +158,15 @@ def check_inputs(
         )
 
 
-def check_lengths(rows: Sequence[Mapping[str, str]], prompts: PromptFormat, max_length: int, where: str) -> None:
+def check_lengths(
+    rows: Sequence[Mapping[str, str]], prompts: PromptFormat, max_length: int, where: str, setting: str
+) -> None:
     """Whether there is something to train on, before anything is computed for it.
 
     Args:
         rows: with input and target.
         where: the file or task that they are from.
+        setting: the name of `max_length`.
 
     Raises:
         InputError: no row is short enough.
@@ -171,7 +174,7 @@ def check_lengths(rows: Sequence[Mapping[str, str]], prompts: PromptFormat, max_
     samples = [(row["input"], row["target"].strip()) for row in rows]
     if all(num_too_long([sample], prompts, max_length) for sample in samples):  # the first short one ends it
         raise InputError(
-            f"{where}: each of its {len(rows)} rows is longer than train.max_length, {max_length} tokens; raise it"
+            f"{where}: each of its {len(rows)} rows is longer than {setting}, {max_length} tokens; raise it"
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from translora.config import ResourceConfig
 from translora.errors import InputError
+from translora.run.faults import RunFailedError
 from translora.run.log import quiet_environment
 from translora.run.signals import TERMINATED, exit_code, unwind_on_sigterm
 
@@ -24,6 +25,8 @@ RAY_PROCESSES = ("gcs_server", "raylet")
 BROKEN = 3
 """Exit code: the cluster failed."""
 WATCH_SECONDS = 2.0
+HEAD_SECONDS = 10.0
+"""That a cluster's head node may take to answer."""
 # Ray 2.60 logs "has constructor arguments in the object store" as an error whenever Ray Data starts an actor
 # (ray #53727); its C++ log has no finer switch than the level. Failures reach the driver as exceptions all the same.
 _CORE_LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
@@ -53,6 +56,9 @@ def start_ray(*, address: str | None = None, on_gpu: bool = False, verbose: bool
     except ValueError as error:
         given = os.environ.get("RAY_ADDRESS") or address
         raise InputError(f"{given}: no address of a Ray cluster ({error}); give HOST:PORT, or auto") from error
+    if found is not None:
+        left_over = "resources.ray_address" if address else "what `ray start` left here (`ray stop` removes it)"
+        wait_for_head(found, "RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") else left_over)
     arguments = ray_arguments(address=found, on_gpu=on_gpu, verbose=verbose)
     if verbose or _CORE_LOG_LEVEL in os.environ:
         ray.init(**arguments)
@@ -66,6 +72,34 @@ def start_ray(*, address: str | None = None, on_gpu: bool = False, verbose: bool
     if found is None:
         threading.Thread(target=_end_with_ray, daemon=True).start()
     return found is None
+
+
+def wait_for_head(address: str, setting: str) -> None:
+    """Wait until something answers at a cluster's address; `ray.init` would try for a quarter of an hour, silently.
+
+    Args:
+        address: HOST:PORT of the head node; URLs (ray://) are left to Ray.
+        setting: where the address is from.
+
+    Raises:
+        RunFailedError: nothing does within `HEAD_SECONDS`.
+    """
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdecimal():
+        return
+    deadline = time.monotonic() + HEAD_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_SECONDS).close()
+            return
+        except OSError as error:
+            if time.monotonic() + WATCH_SECONDS > deadline:
+                raise RunFailedError(
+                    f"{address}: no Ray cluster answers there ({error.strerror or error}); start its head node, or "
+                    f"correct {setting}"
+                ) from error
+            logger.warning("%s: no Ray cluster answers there yet (%s)", address, error.strerror or error)
+            time.sleep(WATCH_SECONDS)
 
 
 def _end_with_ray() -> None:

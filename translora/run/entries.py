@@ -7,6 +7,7 @@ import logging
 import os
 from pathlib import Path
 
+from translora.bundle.manifest import MANIFEST
 from translora.bundle.remote import canonical_url, expand_remote, is_remote
 from translora.config import AdapterEntry
 from translora.errors import InputError
@@ -47,6 +48,8 @@ def expand_entries(
         for path in paths:
             if not is_remote(path) and Path(path).resolve().parent == own_output:
                 raise InputError(f"adapters: {path}: this run writes its own bundles there; give another run_dir")
+            if run_dir is not None and os.path.isfile(os.path.join(path, MANIFEST)) and lies_in(run_dir, Path(path)):
+                raise InputError(f"run_dir: {run_dir} lies in the bundle {path}, which may not change; give another")
             name, place = bundle_name(path), place_of(path)
             owner = explicit.get(name) or (place_of(found[name].bundle) if name in found else place)
             if not is_name(name):
@@ -71,6 +74,11 @@ def expand_entries(
     for pattern in empty:
         logger.warning("adapters: the pattern %s matches no directory", pattern)
     return found, faults
+
+
+def lies_in(place: Path, directory: Path) -> bool:
+    """Whether something lies below a directory."""
+    return directory.resolve() in place.resolve().parents
 
 
 def refuse_different(earlier: AdapterEntry, now: AdapterEntry) -> None:

@@ -165,6 +165,16 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON (`object_pairs_hook`); a key that comes twice is refused, for every reader takes another."""
+    value: dict[str, Any] = {}
+    for key, item in pairs:
+        if key in value:
+            raise InputError(f"the key {key[:80]!r} comes twice")
+        value[key] = item
+    return value
+
+
 def read_jsonl(path: str | Path, required: tuple[str, ...]) -> list[dict[str, Any]]:
     """Rows of a JSONL file, each an object whose `required` fields are non-empty strings.
 
@@ -180,7 +190,7 @@ def read_jsonl(path: str | Path, required: tuple[str, ...]) -> list[dict[str, An
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not JSON ({error}); write one JSON object a line") from error
         rows.append(check_row(row, required, f"{path}, line {number}"))

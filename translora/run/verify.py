@@ -122,7 +122,9 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
                 raise InputError(f"{directory}: its rank is {rank}, max_rank is {config.max_rank}; raise max_rank")
             check_rank(rank, config.source, str(directory))
         check_prompts(run, bundle)
-        check_target_context(config, run.target, config.template_of(entry, bundle.manifest.prompt_template))
+        template = config.template_of(entry, bundle.manifest.prompt_template)
+        check_target_context(config, run.target, template)
+        check_student_length(run, bundle, template)
         if screen == "discriminator":
             check_answers(run.source_tokenizer, bundle.manifest.prompt_template)
         check_copy(run, bundle, entry)
@@ -166,6 +168,21 @@ def read_eval_rows(run: Run, bundle: Bundle, entry: AdapterEntry) -> list[dict[s
         inputs = (row["input"] for row in rows)
         check_inputs(inputs, prompts, config.synthesis.max_answer_tokens, context, entry.eval_data)
     return rows
+
+
+def check_student_length(run: Run, bundle: Bundle, template: str) -> None:
+    """Whether inputs like the seeds, and an answer of a token, are short enough to train on.
+
+    Raises:
+        InputError: not one is.
+    """
+    prompts, longest = prompt_format(load_tokenizer(run.config.target), template), run.config.distill.max_length
+    sizes = [len(prompts.encode_prompt(seed)) for seed in bundle.seeds]
+    if min(sizes) >= longest:
+        raise InputError(
+            f"{bundle.path}: its seeds make prompts of {min(sizes)} to {max(sizes)} tokens, distill.max_length is "
+            f"{longest}; raise it"
+        )
 
 
 def check_copy(run: Run, bundle: Bundle, entry: AdapterEntry) -> None:
