@@ -368,6 +368,9 @@ def test_teachers_are_asked_for_soft_labels_where_their_answers_are_few_and_excl
     )
     assert {row["adapter"] for row in asked} == {"few", "free-text", "one-answer", "without-ends"}
     faults["few"] = "its rows end the worker"
+    ask_teachers(run, members)
+    assert remarks(members[0].state) == [], "it is past its training"
+    members[0].state.phase = "distill"
     assert ask_teachers(run, members) == {}, "sft needs no soft labels, so the adapter goes on without"
     assert members[0].state.status == "pending" and remarks(members[0].state) == [
         "trained without soft labels, with sft: its teacher cannot be asked (its rows end the worker)"

@@ -128,10 +128,11 @@ def student_start(run: Run, path: Path) -> Start:
 def distill_phase(run: Run, members: list[Member]) -> None:
     """Train all students, and what discriminators they leave, on one worker group that holds the target base."""
     config = run.config
-    for member in members:
+    waiting = [member for member in members if member.waits_for("distill")]
+    for member in waiting:
         member.state.training_warnings = []
     teachers = ask_teachers(run, members)  # of the whole cohort: a rerun finds the same batches again
-    members = [member for member in members if member.waits_for("distill")]
+    members = [member for member in waiting if member.waits_for("distill")]
     tokenizer = load_tokenizer(config.target)
     for member in (one for one in members if not config.stays_copy(one.entry)):
         rows = [(row["input"], row["answer"]) for row in member.samples("train")]

@@ -119,7 +119,7 @@ def ask_for_soft_labels(run: Run, members: Sequence[Member]) -> dict[str, list[T
         except NoSoftLabelsError as error:
             reasons[name] = str(error)
     for member in members:
-        if member.name in reasons:
+        if member.name in reasons and member.waits_for("distill"):
             member.warn(f"trained without soft labels, with sft: {reasons[member.name]}")
     return labels
 
