@@ -891,7 +891,7 @@ def test_target_modules_are_linear_modules_of_the_target_base(run: Run) -> None:
 def test_vllm_is_refused_where_it_cannot_compute(run: Run, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     bases = {"source": run.config.source.model_dump() | {"vllm": {}}, "target": run.config.target.model_dump()}
     if importlib.util.find_spec("vllm") is None:
-        with pytest.raises(ValueError, match=r"asks for vllm, which is not installed; pip install 'translora\[vllm\]'"):
+        with pytest.raises(ValueError, match=r"asks for vllm, which is not installed; pip install '\.\[vllm\]'"):
             check_training(config(Path("run"), **bases), run.source, run.target)
     monkeypatch.setattr("translora.run.check.check_engine", lambda base: None)
     check_training(config(Path("run"), **bases), run.source, run.target)
