@@ -187,5 +187,5 @@ def test_vllm_refuses_what_it_does_not_compute(base: Path, adapters: dict[str, s
 
 @pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed")
 def test_a_missing_vllm_is_said(base: Path) -> None:
-    with pytest.raises(ValueError, match=r"asks for vllm, which is not installed; pip install 'translora\[vllm\]'"):
+    with pytest.raises(ValueError, match=r"asks for vllm, which is not installed; pip install '\.\[vllm\]'"):
         VllmEngine(BaseModelConfig(model=str(base), vllm={}))
