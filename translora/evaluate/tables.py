@@ -116,16 +116,17 @@ def samples(results: Results) -> list[str]:
     text = (
         "Which share of the invented inputs was accepted, neither dropped as a copy or unanswered nor refused by the "
         "screen; how many times as many these are as samples are needed (the answers as evenly as there are samples of "
-        "them, and of an answer the best, are chosen from these); and which share of the samples chosen has the "
-        "commonest answer; means over seeds. Where answers are few, one that has most of the samples leaves little to "
-        "learn the others from."
+        "them, and of an answer the best, are chosen from these); which share of the samples chosen has the commonest "
+        "answer, where answers are few; and which share of all pairs of neighbouring words in them is of different "
+        "ones (distinct-2), both of the sets that a student was trained on; means over seeds. One answer that has most "
+        "of the samples leaves little to learn the others from."
     )
     if is_measured:
         text += (
             " The AUC is of real and invented inputs that the owner's discriminator was not trained on: 0.5 is chance."
         )
     headers = [
-        "accepted of generated; times the need; commonest answer",
+        "accepted of generated; times the need; commonest answer; distinct-2",
         *(["AUC of the discriminator"] if is_measured else []),
     ]
     return [text, "", *table([*headers, *results.setup.arms], rows)]
@@ -138,8 +139,12 @@ def _sample_cell(migrations: Sequence[Migration]) -> str:
     cell = f"{100 * sum(one.acceptance for one in found) / len(found):.0f} %"
     if all(one.needed for one in found):
         cell += f"; {sum(one.accepted / one.needed for one in found) / len(found):.1f}"
-    few = [max(one.classes.values()) / sum(one.classes.values()) for one in found if one.classes]
-    return f"{cell}; {100 * sum(few) / len(few):.0f} %" if len(few) == len(found) else cell
+    trained = [one for one in found if one.num_train] or found  # which results of an older version do not say
+    few = [max(one.classes.values()) / sum(one.classes.values()) for one in trained if one.classes]
+    if len(few) == len(trained):
+        cell += f"; {100 * fmean(few):.0f} %"
+    pairs = [one.distinct["distinct-2"] for one in trained if "distinct-2" in one.distinct]
+    return f"{cell}; {fmean(pairs):.2f}" if pairs else cell
 
 
 def _seen(results: Results) -> list[str]:
