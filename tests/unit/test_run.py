@@ -1023,7 +1023,7 @@ def refusing_member(tmp_path: Path, bundle: Bundle, screen: str, refused: int) -
 
 @pytest.mark.parametrize(
     ("screen", "refused", "left"),
-    [("discriminator", 80, True), ("excess", 80, True), ("excess", 0, False), ("confidence", 0, False)],
+    [("discriminator", 80, True), ("excess", 80, True), ("confidence", 0, False)],
 )
 def test_a_discriminator_is_trained_where_inputs_were_refused(
     tmp_path: Path, run: Run, bundle: Bundle, screen: str, refused: int, left: bool

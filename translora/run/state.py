@@ -63,8 +63,11 @@ class SynthesisStats(BaseModel):
 
     @property
     def leaves_discriminator(self) -> bool:
-        """Whether one is trained for the next hop: without refused inputs it would have nothing to learn from."""
-        return self.screen in REFUSING and self.dropped.get("refused", 0) > 0
+        """Whether one is trained for the next hop, from what a screen refused; shuffled words make up for little of it.
+
+        One that could not be measured for want of refused inputs is not what `screen: auto` takes.
+        """
+        return self.screen in REFUSING
 
     @property
     def only_answer(self) -> str | None:
