@@ -127,7 +127,7 @@ class EvaluateConfig(ConfigFile):
         if self.output.suffix != ".md":
             raise InputError(f"output: {self.output.name} does not end in .md; name the Markdown file to write")
         written = {path.resolve() for path in self.outputs}
-        if any(self.run_dir.resolve() in (path, *path.parents) for path in written):
+        if any(path.is_relative_to(self.run_dir.resolve()) for path in written):
             raise InputError(f"output: {self.output} lies in run_dir, whose files it could replace; name another place")
         for task in self.tasks:
             if task.data is not None and Path(task.data).resolve() in written:

@@ -124,7 +124,7 @@ class Results(Record):
         return calibrate(self.points, GateConfig(**self.setup.gate))
 
 
-def task_items(tasks: Sequence[TaskResult], items: Sequence[ItemScores]) -> list[TaskItems]:
+def items_by_task(tasks: Sequence[TaskResult], items: Sequence[ItemScores]) -> list[TaskItems]:
     """The items of some tasks, which may be of several evaluations."""
     return [
         TaskItems(
@@ -200,7 +200,7 @@ def join(parts: Sequence[tuple[str, Results]]) -> Results:
     if len(set(seeds)) < len(seeds):
         raise InputError(f"seeds {seeds}: one was measured twice; give its results once")
     items = sorted((one for _, part in parts for one in part.items), key=lambda one: one.seed)
-    tasks = task_items(first.tasks, items)
+    tasks = items_by_task(first.tasks, items)
     migrations = sorted((one for _, part in parts for one in part.migrations), key=lambda one: one.seed)
     return summarise(first.setup.model_copy(update={"seeds": seeds}), tasks, migrations)
 

@@ -70,8 +70,9 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
     for entry in prepared.tasks:
         check_owned(entry.adapter, source)
         check_own_template(entry, prepared.template_of(entry), tokenizers["source"])
-    for arm in config.arms:
-        check_training(config.fleet(config.seeds[0], arm), source, target)
+    fleets = {arm: config.fleet(config.seeds[0], arm) for arm in config.arms}
+    for fleet in fleets.values():
+        check_training(fleet, source, target)
     templates = {entry.name: prepared.template_of(entry) for entry in prepared.tasks}
     for role, base, settings in (("source", source, config.source), ("target", target, config.target)):
         context = context_of(settings, base)
@@ -87,9 +88,9 @@ def evaluate(config: EvaluateConfig, start_cluster: Callable[[], None] = lambda:
             check_inputs(inputs, formats[name], config.synthesis.max_answer_tokens, context, f"tasks.{name}")
             check_lengths(part.train, formats[name], config.train.max_length, f"tasks.{name}", "train.max_length")
             if role == "target":
-                for arm in config.arms:
-                    longest = config.fleet(config.seeds[0], arm).distill.max_length
-                    check_lengths(part.train, formats[name], longest, f"tasks.{name}, arms.{arm}", "distill.max_length")
+                for arm, fleet in fleets.items():
+                    longest, where = fleet.distill.max_length, f"tasks.{name}, arms.{arm}"
+                    check_lengths(part.train, formats[name], longest, where, "distill.max_length")
     for seed in config.seeds:
         refuse_other_settings((prepared := config.prepare(seed)).run_dir, prepared)
     for path in config.outputs:

@@ -9,7 +9,7 @@ from statistics import fmean
 from translora.evaluate.cells import MISSING, counted_noun, points, ratio, table
 from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, TARGET_BASE
 from translora.evaluate.items import TaskResult
-from translora.evaluate.results import ArmResult, Migration, Results, Setup, mean_over, task_items
+from translora.evaluate.results import ArmResult, Migration, Results, Setup, items_by_task, mean_over
 from translora.report.markdown import escape
 
 ARM_WORDS = {
@@ -87,7 +87,7 @@ def differences(results: Results) -> list[str]:
     _, *arms = results.arms
     if len(arms) < 2 or not results.items:
         return []
-    counted = task_items([task for task in results.tasks if task.counted], results.items)
+    counted = items_by_task([task for task in results.tasks if task.counted], results.items)
     rows = [
         [
             arm,

@@ -48,7 +48,8 @@ def expand_entries(
         for path in paths:
             if not is_remote(path) and Path(path).resolve().parent == own_output:
                 raise InputError(f"adapters: {path}: this run writes its own bundles there; give another run_dir")
-            if run_dir is not None and os.path.isfile(os.path.join(path, MANIFEST)) and lies_in(run_dir, Path(path)):
+            is_bundle = os.path.isfile(os.path.join(path, MANIFEST))
+            if is_bundle and run_dir is not None and run_dir.resolve().is_relative_to(Path(path).resolve()):
                 raise InputError(f"run_dir: {run_dir} lies in the bundle {path}, which may not change; give another")
             name, place = bundle_name(path), place_of(path)
             owner = explicit.get(name) or (place_of(found[name].bundle) if name in found else place)
@@ -74,11 +75,6 @@ def expand_entries(
     for pattern in empty:
         logger.warning("adapters: the pattern %s matches no directory", pattern)
     return found, faults
-
-
-def lies_in(place: Path, directory: Path) -> bool:
-    """Whether something lies below a directory."""
-    return directory.resolve() in place.resolve().parents
 
 
 def refuse_different(earlier: AdapterEntry, now: AdapterEntry) -> None:
