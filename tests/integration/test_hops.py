@@ -1,6 +1,6 @@
 """A -> B -> C -> A, each hop with another PEFT method: every migrated bundle is the source of the next hop.
 
-The first hop is screened by the owner's discriminator and leaves one for the next; where nothing can be refused, none.
+The first hop is screened by the owner's discriminator and leaves one for the next; where nothing is screened, none.
 """
 
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_an_adapter_goes_round_three_bases_and_changes_its_method_at_each(tmp_pa
         assert state.status == "migrated" and sum(state.losses[-3:]) < sum(state.losses[:3])
         moved, info = read_bundle(tmp_path / config["run_dir"] / state.output), inspect_base(str(tmp_path / target))
         verify_bundle(moved, info)
-        assert moved.manifest.discriminator == (state.synthesis.screen == "discriminator") == (number == 0)
+        assert moved.manifest.discriminator == (state.synthesis.screen == "realness") == (number == 0)
         assert moved.manifest.provenance["migrated_from"] == source
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(info.path), moved.path)
         text = ModelCard.load(moved.path / "README.md").text

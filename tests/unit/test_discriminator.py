@@ -86,10 +86,10 @@ def test_the_verdict_keeps_its_level_where_scores_say_nothing() -> None:
 @pytest.mark.parametrize(
     ("auc", "provenance", "screen"),
     [
-        (None, {}, "discriminator"),
-        (0.9, {}, "discriminator"),
+        (None, {}, "realness"),
+        (0.9, {}, "realness"),
         (0.49, {}, "confidence"),
-        (0.9, {"migrated_from": "old"}, "discriminator"),
+        (0.9, {"migrated_from": "old"}, "realness"),
         (None, {"migrated_from": "old"}, "confidence"),
     ],
 )

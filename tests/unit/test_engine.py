@@ -1,7 +1,8 @@
 import math
+import types
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,9 +18,9 @@ from translora.config import BaseModelConfig, SamplingConfig
 from translora.engine.decode import Request, Row, choose_tokens
 from translora.engine.loading import resolve_dtype
 from translora.engine.prompts import prompt_format
-from translora.engine.protocol import answer_tokens, check_answers, warn_of_answers
+from translora.engine.protocol import Engine, answer_tokens, check_answers, warn_of_answers
 from translora.engine.transformers import TransformersEngine
-from translora.synthesis.screens import ANSWER_SCORES, screen_and_label_block
+from translora.synthesis.screens import ANSWER_SCORES, discriminator_scores, screen_and_label_block
 
 PROMPTS = ["Route the message:", "The parcel is late. I was charged twice", "When does the shop open", "a"]
 
@@ -212,6 +213,27 @@ def test_an_answer_is_scored_by_the_adapter_and_its_base(engine: TransformersEng
         sample = prompts.encode_pair(row["input"], row["answer"])
         own, bare = (np.mean(engine.log_likelihood([sample], [slot])[0]) for slot in ("a0", None))
         assert score == pytest.approx(math.exp(own) if screen == "confidence" else own - bare, rel=1e-3)
+
+
+def test_a_discriminator_refuses_by_its_odds_or_only_ranks_by_them(engine: TransformersEngine) -> None:
+    common = {"slot": "a0", "discriminator": "a1", "task_name": "orders", "template": "{input} ->", "stop": None}
+    rows = [
+        {**common, "screen": screen, "input": f"Order {i}"}
+        for screen in ("discriminator", "realness")
+        for i in range(6)
+    ]
+    odds = discriminator_scores(engine, rows)
+    assert odds[:6] == pytest.approx(odds[6:], abs=1e-5)
+    middle = sorted(odds)[6]  # half of them are above: the untrained discriminator's odds, told from there
+    shifted = types.SimpleNamespace(
+        tokenizer=engine.tokenizer,
+        generate=engine.generate,
+        log_odds=lambda *asked: [value - middle for value in engine.log_odds(*asked)],
+    )
+    found = screen_and_label_block(cast(Engine, shifted), rows, {"max_answer_tokens": 6})
+    assert [row["score"] for row in found] == pytest.approx([value - middle for value in odds], abs=1e-5)
+    assert [row["answer"] is not None for row in found[:6]] == [row["score"] > 0 for row in found[:6]]
+    assert any(row["answer"] is None for row in found[:6]) and all(row["answer"] is not None for row in found[6:])
 
 
 @pytest.mark.parametrize("screen", ["confidence", "excess"])

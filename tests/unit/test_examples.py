@@ -23,8 +23,8 @@ from translora.config import DiscriminatorConfig, FleetConfig, GateConfig, Prepa
 from translora.evaluate.config import EvaluateConfig
 from translora.evaluate.render import read_results
 from translora.evaluate.run import settings_of
+from translora.run.state import RANKING
 from translora.synthesis.pool import Pool
-from translora.synthesis.screens import ANSWER_SCORES
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = "ticket-reply"
@@ -239,7 +239,7 @@ def test_the_arms_of_the_example_evaluation_share_their_first_round(monkeypatch:
     for arm in evaluate.arms:
         config = evaluate.fleet(0, arm)
         needed = evaluate.num_samples + max(config.gate.min_holdout, round(config.gate.holdout_fraction * 100))
-        surplus = config.synthesis.surplus if config.synthesis.screen in ANSWER_SCORES else 1.0
+        surplus = config.synthesis.surplus if config.synthesis.screen in RANKING else 1.0
         pool = Pool("a", cast(Bundle, None), needed, 10 * needed, surplus=surplus)
         counts.add(pool.next_count(config.synthesis.oversample))
     assert len(counts) == 1

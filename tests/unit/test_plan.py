@@ -1,5 +1,6 @@
 """translora plan: the numbers of 70B bases, what does not fit, and the command line."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -130,18 +131,28 @@ def test_what_vllm_holds_is_what_it_is_told_to(example: FleetConfig) -> None:
 
 
 def test_a_screen_costs_what_it_asks(example: FleetConfig) -> None:
-    """Without a discriminator every invented input is answered, and more are collected to choose from."""
+    """Where none is refused every invented input is answered, and more are collected to choose from."""
 
     def label(screen: str) -> PhasePlan:
         synthesis = example.synthesis.model_copy(update={"screen": screen})
         return plan(example.model_copy(update={"synthesis": synthesis})).phases[1]
 
-    judged, sure, excess, none = map(label, ("discriminator", "confidence", "excess", "none"))
+    judged, ranked, sure, excess, none = map(label, ("discriminator", "realness", "confidence", "excess", "none"))
     assert none.parts["decoding"] == pytest.approx(judged.parts["decoding"] / 0.4, rel=1e-3)
     assert sure.parts["decoding"] == pytest.approx(1.5 * none.parts["decoding"], rel=1e-3)
+    assert ranked.parts == sure.parts and ranked.memory["adapters"] == judged.memory["adapters"]
     assert excess.parts["decoding"] == sure.parts["decoding"] and excess.parts["prompts"] > sure.parts["prompts"]
     adapters = judged.memory["adapters"] * 301 / 601
     assert none.memory["adapters"] == pytest.approx(adapters), "no discriminators, beside a place of zeros"
+
+
+def test_as_much_is_invented_as_the_screens_usually_let_pass(example: FleetConfig) -> None:
+    usual, given = (given_work(example, 3, 250, share) for share in (None, 0.5))
+    one = usual.adapters[0]
+    judged = dataclasses.replace(usual, adapters=[dataclasses.replace(one, screen="discriminator"), one, one])
+    assert [usual.mean_acceptance, given.mean_acceptance] == pytest.approx([0.85, 0.5])
+    assert list(map(judged.accepted, judged.adapters)) == [0.3, 0.85, 0.85]
+    assert judged.mean_acceptance == pytest.approx(2 / 3)
 
 
 def test_no_machine_is_asked_for_more_actors_than_it_has_gpus_for(example: FleetConfig) -> None:
@@ -288,7 +299,7 @@ def test_bundles_at_hand_give_their_sizes(tmp_path: Path) -> None:
     work = bundled_work(load_config(tmp_path / "fleet.yaml", FleetConfig), 0.5)
     assert [one.num_samples for one in work.adapters] == [10, 7]
     assert {one.num_seeds for one in work.adapters} == {5}
-    assert {one.screen for one in work.adapters} == {"discriminator"}
+    assert {one.screen for one in work.adapters} == {"realness"}
     weights = load_file(tmp_path / "bundles/orders-0/adapter_model.safetensors").values()
     config = load_config(tmp_path / "fleet.yaml", FleetConfig)
     large = with_config(config, num_workers=1, lora=config.distill.lora.model_copy(update={"rank": 64}))

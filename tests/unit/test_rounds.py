@@ -15,7 +15,7 @@ from translora.actors.rows import Row, block_order, cut_blocks, read_block
 from translora.bundle.bundle import Bundle
 from translora.bundle.manifest import Manifest
 from translora.config import BaseModelConfig, ResourceConfig, SynthesisConfig
-from translora.run.state import ScreenName
+from translora.run.state import ScreenName, SynthesisStats
 from translora.synthesis import rounds
 from translora.synthesis.phase import draw_heldout
 from translora.synthesis.pool import Pool, admit, choose_screen, close
@@ -211,6 +211,20 @@ def test_a_score_that_is_not_a_number_lets_nothing_pass() -> None:
     one = pool("task", needed=3)
     admit(labelled("task", 2, float("nan")) + labelled("task", 1, 0.0, start=2), {"task": one})
     assert one.accepted == [] and len(one.refused) == 3 and one.stats.dropped == {"refused": 3}
+    ranked = pool("task", needed=3)
+    ranked.screen = "realness"
+    admit(labelled("task", 2, float("nan")) + labelled("task", 1, -9.0, start=2), {"task": ranked})
+    assert len(ranked.accepted) == 1 and ranked.stats.dropped == {"refused": 2}
+
+
+def test_what_an_earlier_version_refused_without_an_answer_stays_refused() -> None:
+    """An attempt that goes on under another screen: there is nothing to learn from such a sample."""
+    one = pool(needed=3)
+    one.screen = "realness"
+    rows = [{**row, "split": "refused"} for row in labelled("task", 2, score=-1.0)]
+    rows[1]["answer"] = None
+    one.carry_on(SynthesisStats(generated=2), rows)
+    assert [len(one.accepted), len(one.refused)] == [1, 1]
 
 
 def test_a_teacher_with_one_answer_is_warned_of_and_one_that_answers_nothing_leaves_the_set_empty() -> None:
@@ -241,13 +255,14 @@ def test_another_attempt_goes_on_from_the_samples_of_the_first() -> None:
 def test_the_screen_of_a_bundle() -> None:
     bundle = pool().bundle
     without = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"discriminator": False}))
-    assert choose_screen(SynthesisConfig(), bundle) == "discriminator"
+    assert choose_screen(SynthesisConfig(), bundle) == "realness"
     assert choose_screen(SynthesisConfig(), without) == "confidence"
     assert choose_screen(SynthesisConfig(screen="none"), bundle) == "none"
-    with pytest.raises(
-        ValueError, match=r"has no discriminator; set synthesis.screen to auto, confidence, excess or none"
-    ):
-        choose_screen(SynthesisConfig(screen="discriminator"), without)
+    for screen in ("discriminator", "realness"):
+        with pytest.raises(
+            ValueError, match=r"has no discriminator; set synthesis.screen to auto, confidence, excess or none"
+        ):
+            choose_screen(SynthesisConfig.model_validate({"screen": screen}), without)
 
 
 def test_the_screen_and_the_teacher_decide_what_is_accepted() -> None:

@@ -26,7 +26,7 @@ from translora.config import (
     load_config,
 )
 from translora.distill.job import FAILURE, TrainJob
-from translora.distill.phase import distill_phase, train_jobs, warm_start
+from translora.distill.phase import discriminator_inputs, distill_phase, train_jobs, warm_start
 from translora.distill.teacher import ask_teachers
 from translora.engine.loading import load_tokenizer
 from translora.gate.phase import fail, gate_phase, judges
@@ -678,23 +678,23 @@ def test_what_becomes_of_an_adapter_whose_samples_teach_nothing(
 
 
 @pytest.mark.parametrize("asked", ["auto", "discriminator"])
-def test_what_a_discriminator_starves_is_screened_by_confidence_unless_it_was_asked_for(
+def test_a_discriminator_that_nearly_all_displeases_starves_an_adapter_only_where_its_verdict_was_asked_for(
     tmp_path: Path, run: Run, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
+    """`auto` takes the inputs that it finds likest to real ones, of each answer, however little it likes them."""
+
     def run_rows(label: str, rows: list[dict[str, Any]], *rest: object, **more: object) -> list[dict[str, Any]]:
         if "generate" in label:
             return [row | {"text": f"input {row['sample_id']}", "finished": True} for row in rows]
-        refused = {"score": -1.0, "answer": None, "finished": True}
-        return [
-            row | (refused if row["screen"] == "discriminator" and row["sample_id"] % 8 else kept(row["sample_id"]))
-            for row in rows
-        ]
+        return [row | outcome(row["screen"], row["sample_id"]) for row in rows]
 
-    def kept(number: int) -> dict[str, Any]:
-        return {"score": 0.9, "answer": ("yes", "no")[number % 2], "finished": True}
+    def outcome(screen: str, number: int) -> dict[str, Any]:
+        score = 1.0 if number % 8 == 0 else -float(number)
+        answer = None if screen == "discriminator" and score < 0 else ("yes", "no")[number % 2]
+        return {"score": score, "answer": answer, "finished": True}
 
     monkeypatch.setattr("translora.synthesis.rounds.run_rows", run_rows)
-    settings = {"max_generated_factor": 2, "seed_similarity": 1, "duplicate_similarity": 1, "surplus": 1}
+    settings = {"max_generated_factor": 2, "seed_similarity": 1, "duplicate_similarity": 1, "surplus": 2}
     synthesis = SynthesisConfig.model_validate({"screen": asked} | settings)
     run = dataclasses.replace(
         run,
@@ -710,14 +710,17 @@ def test_what_a_discriminator_starves_is_screened_by_confidence_unless_it_was_as
     if asked == "discriminator":
         assert state.status == "quarantined" and "5 of 20 samples when synthesis.max_generated_factor" in state.reason
         return
-    assert member.waits_for("distill") and state.synthesis.screen == "confidence"
-    assert len(member.samples("train")) == 16 and not state.synthesis.leaves_discriminator
-    assert remarks(state) == ["its discriminator let only 5 of 40 inputs pass: screened by confidence"]
+    assert member.waits_for("distill") and state.synthesis.screen == "realness" and state.synthesis.leaves_discriminator
+    assert state.synthesis.accepted == 40 and state.synthesis.dropped == {"outranked": 20}
+    kept = [row for split in ("train", "heldout") for row in member.samples(split)]
+    assert sorted(row["sample_id"] for row in kept if row["answer"] == "no") == list(range(1, 20, 2))
+    assert {row["sample_id"] for row in kept if row["score"] > 0} == {0, 8, 16, 24, 32}
+    _, others = discriminator_inputs(run, member)
+    assert others is None, "too few to measure one on"
     run.send_back(member)
-    monkeypatch.setattr("translora.synthesis.phase.choose_screen", lambda *_: pytest.fail("it has a screen already"))
     synthesis_phase(run, [member])
-    assert state.attempt == 2 and state.synthesis.screen == "confidence"
-    assert len(member.samples("train")) > 16, "the second attempt has the first one's samples, and others"
+    assert state.attempt == 2 and state.synthesis.generated == 80 and len(member.samples("train")) == 32
+    assert {row["sample_id"] for row in member.samples("refused")}, "the first attempt's were chosen from again"
 
 
 def test_virtual_tokens_count_of_adapters_that_have_some(tmp_path: Path, run: Run, bundle: Bundle) -> None:
@@ -1023,12 +1026,12 @@ def refusing_member(tmp_path: Path, bundle: Bundle, screen: str, refused: int) -
 
 @pytest.mark.parametrize(
     ("screen", "refused", "left"),
-    [("discriminator", 80, True), ("excess", 80, True), ("confidence", 0, False)],
+    [("discriminator", 80, True), ("realness", 80, True), ("excess", 80, True), ("confidence", 0, False)],
 )
-def test_a_discriminator_is_trained_where_inputs_were_refused(
+def test_a_discriminator_is_trained_where_a_score_speaks_against_inputs(
     tmp_path: Path, run: Run, bundle: Bundle, screen: str, refused: int, left: bool
 ) -> None:
-    """Confidence ranks inputs and refuses none: there would be nothing to learn the difference from."""
+    """Confidence speaks against none: there would be nothing to learn the difference from."""
     member = refusing_member(tmp_path, bundle, screen, refused)
     jobs = train_jobs(run, member, None)
     assert [job.name for job in jobs] == ["a/student", "a/discriminator"][: 1 + left]

@@ -9,7 +9,7 @@ from pydantic import Field
 from translora.config.base import BaseModelConfig
 from translora.config_file import Strict
 
-Screen = Literal["auto", "discriminator", "confidence", "excess", "none"]
+Screen = Literal["auto", "discriminator", "realness", "confidence", "excess", "none"]
 
 
 class SamplingConfig(Strict):
@@ -36,14 +36,14 @@ class SynthesisConfig(Strict):
     """Longest answer of the teacher, in tokens of the source base; longer answers are dropped. Students have room
     for as much text."""
     screen: Screen = "auto"
-    """Which inputs are kept: those that the owner's `discriminator` takes for real (the paper), those whose answer the
-    adapter is surest of (`confidence`), or makes most likelier than its base does (`excess`), for bundles without a
-    discriminator, or all (`none`); `auto` is the discriminator where the bundle has one that tells real inputs from
-    invented ones and lets enough of them pass, and confidence elsewhere."""
+    """Which inputs are kept: those that the owner's `discriminator` takes for real (the paper), those that it finds
+    likest to real ones (`realness`), those whose answer the adapter is surest of (`confidence`) or makes most likelier
+    than its base does (`excess`), for bundles without a discriminator, or all (`none`); `auto` is realness where the
+    bundle has a discriminator that tells real inputs from invented ones, and confidence elsewhere."""
     surplus: float = Field(default=1.5, ge=1)
-    """Confidence and excess: collect this many times what is needed (|D_syn| and the samples that are held out for the
-    gate) or more, and keep of each answer those with the greatest score.
-    What a round brings beyond it is chosen from, too."""
+    """Realness, confidence and excess: collect this many times what is needed (|D_syn| and the samples that are held
+    out for the gate) or more, and keep of each answer those with the greatest score. What a round brings beyond it is
+    chosen from, too."""
     seed_similarity: float = Field(default=0.9, gt=0, le=1)
     """An input as similar as this to a seed (edit similarity, 1 is equal) is dropped: it would leak the seed. So is one
     that holds a seed of five words or more. Where all inputs of a task have one form it takes more than that form."""

@@ -23,7 +23,7 @@ from translora.lora.targets import resolve_targets
 from translora.lora.warm_start import not_copied
 from translora.run.files import derive_seed
 from translora.run.member import Member, Run
-from translora.run.state import DISCRIMINATOR, STUDENT, was_refused
+from translora.run.state import DISCRIMINATOR, STUDENT, is_against
 from translora.synthesis.discriminator import Inputs, discriminator_rows, hold_out
 
 logger = logging.getLogger(__name__)
@@ -31,11 +31,11 @@ SAVE_EVERY_SECONDS = 2.0
 
 
 def discriminator_inputs(run: Run, member: Member) -> tuple[Inputs, Inputs | None]:
-    """What the next hop's discriminator is trained on, and what it is measured on: accepted and refused inputs."""
+    """What the next hop's discriminator is trained on, and what it is measured on: what was kept, and what was not."""
     accepted = [row["input"] for split in ("train", "heldout") for row in member.samples(split)]
     # What only found no room among the best of a surplus is an input of the task.
-    refused = [row["input"] for row in member.samples("refused") if was_refused(row)]
-    return hold_out(Inputs(accepted, refused), derive_seed(run.config.seed, member.name, DISCRIMINATOR))
+    others = [row["input"] for row in member.samples("refused") if is_against(row["score"])]
+    return hold_out(Inputs(accepted, others), derive_seed(run.config.seed, member.name, DISCRIMINATOR))
 
 
 def train_jobs(run: Run, member: Member, teacher: Sequence[Teacher] | None) -> list[TrainJob]:

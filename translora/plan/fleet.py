@@ -17,7 +17,7 @@ from translora.plan.inference import gate_calls, generate_calls, label_calls
 from translora.plan.shape import Shape, Shapes
 from translora.plan.training import TrainingPlan, is_offloaded, plan_training
 from translora.plan.work import Work, training_sizes
-from translora.run.state import REFUSING
+from translora.run.state import JUDGED, LEAVING
 
 
 @dataclass
@@ -101,8 +101,8 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
     adapted, lora = target.adapted(config.distill.lora.target_modules), config.distill.lora
     student = {name: (lora.total_rank, num_out + num_in) for name, (num_out, num_in) in adapted.items()}
     teachers = [one.sizes or student for one in work.adapters]
-    judges = [one.judge_sizes or student for one in work.adapters if one.screen == "discriminator"]
-    trained = num_adapters + sum(one.screen in REFUSING for one in work.adapters)
+    judges = [one.judge_sizes or student for one in work.adapters if one.screen in JUDGED]
+    trained = num_adapters + sum(one.screen in LEAVING for one in work.adapters)
     batch = config.synthesis.batch_size
     on_source, students = [*teachers, *judges], [student] * num_adapters
     stages = [
@@ -134,7 +134,7 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
         "distill": {"num_workers": hardware.num_gpus, "tokens_per_pass": training.tokens_wanted},
     }
     rows = sum(
-        one.num_wanted(config) / work.acceptance * (one.input_tokens + one.answer_tokens) for one in work.adapters
+        one.num_wanted(config) / work.accepted(one) * (one.input_tokens + one.answer_tokens) for one in work.adapters
     )
     disk = {
         "students and discriminators": trained * 4.0 * num_weights(student),

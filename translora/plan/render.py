@@ -47,7 +47,7 @@ def render(plan: FleetPlan) -> RenderableType:
     table = Table(
         title=f"{len(plan.work.adapters)} adapters on {hardware.num_gpus} x {hardware.gpu.name}",
         title_justify="left",
-        caption=f"{plan.work.origin}; {plan.work.acceptance:.0%} of the inputs accepted",
+        caption=f"{plan.work.origin}; {plan.work.mean_acceptance:.0%} of the inputs accepted",
         caption_justify="left",
     )
     for column in ("phase", "base", "GPUs", "batch, gang", "GB a GPU", "gathered a pass", "hours", "bound by"):

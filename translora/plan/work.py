@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from translora.bundle import Bundle, BundleError, read_bundle
 from translora.bundle.adapter import highest_rank
@@ -19,8 +20,9 @@ from translora.distill.plan import JobSize
 from translora.engine.memory import Sizes, adapter_sizes, union
 from translora.engine.vllm_settings import check_plain, check_rank
 from translora.errors import InputError
+from translora.plan.hardware import ACCEPTANCE, ACCEPTANCE_JUDGED
 from translora.run.entries import expand_entries
-from translora.run.state import REFUSING, ScreenName
+from translora.run.state import LEAVING, RANKING, ScreenName
 from translora.synthesis.pool import choose_screen
 
 logger = logging.getLogger(__name__)
@@ -29,8 +31,8 @@ CHARACTERS_PER_TOKEN = 4
 QUESTION_TOKENS = 30
 """What the discriminator's question and a chat template put around an input."""
 SEEDS_SHOWN = 5
-SCORING_PASSES = {"confidence": 1, "excess": 2}
-"""Over prompt and answer, of the screens that score what the teacher answered."""
+SCORING_PASSES = {"realness": 1, "confidence": 1, "excess": 2}
+"""Over prompt and answer, of the screens that score all inputs; realness is of the prompt alone, and takes less."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,11 @@ class AdapterWork:
     """Of the source adapter; taken to be as large as the new one where it is not known."""
     judge_sizes: Sizes | None = None
     """Of its discriminator, in the same way."""
-    screen: ScreenName = "discriminator"
+    screen: ScreenName = "realness"
 
     def num_wanted(self, config: FleetConfig) -> float:
         """Samples to collect: |D_syn|, the gate's held-out prompts, and what a screen chooses from."""
-        surplus = config.synthesis.surplus if self.screen in SCORING_PASSES else 1.0
+        surplus = config.synthesis.surplus if self.screen in RANKING else 1.0
         return surplus * (self.num_samples + config.gate.sizes(self.num_samples)[1])
 
 
@@ -62,22 +64,32 @@ class Work:
     """A fleet."""
 
     adapters: Sequence[AdapterWork]
-    acceptance: float
-    """Share of the generated inputs that becomes samples."""
+    acceptance: float | None
+    """Share of the generated inputs that becomes samples; None is the usual one of each screen."""
     origin: str
     """Where the numbers come from."""
 
+    def accepted(self, one: AdapterWork) -> float:
+        """Share of an adapter's generated inputs that becomes samples."""
+        usual = ACCEPTANCE_JUDGED if one.screen == "discriminator" else ACCEPTANCE
+        return usual if self.acceptance is None else self.acceptance
 
-def given_work(config: FleetConfig, num_adapters: int, num_samples: int, acceptance: float) -> Work:
+    @property
+    def mean_acceptance(self) -> float:
+        """Over the adapters."""
+        return fmean(map(self.accepted, self.adapters))
+
+
+def given_work(config: FleetConfig, num_adapters: int, num_samples: int, acceptance: float | None) -> Work:
     """So many adapters of one size; their inputs and answers are as long as the settings let them be."""
     synthesis = config.synthesis
-    screen: ScreenName = "discriminator" if synthesis.screen == "auto" else synthesis.screen
+    screen: ScreenName = "realness" if synthesis.screen == "auto" else synthesis.screen
     one = AdapterWork(num_samples, synthesis.sampling.max_new_tokens, synthesis.max_answer_tokens, screen=screen)
     lengths = f"screened by {screen}, inputs and answers as long as the settings allow"
     return Work([one] * num_adapters, acceptance, f"as given, {lengths}")
 
 
-def bundled_work(config: FleetConfig, acceptance: float) -> Work:
+def bundled_work(config: FleetConfig, acceptance: float | None) -> Work:
     """The fleet file's bundles, which must be at hand; of their weights only the headers are read.
 
     Raises:
@@ -170,7 +182,7 @@ def training_sizes(config: FleetConfig, work: Work) -> list[JobSize]:
         train, judge = config.distill, config.discriminator
         tokens = min(train.max_length, one.input_tokens + QUESTION_TOKENS + one.answer_tokens)
         sizes.append(JobSize(num_steps(one.num_samples, one.epochs or train.epochs, train.batch_size), tokens, tokens))
-        if one.screen not in REFUSING:
+        if one.screen not in LEAVING:
             continue
         count = min(judge.max_samples, 2 * (one.num_samples + config.gate.sizes(one.num_samples)[1]))
         tokens = min(train.max_length, one.input_tokens + 2 * QUESTION_TOKENS)

@@ -29,7 +29,7 @@ from translora.report.table import (
 )
 from translora.report.templates import environment
 from translora.run.files import read_object, write_bytes
-from translora.run.state import AdapterState, load_states, was_refused
+from translora.run.state import JUDGED, AdapterState, load_states, was_refused
 
 REPORT_FILE = "report.html"
 NUM_KEPT, NUM_REFUSED = 4, 2
@@ -97,7 +97,7 @@ def describe(run_dir: Path, state: AdapterState) -> dict[str, Any]:
     stats, gate, accuracy = state.synthesis, state.gate, state.accuracy
     rows = read_samples(run_dir / "adapters" / state.name / "synthetic.parquet")
     kept = [row for row in rows if row["split"] != "refused"]
-    left_out = [row | {"split": why_left_out(row)} for row in rows if row["split"] == "refused"]
+    left_out = [row | {"split": why_left_out(row, stats.screen)} for row in rows if row["split"] == "refused"]
     flow = [("kept", stats.accepted - stats.dropped.get("outranked", 0), "good")] if stats.generated else []
     flow += [(reason.replace("_", " "), count, "bad") for reason, count in sorted(stats.dropped.items(), key=_falling)]
     return {
@@ -119,7 +119,7 @@ def describe(run_dir: Path, state: AdapterState) -> dict[str, Any]:
         "accuracy": [(field.replace("_", " "), getattr(accuracy, field)) for field in ACCURACY_FIELDS if accuracy],
         "curve": loss_curve(state.losses),
         "scores": histogram([row["score"] for row in kept], [row["score"] for row in left_out]),
-        "score_name": "log-odds" if stats.screen in ("", "discriminator") else stats.screen,
+        "score_name": "log-odds" if stats.screen in JUDGED else stats.screen,
         "samples": examples(kept, left_out),
         "seconds": {phase: f"{seconds:.0f} s" for phase, seconds in state.seconds.items()},
     }
@@ -142,9 +142,9 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: int(row["sample_id"]))
 
 
-def why_left_out(row: Mapping[str, Any]) -> str:
+def why_left_out(row: Mapping[str, Any], screen: str) -> str:
     """A row that the screen accepted is not refused: others of its answer were better, or enough."""
-    return "refused" if was_refused(row) else "outranked"
+    return "refused" if was_refused(row["score"], screen) else "outranked"
 
 
 def examples(kept: Sequence[dict[str, Any]], left_out: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ One JSON file per adapter, `RUN/adapters/NAME/state.json`, replaced atomically b
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +17,13 @@ from translora.run.files import read_object, write_json
 from translora.run.redact import printable, redact
 
 Phase = Literal["verify", "synthesis", "distill", "gate", "done"]
-ScreenName = Literal["discriminator", "confidence", "excess", "none"]
-REFUSING: frozenset[str] = frozenset({"discriminator", "excess", ""})
-"""Screens that refuse inputs; confidence only ranks them. Of old runs, which do not say, it was the discriminator."""
+ScreenName = Literal["discriminator", "realness", "confidence", "excess", "none"]
+JUDGED: frozenset[str] = frozenset({"discriminator", "realness", ""})
+"""Screens that ask the bundle's discriminator. Of old runs, which do not say, it was that."""
+RANKING: frozenset[str] = frozenset({"realness", "confidence", "excess"})
+"""Screens that choose the best of a surplus."""
+LEAVING: frozenset[str] = JUDGED | {"excess"}
+"""Screens whose score says which inputs are none of the task: the next hop's discriminator learns from these."""
 SYNTHETIC, STUDENT, DISCRIMINATOR, BUNDLES = "synthetic.parquet", "student", "discriminator", "bundles"
 """An adapter's files and directories below RUN/adapters/NAME, and where what passed the gate lies in the run."""
 FLEET = "fleet.json"
@@ -63,11 +67,12 @@ class SynthesisStats(BaseModel):
 
     @property
     def leaves_discriminator(self) -> bool:
-        """Whether one is trained for the next hop, from what a screen refused; shuffled words make up for little of it.
+        """Whether one is trained for the next hop, from what a screen's score speaks against.
 
-        One that could not be measured for want of refused inputs is not what `screen: auto` takes.
+        Where that is little, shuffled words make up for it; one that could not be measured for want of it is not what
+        `screen: auto` takes.
         """
-        return self.screen in REFUSING
+        return self.screen in LEAVING
 
     @property
     def only_answer(self) -> str | None:
@@ -119,9 +124,17 @@ class Accuracy(BaseModel):
     migrated: float
 
 
-def was_refused(row: Mapping[str, Any]) -> bool:
-    """Whether a screen refused a sample. The `refused` of a synthetic set also are what a surplus left over."""
-    return row["score"] is not None and not row["score"] > 0  # a score that is not a number lets nothing pass
+def is_against(score: float | None) -> bool:
+    """Whether a screen's score speaks against a sample; one that is not a number does."""
+    return score is not None and not score > 0
+
+
+def was_refused(score: float | None, screen: str) -> bool:
+    """Whether a screen refused a sample. The `refused` of a synthetic set also are what a surplus left over.
+
+    Realness only ranks, and refuses what cannot be ranked.
+    """
+    return is_against(score) and (screen != "realness" or score != score)
 
 
 class AdapterState(BaseModel):

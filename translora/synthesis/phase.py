@@ -5,20 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Mapping, Sequence
-from typing import cast
+from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from translora.config import GateConfig, SynthesisConfig
+from translora.config import GateConfig
 from translora.run.files import derive_seed, write_parquet
 from translora.run.member import Member, Run
-from translora.run.state import SYNTHETIC, ScreenName
+from translora.run.state import JUDGED, RANKING, SYNTHETIC
 from translora.synthesis.pool import Pool, choose_screen
 from translora.synthesis.quality import answer_classes, by_answer, deal
 from translora.synthesis.rounds import synthesise
-from translora.synthesis.screens import ANSWER_SCORES
 
 logger = logging.getLogger(__name__)
 
@@ -26,88 +24,10 @@ logger = logging.getLogger(__name__)
 def synthesis_phase(run: Run, members: list[Member]) -> None:
     """Fill every adapter's synthetic set and write it, split into train, heldout and refused."""
     config = run.config
-    pools = {member.name: make_pool(run, member) for member in members}
-    fill(run, members, pools)
-    starved = [member for member in members if is_starved(run, member, pools[member.name])]
-    warnings = {}
-    for member in starved:
-        found = pools[member.name].stats
-        warnings[member.name] = (
-            f"its discriminator let only {found.accepted} of {found.generated} inputs pass: screened by confidence"
-        )
-        pools[member.name] = make_pool(run, member, "confidence")
-    fill(run, starved, pools)
-    for member in members:
-        if not member.waits_for("synthesis"):
-            continue
-        pool = pools[member.name]
-        pool.stats.warning = "; ".join(filter(None, [warnings.get(member.name), pool.stats.warning]))
-        member.state.synthesis = pool.stats
-        if pool.fault:
-            run.quarantine(member.state, pool.fault)
-            continue
-        if has_too_few(pool, config.synthesis):
-            run.quarantine(member.state, f"too few synthetic samples: {pool.stats.shortfall}")
-            continue
-        write_synthetic(member, pool, config.seed, config.gate)
-        if pool.stats.shortfall:
-            logger.warning("%s: goes on with fewer samples: %s", member.name, pool.stats.shortfall)
-        if pool.stats.warning:
-            logger.warning("%s: %s", member.name, pool.stats.warning)
-        run.advance(member, "distill", member.directory / SYNTHETIC)
-
-
-def make_pool(run: Run, member: Member, screen: ScreenName | None = None) -> Pool:
-    """An adapter's pool, screened by what it asks for unless `screen` says otherwise.
-
-    Another attempt goes on with the set of the one before, and with its screen.
-    """
-    synthesis, state = run.config.synthesis, member.state
-    earlier = (state.earlier or state.synthesis) if state.attempt > 1 else None
-    if earlier is not None and earlier.screen:
-        screen = cast(ScreenName, earlier.screen)
-    if screen is None:
-        screen = choose_screen(synthesis, member.bundle, member.entry.screen)
-        found = member.bundle.manifest.discriminator_quality
-        if asks_for_auto(run, member) and screen != "discriminator" and found is not None:
-            logger.warning(
-                "%s: its discriminator was not shown to tell real inputs from invented ones (%s): screened by %s",
-                member.name,
-                found,
-                screen,
-            )
-    needed = sum(run.config.gate.sizes(state.num_samples, state.attempt))
-    budget = math.ceil(synthesis.max_generated_factor * needed)
-    surplus = synthesis.surplus if screen in ANSWER_SCORES else 1.0
-    pool = Pool(member.name, member.bundle, needed, budget, screen, surplus, member.entry.stop)
-    if earlier is not None:
-        pool.carry_on(earlier, pq.read_table(member.earlier_set).to_pylist())
-    return pool
-
-
-def asks_for_auto(run: Run, member: Member) -> bool:
-    """Whether the screen of an adapter is translora's choice."""
-    return (member.entry.screen or run.config.synthesis.screen) == "auto"
-
-
-def is_starved(run: Run, member: Member, pool: Pool) -> bool:
-    """Whether a discriminator that nobody insists on leaves an adapter without the samples that it needs."""
-    by_discriminator = pool.screen == "discriminator" and asks_for_auto(run, member) and not pool.fault
-    return by_discriminator and member.state.attempt == 1 and has_too_few(pool, run.config.synthesis)
-
-
-def has_too_few(pool: Pool, config: SynthesisConfig) -> bool:
-    """Whether what was accepted is too little to go on with."""
-    return len(pool.accepted) < max(2, config.min_accepted_fraction * pool.needed)
-
-
-def fill(run: Run, members: Sequence[Member], pools: Mapping[str, Pool]) -> None:
-    """Generate, screen and label for the pools of some members; their states follow each round."""
-    config = run.config
+    pools = [make_pool(run, member) for member in members]
 
     def after_round() -> None:
-        for member in members:
-            pool = pools[member.name]
+        for member, pool in zip(members, pools, strict=True):
             if not member.waits_for("synthesis"):
                 continue
             member.state.synthesis = pool.stats.model_copy(deep=True)
@@ -119,7 +39,7 @@ def fill(run: Run, members: Sequence[Member], pools: Mapping[str, Pool]) -> None
             )
 
     synthesise(
-        [pools[member.name] for member in members],
+        pools,
         generator=config.generator,
         source=config.source,
         identities=(run.generator.identity, run.source.identity),
@@ -129,6 +49,43 @@ def fill(run: Run, members: Sequence[Member], pools: Mapping[str, Pool]) -> None
         run_dir=config.run_dir,
         on_round=after_round,
     )
+    for member, pool in zip(members, pools, strict=True):
+        if not member.waits_for("synthesis"):
+            continue
+        member.state.synthesis = pool.stats
+        if pool.fault:
+            run.quarantine(member.state, pool.fault)
+            continue
+        if len(pool.accepted) < max(2, config.synthesis.min_accepted_fraction * pool.needed):
+            run.quarantine(member.state, f"too few synthetic samples: {pool.stats.shortfall}")
+            continue
+        write_synthetic(member, pool, config.seed, config.gate)
+        if pool.stats.shortfall:
+            logger.warning("%s: goes on with fewer samples: %s", member.name, pool.stats.shortfall)
+        if pool.stats.warning:
+            logger.warning("%s: %s", member.name, pool.stats.warning)
+        run.advance(member, "distill", member.directory / SYNTHETIC)
+
+
+def make_pool(run: Run, member: Member) -> Pool:
+    """An adapter's pool, which in another attempt goes on with the set of the one before."""
+    synthesis, state = run.config.synthesis, member.state
+    needed = sum(run.config.gate.sizes(state.num_samples, state.attempt))
+    budget = math.ceil(synthesis.max_generated_factor * needed)
+    screen = choose_screen(synthesis, member.bundle, member.entry.screen)
+    found = member.bundle.manifest.discriminator_quality
+    if (member.entry.screen or synthesis.screen) == "auto" and screen not in JUDGED and found is not None:
+        logger.warning(
+            "%s: its discriminator was not shown to tell real inputs from invented ones (%s): screened by %s",
+            member.name,
+            found,
+            screen,
+        )
+    surplus = synthesis.surplus if screen in RANKING else 1.0
+    pool = Pool(member.name, member.bundle, needed, budget, screen, surplus, member.entry.stop)
+    if state.attempt > 1:
+        pool.carry_on(state.earlier or state.synthesis, pq.read_table(member.earlier_set).to_pylist())
+    return pool
 
 
 def draw_heldout(answers: Sequence[str], count: int, seed: int) -> set[int]:

@@ -14,7 +14,7 @@ from translora.bundle.bundle import Bundle
 from translora.config import Screen, SynthesisConfig
 from translora.errors import InputError
 from translora.run.files import digest, write_bytes
-from translora.run.state import ScreenName, SynthesisStats, was_refused
+from translora.run.state import JUDGED, ScreenName, SynthesisStats, was_refused
 from translora.synthesis.prompts import normalise
 from translora.synthesis.quality import KnownInputs, answer_classes, by_answer, deal, deal_evenly, distinct_ngrams
 
@@ -29,7 +29,7 @@ REMEDIES = {
     "seed_copy": "ship more and more different seeds, or raise synthesis.seed_similarity",
     "duplicate": "ship more and more different seeds, or raise synthesis.sampling.temperature",
     "near_duplicate": "ship more and more different seeds, or raise synthesis.duplicate_similarity",
-    "refused": "raise synthesis.max_generated_factor and max_rounds, or screen by confidence",
+    "refused": "raise synthesis.max_generated_factor and max_rounds, or screen by realness or confidence",
     "empty_answer": "the adapter answers nothing to these inputs: compare its prompt_template with how it was trained",
 }
 """Where most of what was generated was dropped for one reason."""
@@ -75,7 +75,8 @@ class Pool:
         self.stats = self.stats.model_copy(update=counts)
         for row in rows:
             sample = {key: row[key] for key in ("sample_id", "input", "answer", "score")}
-            kept = row["split"] != "refused" or not was_refused(row)
+            is_refused = row["answer"] is None or was_refused(row["score"], self.screen)
+            kept = row["split"] != "refused" or not is_refused
             (self.accepted if kept else self.refused).append(sample)
             self.seen.add(normalise(row["input"]))
         self.stats.accepted = len(self.accepted)
@@ -105,19 +106,19 @@ class Pool:
 def choose_screen(config: SynthesisConfig, bundle: Bundle, own: Screen | None = None) -> ScreenName:
     """The screen of one adapter; `own` is its entry's.
 
-    `auto` passes over a discriminator that was measured and cannot tell real inputs from invented ones: what it lets
-    pass is chosen by something else, the answer for instance. It passes over an unmeasured one of an earlier migration,
+    `auto` passes over a discriminator that was measured and cannot tell real inputs from invented ones: what it finds
+    real is chosen by something else, the answer for instance. It passes over an unmeasured one of an earlier migration,
     too, in which too few inputs were refused to train it on.
 
     Raises:
-        InputError: the discriminator is asked for, and the bundle has none.
+        InputError: the screen asks the discriminator, and the bundle has none.
     """
     screen = own or config.screen
     if screen == "auto":
         found, migrated = bundle.manifest.discriminator_quality, "migrated_from" in bundle.manifest.provenance
         trusted = not migrated if found is None else found.tells_apart
-        return "discriminator" if bundle.discriminator_dir and trusted else "confidence"
-    if screen == "discriminator" and not bundle.discriminator_dir:
+        return "realness" if bundle.discriminator_dir and trusted else "confidence"
+    if screen in JUDGED and not bundle.discriminator_dir:
         setting = "its screen" if own else "synthesis.screen"
         raise InputError(f"{bundle.path}: has no discriminator; set {setting} to auto, confidence, excess or none")
     return screen
@@ -128,7 +129,7 @@ def admit(labelled: Sequence[Row], pools: Mapping[str, Pool]) -> None:
     for row in sorted(labelled, key=lambda row: (row["adapter"], row["sample_id"])):
         pool = pools[row["adapter"]]
         sample = {key: row[key] for key in ("sample_id", "input", "answer", "score")}
-        if was_refused(row):
+        if was_refused(row["score"], pool.screen):
             pool.drop("refused")
             pool.refused.append(sample)
         elif not row["answer"]:

@@ -9,7 +9,7 @@ from translora.actors.blocks import answer_block, answer_likelihood, encoded, wi
 from translora.actors.calls import Row
 from translora.engine.prompts import prompt_format
 from translora.engine.protocol import Engine
-from translora.run.state import was_refused
+from translora.run.state import JUDGED, was_refused
 from translora.synthesis.prompts import discriminator_question
 
 
@@ -54,17 +54,17 @@ ANSWER_SCORES = {"confidence": confidence_scores, "excess": excess_scores}
 
 
 def screen_and_label_block(engine: Engine, rows: list[Row], settings: dict[str, Any]) -> list[Row]:
-    """Score every row by its own screen and let the teacher answer; what a discriminator refuses is not answered.
+    """Score every row by its own screen and let the teacher answer; what is refused is not answered.
 
     Rows: screen, and what `discriminator_scores` and `answer_block` need, slot being
     the teacher. Adds `score`, `answer`, `finished`; a refused row has answer None.
     """
     found = [{**row, "score": None, "answer": None, "finished": False} for row in rows]
-    judged = [row for row in found if row["screen"] == "discriminator"]
+    judged = [row for row in found if row["screen"] in JUDGED]
     if judged:
         for row, score in zip(judged, discriminator_scores(engine, judged), strict=True):
             row["score"] = score
-    kept = [row for row in found if not was_refused(row)]
+    kept = [row for row in found if not was_refused(row["score"], row["screen"])]
     if kept:
         for row, answered in zip(kept, answer_block(engine, kept, settings), strict=True):
             row |= {"answer": answered["answer"], "finished": answered["finished"]}
