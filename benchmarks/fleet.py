@@ -41,7 +41,7 @@ def make_fleet(directory: Path, num_adapters: int, num_samples: int, num_heldout
         entries.append({"bundle": str(copy), "num_samples": num_samples})
     config = yaml.safe_load((ROOT / "examples" / "fleet.yaml").read_text())
     config |= {"run_dir": str(directory / "run"), "adapters": entries}
-    config["distill"]["loss"] = "sft"  # what the plain script does
+    config["distill"]["loss"], config["synthesis"]["screen"] = "sft", "discriminator"  # what the plain script does
     config["gate"] = {**OPEN_GATE, "min_holdout": num_heldout, "holdout_fraction": 0.01}
     path = directory / "fleet.yaml"
     path.write_text(yaml.safe_dump(config))

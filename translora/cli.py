@@ -26,7 +26,7 @@ from translora.config.merge import METHODS, merge_config
 from translora.config.prepare import NUM_SAMPLES
 from translora.errors import InputError
 from translora.evaluate.config import EvaluateConfig
-from translora.plan.hardware import ACCEPTANCE, ACCEPTANCE_JUDGED, GPUS, Hardware
+from translora.plan.hardware import ACCEPTANCE, ACCEPTANCE_REFUSING, GPUS, Hardware
 from translora.run.cluster import BROKEN
 from translora.run.faults import RunFailedError, cluster_faults
 from translora.run.files import full_disk
@@ -113,8 +113,10 @@ def add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--network", type=positive, default=3200, metavar="GBIT", help="Gbit/s of a node (default: 3200)")
     plan.add_argument("--adapters", type=positive, metavar="N", help="plan for so many; the bundles are not looked at")
     plan.add_argument("--samples", type=positive, metavar="N", help=f"|D| of each of them (default: {NUM_SAMPLES})")
-    usual = f"{ACCEPTANCE}, and {ACCEPTANCE_JUDGED} with `screen: discriminator`"
-    plan.add_argument("--acceptance", type=share, help=f"share of generated inputs that is kept (default: {usual})")
+    usual = f"{ACCEPTANCE}, and {ACCEPTANCE_REFUSING} with `screen: discriminator`"
+    plan.add_argument(
+        "--acceptance", type=share, help=f"share of generated inputs neither dropped nor refused (default: {usual})"
+    )
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(work=run_plan)
 

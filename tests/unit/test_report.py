@@ -185,8 +185,12 @@ def test_a_state_of_an_older_run_has_no_empty_parts(tmp_path: Path) -> None:
         assert absent not in page.partition("<body>")[2].replace('<figure class="loss">', ""), absent
 
 
-def test_the_page_says_what_chance_would_do_and_why_an_example_was_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("screen", "fate"), [("discriminator", "refused"), ("realness", "outranked")])
+def test_the_page_says_what_chance_would_do_and_why_an_example_was_left_out(
+    tmp_path: Path, screen: str, fate: str
+) -> None:
     one = migrated()
+    one.synthesis.screen = screen
     assert one.gate is not None
     measured = {"p_value": 0.0123, "commonest": 0.5, "chance": "likelihood"}
     run_dir = make_run(tmp_path / "run", [one.model_copy(update={"gate": one.gate.model_copy(update=measured)})])
@@ -198,6 +202,7 @@ def test_the_page_says_what_chance_would_do_and_why_an_example_was_left_out(tmp_
         "One answer to every input would have 50%; the teacher&#39;s answers, dealt out by chance, are as likely to it "
         "with p = 0.012." in page
     )
+    assert "<h2>Screen scores (log-odds)</h2>" in page
     rows = [row.split("</tr>")[0] for row in page.split("<tr>")]
-    for text, why in (("dogs", "train"), ("cats", "outranked"), ("mice", "refused")):
+    for text, why in (("dogs", "train"), ("cats", "outranked"), ("mice", fate)):
         assert any(why in row and text in row for row in rows), text

@@ -15,7 +15,7 @@ from translora.actors.rows import Row, block_order, cut_blocks, read_block
 from translora.bundle.bundle import Bundle
 from translora.bundle.manifest import Manifest
 from translora.config import BaseModelConfig, ResourceConfig, SynthesisConfig
-from translora.run.state import ScreenName, SynthesisStats
+from translora.run.state import ScreenName
 from translora.synthesis import rounds
 from translora.synthesis.phase import draw_heldout
 from translora.synthesis.pool import Pool, admit, choose_screen, close
@@ -179,6 +179,19 @@ def test_of_a_surplus_those_with_the_greatest_excess_are_kept() -> None:
     assert one.stats.dropped == {"refused": 1, "outranked": 2} and one.stats.shortfall == ""
 
 
+@pytest.mark.parametrize(("screen", "kept"), [("realness", [1, 3]), ("none", [0, 1])])
+def test_a_screen_that_ranks_does_so_without_a_surplus_too(screen: ScreenName, kept: list[int]) -> None:
+    """A round brings more than it was asked for."""
+    one = pool(needed=2)
+    one.screen = screen
+    admit(
+        [labelled("task", 1, score, start=index)[0] for index, score in enumerate((0.1, 2.0, 0.2, 1.0))],
+        {"task": one},
+    )
+    close(one)
+    assert [row["sample_id"] for row in one.accepted] == kept
+
+
 def test_every_answer_is_there_however_little_the_adapter_has_to_say_with_it() -> None:
     """Excess is a mean over an answer's tokens: ranked over all, longer answers would be left out whole."""
     one = pool(needed=10)
@@ -215,16 +228,6 @@ def test_a_score_that_is_not_a_number_lets_nothing_pass() -> None:
     ranked.screen = "realness"
     admit(labelled("task", 2, float("nan")) + labelled("task", 1, -9.0, start=2), {"task": ranked})
     assert len(ranked.accepted) == 1 and ranked.stats.dropped == {"refused": 2}
-
-
-def test_what_an_earlier_version_refused_without_an_answer_stays_refused() -> None:
-    """An attempt that goes on under another screen: there is nothing to learn from such a sample."""
-    one = pool(needed=3)
-    one.screen = "realness"
-    rows = [{**row, "split": "refused"} for row in labelled("task", 2, score=-1.0)]
-    rows[1]["answer"] = None
-    one.carry_on(SynthesisStats(generated=2), rows)
-    assert [len(one.accepted), len(one.refused)] == [1, 1]
 
 
 def test_a_teacher_with_one_answer_is_warned_of_and_one_that_answers_nothing_leaves_the_set_empty() -> None:

@@ -53,7 +53,8 @@ from translora.run.state import (
 )
 from translora.run.tracker import Tracker
 from translora.run.verify import check_copy, refused, verify, verify_fleet
-from translora.synthesis.phase import synthesis_phase
+from translora.synthesis.phase import make_pool, synthesis_phase
+from translora.synthesis.pool import choose_screen
 
 
 def config(run_dir: Path, **changes: object) -> FleetConfig:
@@ -715,12 +716,29 @@ def test_a_discriminator_that_nearly_all_displeases_starves_an_adapter_only_wher
     kept = [row for split in ("train", "heldout") for row in member.samples(split)]
     assert sorted(row["sample_id"] for row in kept if row["answer"] == "no") == list(range(1, 20, 2))
     assert {row["sample_id"] for row in kept if row["score"] > 0} == {0, 8, 16, 24, 32}
-    _, others = discriminator_inputs(run, member)
-    assert others is None, "too few to measure one on"
+    known, unseen = discriminator_inputs(run, member)
+    assert unseen is None, "too few to measure one on"
+    assert sorted(known.real) == sorted(row["input"] for row in kept if row["score"] > 0)
+    assert len(known.invented) == 20
     run.send_back(member)
     synthesis_phase(run, [member])
     assert state.attempt == 2 and state.synthesis.generated == 80 and len(member.samples("train")) == 32
-    assert {row["sample_id"] for row in member.samples("refused")}, "the first attempt's were chosen from again"
+    assert state.synthesis.accepted == 80, "those of the first attempt are chosen from again"
+
+
+def test_another_attempt_has_the_screen_of_the_first(
+    tmp_path: Path, run: Run, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` of another version may have taken another one, whose scores cannot be compared."""
+    stats = SynthesisStats(screen="confidence", generated=20, accepted=20)
+    state = AdapterState(name="a", bundle="x", phase="synthesis", num_samples=16, attempt=2, synthesis=stats)
+    member = Member(bundle, state, tmp_path / "adapters/a", [], AdapterEntry(bundle="x"))
+    member.directory.mkdir(parents=True)
+    row = {"sample_id": 0, "input": "send box", "answer": "yes", "score": 0.5, "split": "train"}
+    pq.write_table(pa.Table.from_pylist([row]), member.earlier_set)
+    assert choose_screen(run.config.synthesis, bundle) == "realness" and make_pool(run, member).screen == "confidence"
+    state.attempt = 1
+    assert make_pool(run, member).screen == "realness"
 
 
 def test_virtual_tokens_count_of_adapters_that_have_some(tmp_path: Path, run: Run, bundle: Bundle) -> None:
@@ -1039,6 +1057,29 @@ def test_a_discriminator_is_trained_where_a_score_speaks_against_inputs(
     assert {job.template for job in jobs} == {"Q: {input}\nA:"}
     if left:
         assert {judge.template for judge in judges(run, [member]).values()} == {"Q: {input}\nA:"}
+
+
+def test_a_discriminator_learns_from_the_inputs_whose_score_and_fate_agree(
+    tmp_path: Path, run: Run, bundle: Bundle
+) -> None:
+    """Realness keeps the likest, which may be unlike real ones all the same, and leaves out what found no room."""
+    member = refusing_member(tmp_path, bundle, "realness", 80)
+    rows = [
+        {"split": split, "input": f"{split} box {index} {score}", "answer": "yes", "score": score}
+        for split in ("train", "heldout", "refused")
+        for score in (1.0, -1.0)
+        for index in range(50)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), member.directory / "synthetic.parquet")
+    known, unseen = discriminator_inputs(run, member)
+    assert unseen is not None
+    real, invented = ({*getattr(known, kind), *getattr(unseen, kind)} for kind in ("real", "invented"))
+    assert real == {row["input"] for row in rows if row["split"] != "refused" and row["score"] > 0}
+    assert invented == {row["input"] for row in rows if row["split"] == "refused" and row["score"] < 0}
+    pq.write_table(
+        pa.Table.from_pylist([row for row in rows if row["score"] < 0]), member.directory / "synthetic.parquet"
+    )
+    assert [job.name for job in train_jobs(run, member, None)] == ["a/student"], "nothing to learn a yes from"
 
 
 def test_a_student_is_not_lost_with_its_discriminator(

@@ -46,13 +46,13 @@ class DiscriminatorQuality(_Record):
     """How well a discriminator tells inputs apart that it was not trained on.
 
     Of an owner's bundle: real inputs from invented ones. Of a migrated one, whose real inputs nobody has: those that
-    the screen accepted from those that it refused.
+    the screen's score spoke for from those that it spoke against.
     """
 
     num_real: int = Field(ge=1, le=10_000)
-    """Real inputs of the task, or accepted ones."""
+    """Real inputs of the task, or those that were spoken for."""
     num_invented: int = Field(ge=1, le=10_000)
-    """Inputs that a base invented from the seeds, or refused ones."""
+    """Inputs that a base invented from the seeds, or those that were spoken against."""
     auc: float = Field(ge=0, le=1)
     """How often a real input has a greater score than an invented one, ties counting half; 0.5 is chance."""
     accepts_real: float = Field(ge=0, le=1)

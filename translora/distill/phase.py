@@ -31,11 +31,14 @@ SAVE_EVERY_SECONDS = 2.0
 
 
 def discriminator_inputs(run: Run, member: Member) -> tuple[Inputs, Inputs | None]:
-    """What the next hop's discriminator is trained on, and what it is measured on: what was kept, and what was not."""
-    accepted = [row["input"] for split in ("train", "heldout") for row in member.samples(split)]
-    # What only found no room among the best of a surplus is an input of the task.
+    """What the next hop's discriminator is trained on, and what it is measured on: for and against the screen's score.
+
+    What was kept of a surplus, or left out of it, in spite of its score is neither.
+    """
+    chosen = [row for split in ("train", "heldout") for row in member.samples(split)]
+    kept = [row["input"] for row in chosen if not is_against(row["score"])]
     others = [row["input"] for row in member.samples("refused") if is_against(row["score"])]
-    return hold_out(Inputs(accepted, others), derive_seed(run.config.seed, member.name, DISCRIMINATOR))
+    return hold_out(Inputs(kept, others), derive_seed(run.config.seed, member.name, DISCRIMINATOR))
 
 
 def train_jobs(run: Run, member: Member, teacher: Sequence[Teacher] | None) -> list[TrainJob]:
@@ -66,6 +69,8 @@ def train_jobs(run: Run, member: Member, teacher: Sequence[Teacher] | None) -> l
     if not member.state.synthesis.leaves_discriminator:
         return [student]
     known, _ = discriminator_inputs(run, member)
+    if not known.real:
+        return [student]
     seed = derive_seed(config.seed, member.name, DISCRIMINATOR)
     return [
         student,

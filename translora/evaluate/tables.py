@@ -11,7 +11,7 @@ from translora.evaluate.config import REAL, REFERENCE_ARMS, SOURCE_ADAPTER, TARG
 from translora.evaluate.items import TaskResult
 from translora.evaluate.results import ArmResult, Migration, Results, Setup, items_by_task, mean_over
 from translora.report.markdown import escape
-from translora.run.state import JUDGED
+from translora.run.state import BY_DISCRIMINATOR
 
 ARM_WORDS = {
     "source_base": "source base",
@@ -106,7 +106,7 @@ def samples(results: Results) -> list[str]:
     """What the arms were trained on, where they chose it differently; nothing where all had the same."""
     if not any({"synthesis", "num_samples"} & set(own) for own in results.setup.arms.values()):
         return []
-    asked = any(one.synthesis.screen in JUDGED for one in results.migrations)
+    asked = any(one.synthesis.screen in BY_DISCRIMINATOR for one in results.migrations)
     is_measured = asked and any(one.auc is not None for one in results.items)
     rows = []
     for task in results.tasks:

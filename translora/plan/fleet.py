@@ -17,7 +17,7 @@ from translora.plan.inference import gate_calls, generate_calls, label_calls
 from translora.plan.shape import Shape, Shapes
 from translora.plan.training import TrainingPlan, is_offloaded, plan_training
 from translora.plan.work import Work, training_sizes
-from translora.run.state import JUDGED, LEAVING
+from translora.run.state import BY_DISCRIMINATOR, LEAVING_DISCRIMINATOR
 
 
 @dataclass
@@ -101,8 +101,8 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
     adapted, lora = target.adapted(config.distill.lora.target_modules), config.distill.lora
     student = {name: (lora.total_rank, num_out + num_in) for name, (num_out, num_in) in adapted.items()}
     teachers = [one.sizes or student for one in work.adapters]
-    judges = [one.judge_sizes or student for one in work.adapters if one.screen in JUDGED]
-    trained = num_adapters + sum(one.screen in LEAVING for one in work.adapters)
+    judges = [one.judge_sizes or student for one in work.adapters if one.screen in BY_DISCRIMINATOR]
+    trained = num_adapters + sum(one.screen in LEAVING_DISCRIMINATOR for one in work.adapters)
     batch = config.synthesis.batch_size
     on_source, students = [*teachers, *judges], [student] * num_adapters
     stages = [

@@ -15,7 +15,7 @@ READING_SHARE = 0.6
 """Of the memory's rate: what token-by-token decoding reaches, which reads every weight for each token of a batch."""
 LINK_SHARE = 0.55
 """Of the links' rate: what ZeRO-3's gathering of a base, layer by layer, reaches."""
-ACCEPTANCE, ACCEPTANCE_JUDGED = 0.85, 0.3
+ACCEPTANCE, ACCEPTANCE_REFUSING = 0.85, 0.3
 """Of generated inputs, where nothing else is said, and behind a discriminator that refuses: in docs/results.md 0.86 and
 0.26."""
 RESERVED_BYTES = 3_000_000_000

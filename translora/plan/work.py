@@ -20,9 +20,9 @@ from translora.distill.plan import JobSize
 from translora.engine.memory import Sizes, adapter_sizes, union
 from translora.engine.vllm_settings import check_plain, check_rank
 from translora.errors import InputError
-from translora.plan.hardware import ACCEPTANCE, ACCEPTANCE_JUDGED
+from translora.plan.hardware import ACCEPTANCE, ACCEPTANCE_REFUSING
 from translora.run.entries import expand_entries
-from translora.run.state import LEAVING, RANKING, ScreenName
+from translora.run.state import LEAVING_DISCRIMINATOR, RANKING, ScreenName
 from translora.synthesis.pool import choose_screen
 
 logger = logging.getLogger(__name__)
@@ -65,13 +65,13 @@ class Work:
 
     adapters: Sequence[AdapterWork]
     acceptance: float | None
-    """Share of the generated inputs that becomes samples; None is the usual one of each screen."""
+    """Share of the generated inputs that is neither dropped nor refused; None is the usual one of each screen."""
     origin: str
     """Where the numbers come from."""
 
     def accepted(self, one: AdapterWork) -> float:
-        """Share of an adapter's generated inputs that becomes samples."""
-        usual = ACCEPTANCE_JUDGED if one.screen == "discriminator" else ACCEPTANCE
+        """Of an adapter's generated inputs."""
+        usual = ACCEPTANCE_REFUSING if one.screen == "discriminator" else ACCEPTANCE
         return usual if self.acceptance is None else self.acceptance
 
     @property
@@ -182,7 +182,7 @@ def training_sizes(config: FleetConfig, work: Work) -> list[JobSize]:
         train, judge = config.distill, config.discriminator
         tokens = min(train.max_length, one.input_tokens + QUESTION_TOKENS + one.answer_tokens)
         sizes.append(JobSize(num_steps(one.num_samples, one.epochs or train.epochs, train.batch_size), tokens, tokens))
-        if one.screen not in LEAVING:
+        if one.screen not in LEAVING_DISCRIMINATOR:
             continue
         count = min(judge.max_samples, 2 * (one.num_samples + config.gate.sizes(one.num_samples)[1]))
         tokens = min(train.max_length, one.input_tokens + 2 * QUESTION_TOKENS)

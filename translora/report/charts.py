@@ -48,8 +48,8 @@ def loss_curve(losses: Sequence[float]) -> dict[str, Any] | None:
 def histogram(kept: Sequence[float | None], refused: Sequence[float | None]) -> dict[str, Any] | None:
     """How many samples have which screen score, refused ones stacked on kept ones; None without a score.
 
-    Bins are multiples of their width and hold their upper end, so that none reaches over 0, above which samples are
-    kept.
+    Bins are multiples of their width and hold their upper end, so that none reaches over 0, above which a score speaks
+    for a sample.
     """
     kept_scores, refused_scores = (
         [score for score in scores if score is not None and math.isfinite(score)] for scores in (kept, refused)

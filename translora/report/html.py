@@ -29,7 +29,7 @@ from translora.report.table import (
 )
 from translora.report.templates import environment
 from translora.run.files import read_object, write_bytes
-from translora.run.state import JUDGED, AdapterState, load_states, was_refused
+from translora.run.state import BY_DISCRIMINATOR, AdapterState, load_states, was_refused
 
 REPORT_FILE = "report.html"
 NUM_KEPT, NUM_REFUSED = 4, 2
@@ -119,7 +119,7 @@ def describe(run_dir: Path, state: AdapterState) -> dict[str, Any]:
         "accuracy": [(field.replace("_", " "), getattr(accuracy, field)) for field in ACCURACY_FIELDS if accuracy],
         "curve": loss_curve(state.losses),
         "scores": histogram([row["score"] for row in kept], [row["score"] for row in left_out]),
-        "score_name": "log-odds" if stats.screen in JUDGED else stats.screen,
+        "score_name": "log-odds" if stats.screen in BY_DISCRIMINATOR or not stats.screen else stats.screen,
         "samples": examples(kept, left_out),
         "seconds": {phase: f"{seconds:.0f} s" for phase, seconds in state.seconds.items()},
     }

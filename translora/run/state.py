@@ -6,6 +6,7 @@ One JSON file per adapter, `RUN/adapters/NAME/state.json`, replaced atomically b
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +19,13 @@ from translora.run.redact import printable, redact
 
 Phase = Literal["verify", "synthesis", "distill", "gate", "done"]
 ScreenName = Literal["discriminator", "realness", "confidence", "excess", "none"]
-JUDGED: frozenset[str] = frozenset({"discriminator", "realness", ""})
-"""Screens that ask the bundle's discriminator. Of old runs, which do not say, it was that."""
+BY_DISCRIMINATOR: frozenset[str] = frozenset({"discriminator", "realness"})
+"""Screens that ask the bundle's discriminator."""
 RANKING: frozenset[str] = frozenset({"realness", "confidence", "excess"})
 """Screens that choose the best of a surplus."""
-LEAVING: frozenset[str] = JUDGED | {"excess"}
-"""Screens whose score says which inputs are none of the task: the next hop's discriminator learns from these."""
+LEAVING_DISCRIMINATOR: frozenset[str] = BY_DISCRIMINATOR | {"excess", ""}
+"""Screens whose score speaks for some inputs and against others: the next hop's discriminator learns to tell these
+apart. Old runs do not say which screen they had: it was the discriminator."""
 SYNTHETIC, STUDENT, DISCRIMINATOR, BUNDLES = "synthetic.parquet", "student", "discriminator", "bundles"
 """An adapter's files and directories below RUN/adapters/NAME, and where what passed the gate lies in the run."""
 FLEET = "fleet.json"
@@ -72,7 +74,7 @@ class SynthesisStats(BaseModel):
         Where that is little, shuffled words make up for it; one that could not be measured for want of it is not what
         `screen: auto` takes.
         """
-        return self.screen in LEAVING
+        return self.screen in LEAVING_DISCRIMINATOR
 
     @property
     def only_answer(self) -> str | None:
@@ -134,7 +136,7 @@ def was_refused(score: float | None, screen: str) -> bool:
 
     Realness only ranks, and refuses what cannot be ranked.
     """
-    return is_against(score) and (screen != "realness" or score != score)
+    return score is not None and is_against(score) and (screen != "realness" or math.isnan(score))
 
 
 class AdapterState(BaseModel):

@@ -23,7 +23,7 @@ from translora.run.files import read_jsonl
 from translora.run.member import Member, Run
 from translora.run.recipes import Bases, Seals, recipes, spending
 from translora.run.resume import continue_state, withdraw_others
-from translora.run.state import JUDGED, AdapterState, load_state, state_path
+from translora.run.state import BY_DISCRIMINATOR, AdapterState, load_state, state_path
 from translora.synthesis.pool import choose_screen
 
 DOWNLOADS = "downloads"
@@ -126,7 +126,7 @@ def verify(run: Run, name: str, entry: AdapterEntry) -> Member | AdapterState:
         check_target_context(config, run.target, template)
         if not config.stays_copy(entry):
             check_student_length(run, bundle, template)
-        if screen in JUDGED:
+        if screen in BY_DISCRIMINATOR:
             check_answers(run.source_tokenizer, bundle.manifest.prompt_template)
         check_copy(run, bundle, entry)
         num_samples = entry.num_samples or bundle.manifest.num_samples

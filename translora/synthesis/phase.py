@@ -6,6 +6,7 @@ import logging
 import math
 import random
 from collections.abc import Sequence
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 from translora.config import GateConfig
 from translora.run.files import derive_seed, write_parquet
 from translora.run.member import Member, Run
-from translora.run.state import JUDGED, RANKING, SYNTHETIC
+from translora.run.state import BY_DISCRIMINATOR, RANKING, SYNTHETIC, ScreenName
 from translora.synthesis.pool import Pool, choose_screen
 from translora.synthesis.quality import answer_classes, by_answer, deal
 from translora.synthesis.rounds import synthesise
@@ -68,13 +69,16 @@ def synthesis_phase(run: Run, members: list[Member]) -> None:
 
 
 def make_pool(run: Run, member: Member) -> Pool:
-    """An adapter's pool, which in another attempt goes on with the set of the one before."""
+    """An adapter's pool. Another attempt goes on with the set of the one before, and with its screen."""
     synthesis, state = run.config.synthesis, member.state
+    earlier = (state.earlier or state.synthesis) if state.attempt > 1 else None
     needed = sum(run.config.gate.sizes(state.num_samples, state.attempt))
     budget = math.ceil(synthesis.max_generated_factor * needed)
     screen = choose_screen(synthesis, member.bundle, member.entry.screen)
+    if earlier is not None and earlier.screen:
+        screen = cast(ScreenName, earlier.screen)
     found = member.bundle.manifest.discriminator_quality
-    if (member.entry.screen or synthesis.screen) == "auto" and screen not in JUDGED and found is not None:
+    if (member.entry.screen or synthesis.screen) == "auto" and screen not in BY_DISCRIMINATOR and found is not None:
         logger.warning(
             "%s: its discriminator was not shown to tell real inputs from invented ones (%s): screened by %s",
             member.name,
@@ -83,8 +87,8 @@ def make_pool(run: Run, member: Member) -> Pool:
         )
     surplus = synthesis.surplus if screen in RANKING else 1.0
     pool = Pool(member.name, member.bundle, needed, budget, screen, surplus, member.entry.stop)
-    if state.attempt > 1:
-        pool.carry_on(state.earlier or state.synthesis, pq.read_table(member.earlier_set).to_pylist())
+    if earlier is not None:
+        pool.carry_on(earlier, pq.read_table(member.earlier_set).to_pylist())
     return pool
 
 

@@ -14,7 +14,7 @@ from translora.bundle.bundle import Bundle
 from translora.config import Screen, SynthesisConfig
 from translora.errors import InputError
 from translora.run.files import digest, write_bytes
-from translora.run.state import JUDGED, ScreenName, SynthesisStats, was_refused
+from translora.run.state import BY_DISCRIMINATOR, RANKING, ScreenName, SynthesisStats, was_refused
 from translora.synthesis.prompts import normalise
 from translora.synthesis.quality import KnownInputs, answer_classes, by_answer, deal, deal_evenly, distinct_ngrams
 
@@ -29,7 +29,7 @@ REMEDIES = {
     "seed_copy": "ship more and more different seeds, or raise synthesis.seed_similarity",
     "duplicate": "ship more and more different seeds, or raise synthesis.sampling.temperature",
     "near_duplicate": "ship more and more different seeds, or raise synthesis.duplicate_similarity",
-    "refused": "raise synthesis.max_generated_factor and max_rounds, or screen by realness or confidence",
+    "refused": "raise synthesis.max_generated_factor and max_rounds, or set synthesis.screen to auto",
     "empty_answer": "the adapter answers nothing to these inputs: compare its prompt_template with how it was trained",
 }
 """Where most of what was generated was dropped for one reason."""
@@ -75,8 +75,7 @@ class Pool:
         self.stats = self.stats.model_copy(update=counts)
         for row in rows:
             sample = {key: row[key] for key in ("sample_id", "input", "answer", "score")}
-            is_refused = row["answer"] is None or was_refused(row["score"], self.screen)
-            kept = row["split"] != "refused" or not is_refused
+            kept = row["split"] != "refused" or not was_refused(row["score"], self.screen)
             (self.accepted if kept else self.refused).append(sample)
             self.seen.add(normalise(row["input"]))
         self.stats.accepted = len(self.accepted)
@@ -108,7 +107,7 @@ def choose_screen(config: SynthesisConfig, bundle: Bundle, own: Screen | None = 
 
     `auto` passes over a discriminator that was measured and cannot tell real inputs from invented ones: what it finds
     real is chosen by something else, the answer for instance. It passes over an unmeasured one of an earlier migration,
-    too, in which too few inputs were refused to train it on.
+    too, which had too few inputs on one side to hold some out.
 
     Raises:
         InputError: the screen asks the discriminator, and the bundle has none.
@@ -118,7 +117,7 @@ def choose_screen(config: SynthesisConfig, bundle: Bundle, own: Screen | None = 
         found, migrated = bundle.manifest.discriminator_quality, "migrated_from" in bundle.manifest.provenance
         trusted = not migrated if found is None else found.tells_apart
         return "realness" if bundle.discriminator_dir and trusted else "confidence"
-    if screen in JUDGED and not bundle.discriminator_dir:
+    if screen in BY_DISCRIMINATOR and not bundle.discriminator_dir:
         setting = "its screen" if own else "synthesis.screen"
         raise InputError(f"{bundle.path}: has no discriminator; set {setting} to auto, confidence, excess or none")
     return screen
@@ -145,13 +144,13 @@ def admit(labelled: Sequence[Row], pools: Mapping[str, Pool]) -> None:
 def choose(pool: Pool) -> list[Row]:
     """As many as were asked for, of all answers as evenly as there are samples of them.
 
-    Of an answer's samples the first ones, or those of the greatest score where a surplus was collected. Scores of
-    different answers are not compared: a score depends on the words and the length of the answer, of which it is a
-    mean, and the greatest over all could leave out a class whole. What the generator likes to write leaves some answers
-    rare anyway. Answers that came once, and free text, keep their share.
+    Of an answer's samples the first ones, or those of the greatest score where the screen ranks them. Scores of
+    different answers are not compared: that of an answer is a mean over its tokens and depends on its words and length,
+    that of an input may favour some answers, and the greatest over all could leave out a class whole. What the
+    generator likes to write leaves some answers rare anyway. Answers that came once, and free text, keep their share.
     """
     rows = pool.accepted
-    if pool.surplus > 1:
+    if pool.screen in RANKING:
         rows = sorted(rows, key=lambda row: (-(row["score"] or 0.0), row["sample_id"]))
     own = by_answer([row["answer"] for row in rows])
     sizes, total = {answer: len(places) for answer, places in own.items()}, min(pool.needed, len(rows))

@@ -16,7 +16,7 @@ from translora.actors.hosts import Hosts
 from translora.actors.rows import run_rows
 from translora.config import BaseModelConfig, ResourceConfig, SynthesisConfig
 from translora.run.files import digest
-from translora.run.state import JUDGED
+from translora.run.state import BY_DISCRIMINATOR
 from translora.synthesis.pool import Pool, admit, close, read_outcomes, restore, write_outcomes
 from translora.synthesis.prompts import answer_stop, generation_order, generation_row, normalise
 from translora.synthesis.quality import SeedCopies, own_cutoff
@@ -82,7 +82,7 @@ def stops(pool: Pool) -> list[str]:
 def bank_adapters(pools: Sequence[Pool]) -> dict[str, str]:
     """Directories of teachers and discriminators by slot name."""
     slots = {f"teacher/{pool.name}": str(pool.bundle.path) for pool in pools}
-    judges = {pool.name: pool.bundle.discriminator_dir for pool in pools if pool.screen in JUDGED}
+    judges = {pool.name: pool.bundle.discriminator_dir for pool in pools if pool.screen in BY_DISCRIMINATOR}
     return slots | {f"discriminator/{name}": str(directory) for name, directory in judges.items()}
 
 

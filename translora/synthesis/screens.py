@@ -9,7 +9,7 @@ from translora.actors.blocks import answer_block, answer_likelihood, encoded, wi
 from translora.actors.calls import Row
 from translora.engine.prompts import prompt_format
 from translora.engine.protocol import Engine
-from translora.run.state import JUDGED, was_refused
+from translora.run.state import BY_DISCRIMINATOR, was_refused
 from translora.synthesis.prompts import discriminator_question
 
 
@@ -60,7 +60,7 @@ def screen_and_label_block(engine: Engine, rows: list[Row], settings: dict[str, 
     the teacher. Adds `score`, `answer`, `finished`; a refused row has answer None.
     """
     found = [{**row, "score": None, "answer": None, "finished": False} for row in rows]
-    judged = [row for row in found if row["screen"] in JUDGED]
+    judged = [row for row in found if row["screen"] in BY_DISCRIMINATOR]
     if judged:
         for row, score in zip(judged, discriminator_scores(engine, judged), strict=True):
             row["score"] = score
