@@ -117,6 +117,7 @@ def to_markdown(found: Sequence[tuple[str, Point]], plot: str) -> str:
     pages = list(dict.fromkeys(page for page, _ in found))
     old = [point.gate for point in points if "chance" not in point.gate.model_fields_set]
     signals = {name: signal(points, measure) for name, measure in SIGNALS.items()}
+    least = GateConfig().min_informedness
     lines = [
         "# What the gate tells",
         "",
@@ -136,8 +137,9 @@ def to_markdown(found: Sequence[tuple[str, Point]], plot: str) -> str:
         "",
         *pages_table(found),
         "",
-        "Balanced accuracy is the mean of the share of good adapters that pass and of others that do not. The default "
-        "was chosen by such tables, on these adapters and earlier ones.",
+        "Balanced accuracy is the mean of the share of good adapters that pass and of others that do not. The "
+        f"defaults, {least:g} for `min_informedness` among them, were chosen on these adapters and earlier ones: how "
+        "well they do on others is not measured.",
         "",
         *thresholds_table(points),
         "",

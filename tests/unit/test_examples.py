@@ -245,7 +245,7 @@ def test_the_arms_of_the_example_evaluation_share_their_first_round(monkeypatch:
     assert len(counts) == 1
 
 
-@pytest.mark.parametrize("name", ["small", "update", "options", "samples"])
+@pytest.mark.parametrize("name", ["small", "back", "update", "options", "samples"])
 def test_a_page_of_the_docs_is_of_the_settings_of_its_file(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """So the command on the page makes it again."""
     for variable in ("BBH", "SST2", "TICKETS", "REVIEWS", "UPDATED"):

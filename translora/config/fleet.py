@@ -34,7 +34,7 @@ OPEN_GATE = {"min_agreement": 0.0, "min_gain": -1.0}
 class GateConfig(Strict):
     """The acceptance check on held-out synthetic prompts."""
 
-    added: ClassVar[frozenset[str]] = frozenset({"max_p_value", "long_answers"})
+    added: ClassVar[frozenset[str]] = frozenset({"max_p_value", "long_answers", "min_informedness"})
 
     holdout_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Share of additional synthetic samples kept out of training (on top of |D_syn|)."""
@@ -47,6 +47,10 @@ class GateConfig(Strict):
     min_agreement: float = Field(default=0.6, ge=0, le=1)
     """Least share of held-out prompts on which the migrated student gives the teacher's answer. What it should be is
     hardly told between 0.4 and 0.7 (docs/gate.md)."""
+    min_informedness: float = Field(default=0.3, ge=-1, le=1)
+    """Where the teacher's answers are few: least informedness of the student's, 0 is one answer to everything and 1 the
+    teacher's every time. Of prompts that nearly all have one answer a student agrees with most that has learnt little
+    else (docs/gate.md). With `min_agreement` 0 it is not asked for."""
     min_gain: float = Field(default=0.0, ge=-1, le=1)
     """Least (student - bare target base) agreement."""
     max_p_value: float = Field(default=0.05, gt=0, le=1)

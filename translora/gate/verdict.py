@@ -148,15 +148,16 @@ def judge(measured: GateResult, config: GateConfig) -> GateResult:
         reasons.append(f"gain over the target base {gain:+.2f} < gate.min_gain {config.min_gain:+.2f}")
     most = config.max_p_value if config.min_agreement > 0 else 1.0
     has_several, informed = measured.only_answer is None, measured.informedness
-    shows_nothing = has_several and config.min_agreement > 0 and informed is not None and informed <= 0
+    least = config.min_informedness if has_several and config.min_agreement > 0 else -1.0
+    shows_little = informed is not None and informed < least
     by_chance = has_several and measured.p_value is not None and measured.p_value > most
-    if (shows_nothing or by_chance) and measured.commonest == 1:
+    if (shows_little or by_chance) and measured.commonest == 1:
         reasons.append("all held-out prompts have one answer, so agreement says nothing; ship seeds of every answer")
-        shows_nothing = by_chance = False
-    if shows_nothing:
+        shows_little = by_chance = False
+    if shows_little:
         reasons.append(
-            "it does no better than one answer to everything (informedness 0); ship seeds of every answer, or raise "
-            "gate.min_holdout"
+            f"informedness {informed:.2f} < gate.min_informedness {least:.2f}: it does little better "
+            "than one answer to everything; ship seeds of every answer, or raise gate.min_holdout"
         )
     if by_chance:
         why = (
