@@ -199,7 +199,10 @@ def test_a_student_of_one_answer_does_not_pass_however_well_it_agrees() -> None:
     constant, _ = _judge_member(classified(labels), arms | {("paint", "gate_student"): ["yes"] * 24}, {}, {})
     assert constant.agreement_student > 0.9 and constant.informedness == 0 and not constant.passed
     assert constant.p_value == 1 and "p = 1 > gate.max_p_value 0.05" in constant.reason
-    assert "informedness 0.00 < gate.min_informedness 0.30: it does little better than one answer to" in constant.reason
+    assert (
+        "informedness 0.00 < gate.min_informedness 0.30: it gives too few of the teacher's rarer answers"
+        in constant.reason
+    )
     assert constant.commonest == constant.agreement_student
     arms["paint", "gate_student"] = ["yes"] * 20 + ["no"] * 4
     some, _ = _judge_member(classified(labels), arms, {}, {})
@@ -215,15 +218,27 @@ def test_a_student_of_one_answer_does_not_pass_however_well_it_agrees() -> None:
 
 
 def test_a_student_of_little_more_than_the_commonest_answer_does_not_pass() -> None:
-    """Of 24 prompts 16 have one answer; with those and one more it agrees on 71 %, which is no chance."""
+    """Of 24 prompts 16 have one answer; with those and two more it agrees on 75 %."""
     labels = ["repair"] * 16 + ["login"] * 4 + ["billing"] * 4
     own: list[str | None] = ["repair"] * 16 + ["login"] * 2 + ["repair"] * 6
     one = dataclasses.replace(classified(labels), classes=("repair", "login", "billing"))
     gate, _ = _judge_member(one, {("paint", "gate_student"): own, ("paint", "gate_base"): [None] * 24}, {}, {})
     assert gate.agreement_student == 0.75 and gate.p_value is not None and gate.p_value > 0.01
     assert gate.reason.startswith("informedness 0.25 < gate.min_informedness 0.30") and not gate.passed
+    assert gate.min_informedness == 0.3
     lenient = judge(gate, GateConfig(min_informedness=0.2, max_p_value=0.1))
-    assert lenient.passed and judge(gate, GateConfig(**OPEN_GATE)).passed
+    assert lenient.passed and lenient.min_informedness == 0.2
+    nothing_asked = judge(gate, GateConfig(**OPEN_GATE))
+    assert nothing_asked.passed and nothing_asked.min_informedness is None
+
+
+def test_odd_answers_of_a_teacher_weigh_nothing_in_the_informedness() -> None:
+    """A student that is right but for three odd ones agrees on 21 of 24, and has learnt the task."""
+    labels = ["yes"] * 11 + ["no"] * 10 + ["maybe", "both", "neither"]
+    own = [*labels[:21], "yes", "no", "no"]
+    assert informedness(own, labels) == 1 and informedness(["yes"] * 24, labels) == 0
+    assert informedness(["a", "b", "a"], ["a", "b", "c"]) == pytest.approx(0.5), "each came once: all count"
+    assert informedness(["a"] * 4, ["a", "a", "a", "b"]) == 0, "one other remains: both count"
 
 
 def test_a_member_is_judged_by_its_student_and_measured_by_every_arm() -> None:

@@ -46,7 +46,7 @@ class GateConfig(Strict):
     80 characters or more."""
     min_agreement: float = Field(default=0.6, ge=0, le=1)
     """Least share of held-out prompts on which the migrated student gives the teacher's answer. What it should be is
-    hardly told between 0.4 and 0.7 (docs/gate.md)."""
+    hardly told between 0.3 and 0.7 (docs/gate.md)."""
     min_informedness: float = Field(default=0.3, ge=-1, le=1)
     """Where the teacher's answers are few: least informedness of the student's, 0 is one answer to everything and 1 the
     teacher's every time. Of prompts that nearly all have one answer a student agrees with most that has learnt little
@@ -60,7 +60,7 @@ class GateConfig(Strict):
     for."""
     retries: int = Field(default=1, ge=0, le=3)
     """Times that an adapter which did not pass is distilled again, from more samples, before it is given up.
-    It is given up sooner where the last samples brought no more agreement."""
+    It is given up sooner where agreement is too low and the last samples brought no more of it."""
     retry_factor: float = Field(default=2.0, gt=1, le=4)
     """|D_syn| of a retry and its held-out samples, as a multiple of those of the attempt before; what was accepted then
     is kept."""

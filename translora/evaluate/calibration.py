@@ -177,5 +177,6 @@ def calibration_page(found: Calibration, config: GateConfig, plot: str) -> list[
             ],
         ),
         "",
-        f"The whole gate also asks that the answers follow the prompts (p ≤ {config.max_p_value:g}).",
+        f"The whole gate also asks that the answers follow the prompts (p ≤ {config.max_p_value:g}), and where they "
+        f"are few for informedness of at least {config.min_informedness:g}.",
     ]

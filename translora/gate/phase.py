@@ -89,9 +89,10 @@ def fail(run: Run, member: Member) -> None:
     state = member.state
     assert state.gate is not None
     reason, agreement, before = state.gate.reason, state.gate.agreement_student, state.earlier_agreement
+    is_low = state.gate.min_agreement is None or agreement < state.gate.min_agreement
     if run.config.stays_copy(member.entry):
         reason += "; it is a copy of its source adapter, which more samples do not change: give it epochs of its own"
-    elif before is not None and agreement <= before:
+    elif before is not None and is_low and agreement <= before:
         reason += f"; more samples do not help: agreement {agreement:.2f} after {before:.2f}"
     elif state.attempt <= run.config.gate.retries:
         logger.warning("%s: did not pass the gate (%s): again with more samples", member.name, reason)

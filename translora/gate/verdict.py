@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -33,14 +34,19 @@ def informedness(answers: Sequence[str | None], references: Sequence[str]) -> fl
     The mean over the different references of the share of them that is answered so, adjusted for what one answer
     reaches: scikit-learn's `balanced_accuracy_score(adjusted=True)`, for two references Youden's J. Unlike agreement
     it is not raised by references of which nearly all are the same; where all are, it is 0, for nothing is shown.
+    References that one prompt has are left out where two others remain: teachers now and then give an odd answer, and
+    each would weigh as much as all prompts of another.
     """
     found: defaultdict[str, list[bool]] = defaultdict(list)
     for answer, reference in zip(answers, references, strict=True):
         found[normalise(reference)].append(is_equal(answer, reference))
-    if len(found) < 2:
+    shares = [sum(right) / len(right) for right in found.values() if len(right) > 1]
+    if len(shares) < 2:
+        shares = [sum(right) / len(right) for right in found.values()]
+    if len(shares) < 2:
         return 0.0
-    chance = 1 / len(found)
-    return (sum(sum(right) / len(right) for right in found.values()) * chance - chance) / (1 - chance)
+    chance = 1 / len(shares)
+    return (fmean(shares) - chance) / (1 - chance)
 
 
 NUM_DEALS = 10_000
@@ -156,8 +162,8 @@ def judge(measured: GateResult, config: GateConfig) -> GateResult:
         shows_little = by_chance = False
     if shows_little:
         reasons.append(
-            f"informedness {informed:.2f} < gate.min_informedness {least:.2f}: it does little better "
-            "than one answer to everything; ship seeds of every answer, or raise gate.min_holdout"
+            f"informedness {informed:.2f} < gate.min_informedness {least:.2f}: it gives too few of "
+            "the teacher's rarer answers; ship seeds of every answer, raise num_samples, or set synthesis.screen: auto"
         )
     if by_chance:
         why = (
@@ -167,4 +173,5 @@ def judge(measured: GateResult, config: GateConfig) -> GateResult:
         )
         reasons.append(f"p = {measured.p_value:.2g} > gate.max_p_value {most:g}: {why}, or raise gate.min_holdout")
     verdict = {"passed": not reasons, "reason": "; ".join(reasons), "min_agreement": config.min_agreement}
+    verdict |= {"min_informedness": least if informed is not None and least > -1 else None}
     return measured.model_copy(update=verdict)

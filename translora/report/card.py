@@ -13,6 +13,7 @@ from translora.report.table import (
     ACCURACY_FIELDS,
     agreement_interval,
     chance_text,
+    informedness_text,
     interval,
     loglik_text,
     percent,
@@ -67,6 +68,7 @@ def model_card(
         ],
         accuracies=[getattr(state.accuracy, field) for field in ACCURACY_FIELDS if state.accuracy],
         chance=chance_text(state.gate),
+        informedness=informedness_text(state.gate),
         loglik=loglik_text(state.gate),
         remarks=remarks(state),
     )

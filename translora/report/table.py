@@ -124,6 +124,14 @@ def chance_text(gate: GateResult) -> str:
     return text[0].upper() + text[1:]
 
 
+def informedness_text(gate: GateResult) -> str:
+    """How far the answers follow the teacher's, where these are few; empty if not measured."""
+    if gate.informedness is None:
+        return ""
+    asked = "" if gate.min_informedness is None else f", of at least {gate.min_informedness:.2f} that is asked for"
+    return f"Informedness {gate.informedness:.2f}{asked}: 0 is one answer to every prompt, 1 the teacher's every time."
+
+
 def loglik_text(gate: GateResult) -> str:
     """Mean log-likelihood of a token of the teacher's answers, bare target base → migrated; empty if not measured."""
     values = (gate.loglik_base, gate.loglik_student)

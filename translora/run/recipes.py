@@ -22,9 +22,10 @@ RETRIES = {"retries", "retry_factor"}
 """Of the gate: they touch no adapter that passed it."""
 Base = TypeVar("Base")
 SEALS = "seals.json"
-GATE_RULES = 3
+GATE_RULES = 4
 """Of the gate's verdict: a run of others judges again. 2: few answers are told from chance by their likelihood.
-3: a student has room for the teacher's answers, in however many tokens of its own."""
+3: a student has room for the teacher's answers, in however many tokens of its own. 4: where answers are few, at least
+`min_informedness`, and an answer that one prompt has weighs nothing in it."""
 
 
 class Bases(NamedTuple, Generic[Base]):

@@ -110,6 +110,8 @@ class GateResult(BaseModel):
     """Mean log-likelihood of a token of the teacher's answers."""
     min_agreement: float | None = None
     """The least agreement that was asked for; none in a result of an older version."""
+    min_informedness: float | None = None
+    """The least informedness that was asked for, where it was."""
     passed: bool
     reason: str = ""
 
