@@ -162,6 +162,11 @@ CASES = [
     ),
     Case("a rank over the limit", fleet(FLEET + "distill: {lora: {rank: 4096}}\n"), "distill.lora.rank: Input should"),
     Case("an unknown dtype", fleet(FLEET.replace("./new-base}", "./new-base, dtype: int4}")), "target.dtype: Input"),
+    Case(
+        "a merge that asks a discriminator",
+        merge("method: svd, adapters: [orders, mails], screen: realness"),
+        "merges.0: screen: realness asks a discriminator, which no merge has; leave it out",
+    ),
     Case("a merge of one bundle", merge("method: svd, adapters: [orders]"), "merges.0.adapters: List should have"),
     Case("a merge without a method", merge("adapters: [orders, mails]"), "merges.0.method: Field required"),
     Case(

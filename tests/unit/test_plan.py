@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.tiny import make_base, make_bundle
+from translora.bundle import Bundle
 from translora.cli import FAILED, MIGRATED, UNUSABLE, main
 from translora.config import BaseModelConfig, FleetConfig, load_config
 from translora.distill.memory import lora_weights
@@ -23,6 +25,7 @@ from translora.plan.hardware import GPUS, LINK_SHARE, Hardware
 from translora.plan.shape import read_shape, read_shapes
 from translora.plan.work import bundled_work, given_work
 from translora.run.files import sha256_file
+from translora.synthesis.pool import Pool
 
 EXAMPLE = Path(__file__).parents[2] / "examples/plan-70b"
 
@@ -153,6 +156,22 @@ def test_as_much_is_invented_as_the_screens_usually_let_pass(example: FleetConfi
     assert [usual.mean_acceptance, given.mean_acceptance] == pytest.approx([0.85, 0.5])
     assert list(map(judged.accepted, judged.adapters)) == [0.3, 0.85, 0.85]
     assert judged.mean_acceptance == pytest.approx(2 / 3)
+
+
+def test_a_plan_invents_what_the_rounds_would(example: FleetConfig) -> None:
+    """The first round's count, a later one's where few are accepted, and never more than the budget."""
+    needed = 250 + example.gate.sizes(250)[1]
+    for screen, surplus in (("none", 1.0), ("realness", example.synthesis.surplus)):
+        synthesis = example.synthesis.model_copy(update={"screen": screen})
+        config = example.model_copy(update={"synthesis": synthesis})
+        pool = Pool("a", cast(Bundle, None), needed, 10 * needed, surplus=surplus)
+        work = given_work(config, 1, 250, None)
+        assert work.num_generated(work.adapters[0], config) == pytest.approx(
+            pool.next_count(synthesis.oversample), rel=0.01
+        )
+        for acceptance, expected in ((0.25, 4 * surplus * needed), (0.01, synthesis.max_generated_factor * needed)):
+            scarce = given_work(config, 1, 250, acceptance)
+            assert scarce.num_generated(scarce.adapters[0], config) == pytest.approx(expected)
 
 
 def test_no_machine_is_asked_for_more_actors_than_it_has_gpus_for(example: FleetConfig) -> None:

@@ -235,6 +235,8 @@ class MergeEntry(MergeSettings, OwnSettings):
         for name in OwnSettings.model_fields.keys() - {"num_samples"} if self.when == "after" else ():
             if getattr(self, name) is not None:
                 raise InputError(f"{name}: what is merged after the migration is not trained or judged; leave it out")
+        if self.screen in ("discriminator", "realness"):
+            raise InputError(f"screen: {self.screen} asks a discriminator, which no merge has; leave it out")
         return self
 
 

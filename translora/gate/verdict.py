@@ -162,8 +162,8 @@ def judge(measured: GateResult, config: GateConfig) -> GateResult:
         shows_little = by_chance = False
     if shows_little:
         reasons.append(
-            f"informedness {informed:.2f} < gate.min_informedness {least:.2f}: it gives too few of "
-            "the teacher's rarer answers; ship seeds of every answer, raise num_samples, or set synthesis.screen: auto"
+            f"informedness {informed:.2f} < gate.min_informedness {least:.2f}: it gives too few of the teacher's rarer "
+            "answers; ship seeds of every answer, raise num_samples, or set its screen to auto if it is discriminator"
         )
     if by_chance:
         why = (

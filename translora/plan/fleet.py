@@ -133,9 +133,7 @@ def plan_fleet(config: FleetConfig, shapes: Shapes, hardware: Hardware, work: Wo
         "resources": {"num_actors": num_actors, "gpus_per_actor": per_actor},
         "distill": {"num_workers": hardware.num_gpus, "tokens_per_pass": training.tokens_wanted},
     }
-    rows = sum(
-        one.num_wanted(config) / work.accepted(one) * (one.input_tokens + one.answer_tokens) for one in work.adapters
-    )
+    rows = sum(work.num_generated(one, config) * (one.input_tokens + one.answer_tokens) for one in work.adapters)
     disk = {
         "students and discriminators": trained * 4.0 * num_weights(student),
         "checkpoints of the gangs": training.checkpointed * checkpoint_bytes(adapted, lora),

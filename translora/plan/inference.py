@@ -46,7 +46,7 @@ def generate_calls(config: FleetConfig, work: Work) -> Calls:
     """Inputs that the generator invents: rows of an adapter share the prompts of the seeds' few orders."""
     rows = prompts = longest = 0.0
     for one in work.adapters:
-        own = one.num_wanted(config) / work.accepted(one)
+        own = work.num_generated(one, config)
         seeds = 8 + one.num_seeds * (one.input_tokens + 4)
         rows += own
         prompts += seeds * max(ROUNDS * min(config.synthesis.num_orderings, own), own / config.synthesis.batch_size)
@@ -61,8 +61,8 @@ def label_calls(config: FleetConfig, work: Work) -> Calls:
     """A discriminator's verdict comes before the answers, of what it accepts alone; other screens score all of them."""
     rows = prompts = longest = 0.0
     for one in work.adapters:
-        kept = one.num_wanted(config)
-        own, all_of_them = one.input_tokens + QUESTION_TOKENS, kept / work.accepted(one)
+        own, all_of_them = one.input_tokens + QUESTION_TOKENS, work.num_generated(one, config)
+        kept = all_of_them * work.accepted(one)
         if one.screen == "discriminator":
             rows += kept
             prompts += own * (all_of_them + kept)

@@ -23,7 +23,7 @@ from translora.errors import InputError
 from translora.plan.hardware import ACCEPTANCE, ACCEPTANCE_REFUSING
 from translora.run.entries import expand_entries
 from translora.run.state import LEAVING_DISCRIMINATOR, RANKING, ScreenName
-from translora.synthesis.pool import choose_screen
+from translora.synthesis.pool import PRIOR_ACCEPTED, PRIOR_GENERATED, choose_screen
 
 logger = logging.getLogger(__name__)
 CHARACTERS_PER_TOKEN = 4
@@ -53,10 +53,13 @@ class AdapterWork:
     """Of its discriminator, in the same way."""
     screen: ScreenName = "realness"
 
+    def num_needed(self, config: FleetConfig) -> float:
+        """Samples: |D_syn| and the gate's held-out prompts."""
+        return self.num_samples + config.gate.sizes(self.num_samples)[1]
+
     def num_wanted(self, config: FleetConfig) -> float:
-        """Samples to collect: |D_syn|, the gate's held-out prompts, and what a screen chooses from."""
-        surplus = config.synthesis.surplus if self.screen in RANKING else 1.0
-        return surplus * (self.num_samples + config.gate.sizes(self.num_samples)[1])
+        """Samples to collect, for a screen to choose from."""
+        return (config.synthesis.surplus if self.screen in RANKING else 1.0) * self.num_needed(config)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,15 @@ class Work:
         """Of an adapter's generated inputs."""
         usual = ACCEPTANCE_REFUSING if one.screen == "discriminator" else ACCEPTANCE
         return usual if self.acceptance is None else self.acceptance
+
+    def num_generated(self, one: AdapterWork, config: FleetConfig) -> float:
+        """Inputs that are invented for an adapter: what its first round asks for, or more where that does not do.
+
+        Up to its budget, which ends it with fewer samples.
+        """
+        synthesis, wanted = config.synthesis, one.num_wanted(config)
+        first = wanted * synthesis.oversample * PRIOR_GENERATED / PRIOR_ACCEPTED
+        return min(max(first, wanted / self.accepted(one)), synthesis.max_generated_factor * one.num_needed(config))
 
     @property
     def mean_acceptance(self) -> float:
@@ -105,6 +117,7 @@ def bundled_work(config: FleetConfig, acceptance: float | None) -> Work:
                 raise BundleError(faults[name])
             bundle = read_bundle(Path(entry.bundle))
             sizes = sizes_of(config, bundle)
+            screen = choose_screen(config.synthesis, bundle, entry.screen)
         except InputError as error:
             logger.warning("left out of the plan: %s", error)
             continue
@@ -115,7 +128,7 @@ def bundled_work(config: FleetConfig, acceptance: float | None) -> Work:
             num_seeds=len(bundle.seeds),
             epochs=entry.epochs,
             sizes=sizes,
-            screen=choose_screen(config.synthesis, bundle, entry.screen),
+            screen=screen,
         )
         if bundle.discriminator_dir is not None:
             work = dataclasses.replace(work, judge_sizes=adapter_sizes(str(bundle.discriminator_dir)))

@@ -29,10 +29,13 @@ REMEDIES = {
     "seed_copy": "ship more and more different seeds, or raise synthesis.seed_similarity",
     "duplicate": "ship more and more different seeds, or raise synthesis.sampling.temperature",
     "near_duplicate": "ship more and more different seeds, or raise synthesis.duplicate_similarity",
-    "refused": "raise synthesis.max_generated_factor and max_rounds, or set synthesis.screen to auto",
+    "refused": "raise synthesis.max_generated_factor and max_rounds, or set its screen to auto",
     "empty_answer": "the adapter answers nothing to these inputs: compare its prompt_template with how it was trained",
 }
 """Where most of what was generated was dropped for one reason."""
+
+PRIOR_ACCEPTED, PRIOR_GENERATED = 3, 5
+"""What a first round takes the acceptance to be, as if so many had been generated before."""
 
 
 @dataclass
@@ -85,7 +88,7 @@ class Pool:
         self.stats.dropped[reason] = self.stats.dropped.get(reason, 0) + 1
 
     def next_count(self, oversample: float) -> int:
-        """Inputs to generate in the next round, from what was accepted so far (prior: 3 of 5).
+        """Inputs to generate in the next round, from what was accepted so far, and the prior.
 
         After the first round at least so many that what is missing is a standard deviation below what they are
         expected to give: a round more costs more than some rows.
@@ -93,7 +96,7 @@ class Pool:
         missing = self.wanted - len(self.accepted)
         if missing <= 0 or self.fault:
             return 0
-        acceptance = (len(self.accepted) + 3) / (self.stats.generated + 5)
+        acceptance = (len(self.accepted) + PRIOR_ACCEPTED) / (self.stats.generated + PRIOR_GENERATED)
         count = math.ceil(missing / acceptance * oversample)
         if self.stats.generated:  # n p - sqrt(n p (1 - p)) = missing, solved for sqrt(n)
             spread = math.sqrt(acceptance * (1 - acceptance))
