@@ -40,13 +40,13 @@ def informedness(answers: Sequence[str | None], references: Sequence[str]) -> fl
     found: defaultdict[str, list[bool]] = defaultdict(list)
     for answer, reference in zip(answers, references, strict=True):
         found[normalise(reference)].append(is_equal(answer, reference))
-    shares = [sum(right) / len(right) for right in found.values() if len(right) > 1]
-    if len(shares) < 2:
-        shares = [sum(right) / len(right) for right in found.values()]
-    if len(shares) < 2:
+    counted = [right for right in found.values() if len(right) > 1]
+    if len(counted) < 2:
+        counted = list(found.values())
+    if len(counted) < 2:
         return 0.0
-    chance = 1 / len(shares)
-    return (fmean(shares) - chance) / (1 - chance)
+    chance = 1 / len(counted)
+    return (fmean(map(fmean, counted)) - chance) / (1 - chance)
 
 
 NUM_DEALS = 10_000

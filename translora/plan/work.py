@@ -53,7 +53,7 @@ class AdapterWork:
     """Of its discriminator, in the same way."""
     screen: ScreenName = "realness"
 
-    def num_needed(self, config: FleetConfig) -> float:
+    def num_needed(self, config: FleetConfig) -> int:
         """Samples: |D_syn| and the gate's held-out prompts."""
         return self.num_samples + config.gate.sizes(self.num_samples)[1]
 
@@ -197,7 +197,7 @@ def training_sizes(config: FleetConfig, work: Work) -> list[JobSize]:
         sizes.append(JobSize(num_steps(one.num_samples, one.epochs or train.epochs, train.batch_size), tokens, tokens))
         if one.screen not in LEAVING_DISCRIMINATOR:
             continue
-        count = min(judge.max_samples, 2 * (one.num_samples + config.gate.sizes(one.num_samples)[1]))
+        count = min(judge.max_samples, 2 * one.num_needed(config))
         tokens = min(train.max_length, one.input_tokens + 2 * QUESTION_TOKENS)
         sizes.append(JobSize(num_steps(count, judge.epochs, train.batch_size), tokens, tokens))
     return sizes

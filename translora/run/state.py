@@ -138,7 +138,9 @@ def was_refused(score: float | None, screen: str) -> bool:
 
     Realness only ranks, and refuses what cannot be ranked.
     """
-    return score is not None and is_against(score) and (screen != "realness" or math.isnan(score))
+    if screen == "realness":
+        return score is not None and math.isnan(score)
+    return is_against(score)
 
 
 class AdapterState(BaseModel):
