@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 
 from translora import cli
 from translora.cli import build_parser, main, print_report
@@ -212,6 +213,7 @@ def test_what_the_nodes_lack_is_waited_for_only_where_nodes_can_come(
 
 def test_a_head_node_that_does_not_answer_is_named_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray itself would try for a quarter of an hour, without a word."""
+    ray.shutdown()  # what tests before it may have started
     monkeypatch.setattr(cluster, "HEAD_SECONDS", 0.5)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
